@@ -1,0 +1,33 @@
+"""Keys: the one name by which images, conversations and features are joined."""
+
+from __future__ import annotations
+
+from olaschema.errors import ImageError
+
+
+def normalise_key(text: str) -> str:
+    """Return the POSIX path relative to the corpus root that `text` means: `./a//b.jpg` is `a/b.jpg`.
+
+    Raises ImageError `outside-root` for absolute paths, URLs and paths that climb out of the root, and
+    `bad-name` for text that is no UTF-8 file name.
+    """
+    if "\0" in text or not text.strip():
+        raise ImageError("bad-name", f"{text!r} is not a file name")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        raise ImageError("bad-name", f"{shown}: the file name is not UTF-8", "Rename the file.") from error
+    if text.startswith(("/", "pipe:")) or "://" in text:
+        raise ImageError("outside-root", f"{text}: not a path inside the image folder", "Use relative paths.")
+    parts: list[str] = []
+    for part in text.split("/"):
+        if part == "..":
+            if not parts:
+                raise ImageError("outside-root", f"{text}: leads out of the image folder", "Use relative paths.")
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    if not parts:
+        raise ImageError("outside-root", f"{text}: names the image folder itself")
+    return "/".join(parts)

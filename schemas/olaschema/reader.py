@@ -1,0 +1,127 @@
+"""Reading feature rows straight from shard files, with every checksum on the way verified.
+
+zarr reads the same bytes (a test holds the two together); this reader starts no threads, so it is safe in
+DataLoader workers that were forked, and it names the shard and row of any damage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+from numcodecs.zstd import Zstd
+
+from olaschema.errors import DamagedStoreError, StoreError
+from olaschema.layout import chunk_rows, shard_file
+from olaschema.manifest import Receipt, RowReceipt
+from olaschema.precision import DTYPES
+from olaschema.store import FeatureStore
+
+_INDEX_ENTRY = np.dtype([("offset", "<u8"), ("size", "<u8")])
+_KEPT_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    receipt: Receipt
+    index: np.ndarray
+
+
+class FeatureReader:
+    """Random access to the stored rows of one teacher."""
+
+    def __init__(self, store: FeatureStore, teacher: str) -> None:
+        self.record = store.teacher(teacher)
+        self.fingerprint = self.record.fingerprint
+        self._store = store
+        self._teacher = teacher
+        self._digest = self.fingerprint.digest()
+        self._dtype = DTYPES[self.record.precision]
+        self._shape = self.fingerprint.shape
+        self._row_bytes = math.prod(self._shape) * self._dtype.itemsize
+        self._chunk_rows = chunk_rows(self._row_bytes, store.rows_per_shard)
+        self._chunks = store.rows_per_shard // self._chunk_rows
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._zstd = Zstd()
+
+    def status(self, row: int) -> RowReceipt | None:
+        """What became of a row; None while its shard is not committed."""
+        shard, index = divmod(row, self._store.rows_per_shard)
+        opened = self._opened(shard)
+        return opened.receipt.rows[index] if opened else None
+
+    def read(self, row: int) -> np.ndarray:
+        """Return the stored values of one row, `(H, W, C)` or `(C,)` in the stored dtype.
+
+        Raises StoreError if the row has no feature, DamagedStoreError if its bytes are not those committed.
+        """
+        shard, index = divmod(row, self._store.rows_per_shard)
+        opened = self._opened(shard)
+        if opened is None or opened.receipt.rows[index].status != "ok":
+            raise StoreError(f"{self._store.root}: row {row} has no {self._teacher} feature")
+        chunk, within = divmod(index, self._chunk_rows)
+        raw = self._chunk(shard, row, opened.index[chunk])
+        values = np.frombuffer(raw, dtype=self._dtype).reshape(self._chunk_rows, *self._shape)
+        row_values: np.ndarray = values[within].copy()
+        return row_values
+
+    def _opened(self, shard: int) -> _OpenShard | None:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        receipt = self._store.receipt(self._teacher, shard)
+        if receipt is None:
+            return None
+        if receipt.fingerprint != self._digest or len(receipt.rows) != self._store.rows_per_shard:
+            raise DamagedStoreError(
+                f"{self._store.root}: the receipt of {self._teacher} shard {shard} does not belong to this store",
+                "Extract that shard again.",
+            )
+        self._open[shard] = _OpenShard(receipt, self._read_index(shard, receipt))
+        if len(self._open) > _KEPT_SHARDS:
+            self._open.popitem(last=False)
+        return self._open[shard]
+
+    def _read_index(self, shard: int, receipt: Receipt) -> np.ndarray:
+        name = shard_file(self._teacher, shard, len(self._shape) + 1)
+        path = self._store.place.path(name)
+        length = self._chunks * _INDEX_ENTRY.itemsize
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                promised = receipt.files[name].bytes
+                if size != promised:
+                    raise self._damage(shard, f"{path} has {size} bytes, its receipt promises {promised}")
+                file.seek(size - length - 4)
+                data = file.read(length + 4)
+        except (OSError, KeyError, ValueError) as error:
+            raise self._damage(shard, f"{path} cannot be read: {error}") from error
+        if _crc32c(data[:length]) != data[length:]:
+            raise self._damage(shard, f"{path}: the shard index fails its checksum")
+        return np.frombuffer(data[:length], dtype=_INDEX_ENTRY)
+
+    def _chunk(self, shard: int, row: int, entry: np.void) -> bytes:
+        path = self._store.place.path(shard_file(self._teacher, shard, len(self._shape) + 1))
+        try:
+            with path.open("rb") as file:
+                file.seek(int(entry["offset"]))
+                data = file.read(int(entry["size"]))
+        except (OSError, ValueError, OverflowError) as error:
+            raise self._damage(shard, f"{path}: row {row} cannot be read: {error}") from error
+        if len(data) < 4 or _crc32c(data[:-4]) != data[-4:]:
+            raise self._damage(shard, f"{path}: row {row} fails its checksum")
+        raw = bytes(self._zstd.decode(data[:-4]))
+        if len(raw) != self._chunk_rows * self._row_bytes:
+            raise self._damage(shard, f"{path}: row {row} decodes to {len(raw)} bytes")
+        return raw
+
+    def _damage(self, shard: int, problem: str) -> DamagedStoreError:
+        return DamagedStoreError(problem, f"Delete receipts/{self._teacher}/{shard:05d}.json and extract again.")
+
+
+def _crc32c(data: bytes) -> bytes:
+    value: int = google_crc32c.value(data)
+    return value.to_bytes(4, "little")

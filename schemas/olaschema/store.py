@@ -1,0 +1,329 @@
+"""The feature store: what is planned, what is committed, and the commit of one shard.
+
+Metadata is read as plain JSON and parquet; this module never reads feature values (see `reader.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from olaschema.errors import DamagedStoreError, StoreError
+from olaschema.layout import receipt_file, shard_file
+from olaschema.manifest import (
+    FORMAT_VERSION,
+    ChannelStatistics,
+    Execution,
+    FileReceipt,
+    Frozen,
+    Generation,
+    Receipt,
+    RowReceipt,
+    SampleRow,
+    StoreRecord,
+    TeacherRecord,
+    canonical_json,
+)
+from olaschema.place import LocalPlace
+
+DEFAULT_ROWS_PER_SHARD = 256
+_PART_ROWS = 1 << 16
+Model = TypeVar("Model", bound=Frozen)
+_SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("problem", pa.string()),
+    ]
+)
+
+
+class FeatureStore:
+    """A store on disk. Opening reads the root document and the generations, nothing else."""
+
+    def __init__(self, place: LocalPlace, record: StoreRecord) -> None:
+        self.place = place
+        self.record = record
+
+    @property
+    def root(self) -> Path:
+        """The store's folder."""
+        return self.place.root
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows in every shard of every teacher."""
+        return self.record.rows_per_shard
+
+    @classmethod
+    def open(cls, root: str | Path) -> FeatureStore:
+        """Open a store; raises StoreError if there is none, or it is of another format version."""
+        place = LocalPlace(root)
+        if not place.root.is_dir():
+            raise StoreError(f"{root}: no such feature store", "Give the folder that `olapipe extract --out` wrote.")
+        document = _json(place, "zarr.json")
+        attributes = document.get("attributes", {}).get("ola")
+        if attributes is None:
+            raise StoreError(
+                f"{root} is a Zarr group, but not a feature store of ours",
+                "Give the folder that `olapipe extract` wrote.",
+            )
+        if attributes.get("format") != FORMAT_VERSION:
+            raise StoreError(
+                f"{root} has format version {attributes.get('format')}, this program reads version {FORMAT_VERSION}",
+                "Install a version of ola-distill that reads it.",
+            )
+        return cls(place, _validated(StoreRecord, attributes, place, "zarr.json"))
+
+    @classmethod
+    def create(cls, root: str | Path, *, rows_per_shard: int = DEFAULT_ROWS_PER_SHARD) -> FeatureStore:
+        """Open the store at `root`, or make an empty one.
+
+        Raises StoreError if the folder holds something else, or a store with another shard size.
+        """
+        from olaschema.zarrbytes import root_document
+
+        place = LocalPlace(root)
+        if place.exists("zarr.json"):
+            store = cls.open(root)
+            if store.rows_per_shard != rows_per_shard:
+                raise StoreError(
+                    f"{root} has {store.rows_per_shard} rows per shard, {rows_per_shard} were asked for",
+                    f"Use --shard-size {store.rows_per_shard}, or another --out.",
+                )
+            return store
+        if place.root.exists() and (not place.root.is_dir() or any(p.name != "_log" for p in place.root.iterdir())):
+            raise StoreError(f"{root} exists and is not a feature store", "Choose a new or empty folder for --out.")
+        record = StoreRecord(rows_per_shard=rows_per_shard)
+        place.publish("zarr.json", root_document(record))
+        return cls(place, record)
+
+    def generations(self) -> list[Generation]:
+        """Return the committed plans in order, checked to follow each other at shard boundaries."""
+        names = [name for name in self.place.names("samples") if name.endswith(".json")]
+        found = [_validated(Generation, _json(self.place, f"samples/{n}"), self.place, f"samples/{n}") for n in names]
+        first = 0
+        for number, generation in enumerate(found):
+            if generation.number != number or generation.first_row != first:
+                raise DamagedStoreError(
+                    f"{self.root}/samples: generation {number} does not follow the one before it",
+                    "Restore the folder `samples` from a copy.",
+                )
+            first = self._next_first_row(generation)
+        return found
+
+    def _next_first_row(self, generation: Generation) -> int:
+        return generation.first_row + -(-generation.rows // self.rows_per_shard) * self.rows_per_shard
+
+    def shard_count(self) -> int:
+        """Number of shards that every complete teacher has."""
+        generations = self.generations()
+        return self._next_first_row(generations[-1]) // self.rows_per_shard if generations else 0
+
+    def add_generation(self, images: Iterable[SampleRow]) -> Generation | None:
+        """Commit a plan of further images; their `row` is assigned here. Returns None where there are none.
+
+        The same images in the same order make the same bytes. Interrupted halfway, nothing was planned.
+        """
+        generations = self.generations()
+        number = len(generations)
+        first = self._next_first_row(generations[-1]) if generations else 0
+        parts: dict[str, FileReceipt] = {}
+        part_rows = max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
+        images = iter(images)
+        count = 0
+        while chunk := list(islice(images, part_rows)):
+            name = f"samples/{number:04d}-{len(parts):05d}.parquet"
+            data = self._part_bytes(chunk, first + count)
+            self.place.publish(name, data)
+            parts[name] = FileReceipt(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            count += len(chunk)
+        if not count:
+            return None
+        for name in self.place.names("samples"):  # parts of an interrupted, longer plan
+            if name.startswith(f"{number:04d}-") and f"samples/{name}" not in parts:
+                self.place.path(f"samples/{name}").unlink()
+        generation = Generation(number=number, first_row=first, rows=count, parts=parts)
+        self.place.publish(f"samples/{number:04d}.json", canonical_json(generation))
+        return generation
+
+    def _part_bytes(self, images: list[SampleRow], first_row: int) -> bytes:
+        table = pa.table(
+            {
+                "row": range(first_row, first_row + len(images)),
+                "key": [image.key for image in images],
+                "uri": [image.uri for image in images],
+                "size": [image.size for image in images],
+                "problem": [image.problem for image in images],
+            },
+            schema=_SAMPLE_SCHEMA,
+        )
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd", row_group_size=self.rows_per_shard, store_schema=False)
+        return sink.getvalue()
+
+    def samples(self) -> Iterator[SampleRow]:
+        """Yield every planned image in row order."""
+        for generation in self.generations():
+            for name in generation.parts:
+                with self._part(name) as part:
+                    for group in range(part.num_row_groups):
+                        yield from _rows(part.read_row_group(group))
+
+    def shard_samples(self, shard: int) -> list[SampleRow]:
+        """Return the planned images of one shard; fewer than `rows_per_shard` in the last one of a generation."""
+        first = shard * self.rows_per_shard
+        for generation in self.generations():
+            offset = first - generation.first_row
+            if 0 <= offset < generation.rows:
+                part_rows = max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
+                name = f"samples/{generation.number:04d}-{offset // part_rows:05d}.parquet"
+                with self._part(name) as part:
+                    return list(_rows(part.read_row_group(offset % part_rows // self.rows_per_shard)))
+        raise StoreError(f"{self.root} has no shard {shard}: {self.shard_count()} shards are planned")
+
+    def _part(self, name: str) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(io.BytesIO(self.place.read(name)))
+        except pa.ArrowInvalid as error:
+            raise DamagedStoreError(f"{self.root}/{name} is damaged: {error}", "Restore it from a copy.") from error
+
+    def teachers(self) -> list[str]:
+        """Return the names of the teachers that the store has a group for, sorted."""
+        return sorted(p.parent.name for p in self.root.glob("*/zarr.json"))
+
+    def teacher(self, name: str) -> TeacherRecord:
+        """Return what the store records of a teacher; raises StoreError naming those present."""
+        if not self.place.exists(f"{name}/zarr.json"):
+            raise StoreError(
+                f"{self.root} has no features of the teacher {name!r}",
+                f"It holds: {', '.join(self.teachers()) or 'none'}. Add it with `olapipe extract --teacher {name}`.",
+            )
+        document = _json(self.place, f"{name}/zarr.json")
+        return _validated(TeacherRecord, document.get("attributes", {}).get("ola", {}), self.place, f"{name}/zarr.json")
+
+    def put_teacher(self, record: TeacherRecord) -> None:
+        """Make a teacher's group and array, or grow its array to the planned rows.
+
+        Raises FingerprintError if the store holds features of another meaning, StoreError for another precision.
+        """
+        from olaschema.zarrbytes import teacher_document, values_document
+
+        name = record.fingerprint.teacher
+        if self.place.exists(f"{name}/zarr.json"):
+            present = self.teacher(name)
+            remedy = "Use the settings that the store was made with, or another --out."
+            present.fingerprint.require_equal(
+                record.fingerprint, mine="in the store", theirs="asked for", remedy=remedy
+            )
+            if present.precision != record.precision:
+                raise StoreError(
+                    f"{self.root}: {name} is stored as {present.precision}, {record.precision} was asked for",
+                    remedy,
+                )
+        document = values_document(record.fingerprint, record.precision, self.rows_per_shard, self.shard_count())
+        values = f"{name}/values/zarr.json"
+        if not self.place.exists(values) or self.place.read(values) != document:
+            self.place.publish(values, document)
+        if not self.place.exists(f"{name}/zarr.json"):
+            self.place.publish(f"{name}/zarr.json", teacher_document(record))
+
+    def receipt(self, teacher: str, shard: int) -> Receipt | None:
+        """Return a shard's receipt, None while it is not committed."""
+        name = receipt_file(teacher, shard)
+        if not self.place.exists(name):
+            return None
+        return _validated(Receipt, _json(self.place, name), self.place, name)
+
+    def committed(self, teacher: str) -> list[int]:
+        """Return the numbers of the committed shards of a teacher, ascending."""
+        return [int(n[:-5]) for n in self.place.names(f"receipts/{teacher}") if n.endswith(".json")]
+
+    def statistics(self, teacher: str) -> ChannelStatistics:
+        """Return channel statistics over all committed shards, merged in shard order."""
+        total = ChannelStatistics(self.teacher(teacher).fingerprint.channels)
+        for shard in self.committed(teacher):
+            receipt = self.receipt(teacher, shard)
+            if receipt is not None:
+                total.merge(ChannelStatistics.from_json(receipt.statistics, len(total.mean)))
+        return total
+
+    def commit_shard(
+        self,
+        record: TeacherRecord,
+        shard: int,
+        values: np.ndarray,
+        rows: list[RowReceipt],
+        statistics: ChannelStatistics,
+        execution: Execution,
+        *,
+        replace: bool = False,
+    ) -> Receipt:
+        """Publish the values `(rows_per_shard, *shape)` of one shard, then its receipt.
+
+        A shard that is committed already stays as it is, unless `replace`: its receipt is returned, so a writer
+        presumed dead changes nothing. Rows that are not `ok` must hold NaN.
+        """
+        from olaschema.zarrbytes import encode_shard
+
+        teacher = record.fingerprint.teacher
+        data = encode_shard(values, record.precision)
+        name = shard_file(teacher, shard, values.ndim)
+        receipt = Receipt(
+            teacher=teacher,
+            shard=shard,
+            fingerprint=record.fingerprint.digest(),
+            rows=tuple(rows),
+            files={name: FileReceipt(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())},
+            statistics=statistics.to_json(),
+            execution=execution,
+        )
+        with self.place.lock(f"{teacher}-{shard:05d}"):
+            present = self.receipt(teacher, shard)
+            if present is not None and not replace:
+                return present
+            if present is not None:  # never a receipt that promises bytes which are being replaced
+                self.place.path(receipt_file(teacher, shard)).unlink()
+            if not (self.place.exists(name) and self.place.read(name) == data):
+                self.place.publish(name, data)
+            self.place.publish(receipt_file(teacher, shard), canonical_json(receipt))
+        return receipt
+
+
+def _rows(table: pa.Table) -> Iterator[SampleRow]:
+    for row in table.to_pylist():
+        yield SampleRow.model_validate(row)
+
+
+def _json(place: LocalPlace, name: str) -> dict[str, Any]:
+    try:
+        document = json.loads(place.read(name))
+    except ValueError as error:
+        raise DamagedStoreError(f"{place.path(name)} is not valid JSON: {error}", "Restore it from a copy.") from error
+    if not isinstance(document, dict):
+        raise DamagedStoreError(f"{place.path(name)} does not hold a JSON object", "Restore it from a copy.")
+    return document
+
+
+def _validated(model: type[Model], data: dict[str, Any], place: LocalPlace, name: str) -> Model:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DamagedStoreError(
+            f"{place.path(name)}: {where}: {first['msg']}",
+            "Restore it from a copy, or extract that shard again.",
+        ) from error

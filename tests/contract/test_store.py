@@ -1,0 +1,227 @@
+"""The store through its own code and through plain zarr: both must tell the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_support import EXECUTION, fill_shard, images, make_store, record
+
+from olaschema.errors import DamagedStoreError, FingerprintError, StoreError
+from olaschema.layout import chunk_rows, shard_file
+from olaschema.manifest import ChannelStatistics, RowReceipt
+from olaschema.reader import FeatureReader
+from olaschema.store import FeatureStore
+
+
+def _files(root: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and p.relative_to(root).parts[0] != "_log"
+    }
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    grid=st.sampled_from([None, (1, 1), (3, 2), (24, 24)]),
+    channels=st.sampled_from([1, 5, 64, 129]),
+    rows=st.sampled_from([1, 3, 8]),
+    count=st.integers(1, 17),
+    precision=st.sampled_from(["float16", "float32"]),
+)
+def test_our_reader_and_plain_zarr_agree(
+    tmp_path_factory: pytest.TempPathFactory,
+    grid: tuple[int, int] | None,
+    channels: int,
+    rows: int,
+    count: int,
+    precision: str,
+) -> None:
+    root = tmp_path_factory.mktemp("store") / "s"
+    _, _, values = make_store(
+        root,
+        count=count,
+        rows_per_shard=rows,
+        precision=precision,
+        grid=grid,
+        channels=channels,  # type: ignore[arg-type]
+    )
+    through_zarr = zarr.open_group(root, mode="r")["depth/values"][:]
+    np.testing.assert_array_equal(through_zarr, values)
+    reader = FeatureReader(FeatureStore.open(root), "depth")
+    for row in range(count):
+        np.testing.assert_array_equal(reader.read(row), values[row])
+    assert np.isnan(through_zarr[count:]).all()
+
+
+def test_rows_without_a_feature_are_nan_to_zarr_and_refused_by_us(tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "s", rows_per_shard=4)
+    store.add_generation(images(6))
+    teacher = record()
+    store.put_teacher(teacher)
+    fill_shard(store, teacher, 0, np.ones((4, 3, 3, 5), np.float32), failed=(2,))
+    array = zarr.open_group(tmp_path / "s", mode="r")["depth/values"]
+    assert np.isnan(array[2]).all()  # failed
+    assert np.isnan(array[4:]).all()  # shard not written yet
+    reader = FeatureReader(store, "depth")
+    assert reader.status(2) == RowReceipt(status="failed", reason="truncated", detail="cut short")
+    assert reader.status(4) is None
+    for row in (2, 4):
+        with pytest.raises(StoreError, match=f"row {row} has no depth feature"):
+            reader.read(row)
+
+
+def test_growth_starts_at_a_shard_boundary_and_rewrites_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    store, teacher, _ = make_store(root, count=6)
+    before = _files(root)
+    store.add_generation(images(3, start=6))
+    store.put_teacher(teacher)
+    fill_shard(store, teacher, 2, np.ones((3, 3, 3, 5), np.float32))
+    after = _files(root)
+    assert {name for name in before if after[name] != before[name]} == {"depth/values/zarr.json"}  # its shape
+    assert [row.row for row in store.samples()] == [0, 1, 2, 3, 4, 5, 8, 9, 10]
+    assert [row.key for row in store.shard_samples(2)] == ["0006.jpg", "0007.jpg", "0008.jpg"]
+    assert [row.row for row in store.shard_samples(1)] == [4, 5]
+    assert zarr.open_group(root, mode="r")["depth/values"].shape == (12, 3, 3, 5)
+
+
+def test_plans_larger_than_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("olaschema.store._PART_ROWS", 10)
+    store = FeatureStore.create(tmp_path / "s", rows_per_shard=4)
+    store.add_generation(images(19))
+    assert len(store.generations()[0].parts) == 3  # 8 rows each
+    assert [r.key for r in store.samples()] == [f"{i:04d}.jpg" for i in range(19)]
+    assert [[r.row for r in store.shard_samples(s)] for s in range(5)] == [
+        [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18],
+    ]  # fmt: skip
+    with pytest.raises(StoreError, match="no shard 5"):
+        store.shard_samples(5)
+
+
+def test_the_same_plan_is_the_same_bytes_and_an_interrupted_longer_one_leaves_nothing(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        FeatureStore.create(tmp_path / name, rows_per_shard=4)
+    (tmp_path / "b/samples").mkdir()
+    (tmp_path / "b/samples/0000-00007.parquet").write_bytes(b"left by a run that was killed")
+    for name in ("a", "b"):
+        FeatureStore.open(tmp_path / name).add_generation(images(9))
+    assert _files(tmp_path / "a") == _files(tmp_path / "b")
+
+
+def test_an_empty_plan_adds_no_generation(tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "s")
+    assert store.add_generation([]) is None
+    assert store.shard_count() == 0
+
+
+def test_a_late_writer_changes_nothing(tmp_path: Path) -> None:
+    store, teacher, _ = make_store(tmp_path / "s")
+    before = _files(tmp_path / "s")
+    first = store.receipt("depth", 0)
+    late = np.zeros((4, 3, 3, 5), np.float16)
+    rows = [RowReceipt(status="ok", sha256="f" * 64, width=1, height=1)] * 4
+    returned = store.commit_shard(teacher, 0, late, rows, ChannelStatistics(5), EXECUTION)
+    assert returned == first
+    assert _files(tmp_path / "s") == before
+
+
+def test_values_without_a_receipt_are_adopted_or_replaced(tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    make_store(root)
+    before = _files(root)
+    path = root / shard_file("depth", 1, 4)
+    for damage in (b"", path.read_bytes()[:50] + b"?"):
+        (root / "receipts/depth/00001.json").unlink()
+        path.write_bytes(damage)
+        store = FeatureStore.open(root)
+        rng = np.random.default_rng(0)
+        rng.normal(size=(4, 3, 3, 5))
+        fill_shard(store, record(), 1, rng.normal(size=(2, 3, 3, 5)).astype(np.float32))
+        assert _files(root) == before
+
+
+def test_another_meaning_precision_or_shard_size_is_refused(tmp_path: Path) -> None:
+    store, _, _ = make_store(tmp_path / "s")
+    with pytest.raises(FingerprintError, match="weights"):
+        store.put_teacher(record(weights="other"))
+    with pytest.raises(StoreError, match="stored as float16, float32 was asked for"):
+        store.put_teacher(record("float32"))
+    with pytest.raises(StoreError, match="--shard-size 4"):
+        FeatureStore.open(tmp_path / "s").create(tmp_path / "s", rows_per_shard=8)
+
+
+def test_what_is_no_store_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no such feature store"):
+        FeatureStore.open(tmp_path / "nowhere")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(StoreError, match=r"zarr\.json is missing"):
+        FeatureStore.open(tmp_path / "other")
+    zarr.create_group(tmp_path / "plain")
+    with pytest.raises(StoreError, match="not a feature store of ours"):
+        FeatureStore.open(tmp_path / "plain")
+    (tmp_path / "other" / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(StoreError, match="not a feature store"):
+        FeatureStore.create(tmp_path / "other")
+    store, _, _ = make_store(tmp_path / "s")
+    with pytest.raises(StoreError, match="It holds: depth"):
+        store.teacher("seg")
+    document = json.loads((tmp_path / "s/zarr.json").read_text())
+    document["attributes"]["ola"]["format"] = 99
+    (tmp_path / "s/zarr.json").write_text(json.dumps(document))
+    with pytest.raises(StoreError, match="format version 99"):
+        FeatureStore.open(tmp_path / "s")
+
+
+def test_statistics_are_merged_over_shards(tmp_path: Path) -> None:
+    store, _, values = make_store(tmp_path / "s", precision="float32")
+    ok = values[:6].reshape(-1, 5).astype(np.float64)
+    stats = store.statistics("depth")
+    np.testing.assert_allclose(stats.mean, ok.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(stats.variance, ok.var(axis=0), rtol=1e-9)
+
+
+def test_every_flipped_bit_that_a_read_uses_is_found(tmp_path: Path) -> None:
+    store, _, _ = make_store(tmp_path / "s", channels=64, grid=(8, 8))
+    path = store.root / shard_file("depth", 0, 4)
+    original = path.read_bytes()
+    rng = np.random.default_rng(1)
+    for offset in rng.integers(0, len(original), 150):
+        damaged = bytearray(original)
+        damaged[offset] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedStoreError, match=r"depth/values/c/0"):
+            [FeatureReader(store, "depth").read(row) for row in range(4)]
+    for length in (0, 1, 100, len(original) - 1):
+        path.write_bytes(original[:length])
+        with pytest.raises(DamagedStoreError, match="bytes, its receipt promises"):
+            FeatureReader(store, "depth").read(0)
+    path.unlink()
+    with pytest.raises(DamagedStoreError, match="cannot be read"):
+        FeatureReader(store, "depth").read(0)
+
+
+def test_metadata_that_is_damaged_is_named(tmp_path: Path) -> None:
+    store, _, _ = make_store(tmp_path / "s")
+    receipt = store.root / "receipts/depth/00000.json"
+    for text in ("{", "[]", '{"teacher": "depth"}'):
+        receipt.write_text(text)
+        with pytest.raises(DamagedStoreError, match=r"00000\.json"):
+            store.receipt("depth", 0)
+    (store.root / "samples/0000-00000.parquet").write_bytes(b"PAR1 not really PAR1")
+    with pytest.raises(DamagedStoreError, match="0000-00000"):
+        list(store.samples())
+
+
+@given(st.integers(1, 1 << 22), st.integers(1, 600))
+def test_inner_chunks_divide_the_shard_and_stay_small(row_bytes: int, rows: int) -> None:
+    n = chunk_rows(row_bytes, rows)
+    assert rows % n == 0
+    assert n == 1 or n * row_bytes <= 1 << 20
