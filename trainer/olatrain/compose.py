@@ -1,0 +1,399 @@
+"""Compose a student: a language model, a vision tower, a fresh projector and the task tokens in one LLaVA folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_processing_backends import PilBackend
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from olaschema.errors import ConfigError, ViewError
+from olaschema.manifest import View
+from olatrain.tokens import TaskTokens
+
+IMAGE_TOKEN = "<image>"  # noqa: S105 - a token of the vocabulary
+PAD_TOKEN = "<pad>"  # noqa: S105
+LANGUAGE_MODELS = ("llama", "phi3")
+VISION_MODELS = ("clip", "clip_vision_model")
+VISION_LAYER = -2
+
+# Rewrites every message before the language model's own template sees it: content becomes a string that starts with
+# each of the turn's images, its task tokens right behind it. A plain string may hold `<image>` anywhere.
+_REWRITE = """\
+{%- set ola = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set turn = namespace(images=0, text='') -%}
+{%- if message['content'] is string -%}
+{%- if message['role'] == 'assistant' -%}
+{%- set turn.text = message['content'] -%}
+{%- else -%}
+{%- set turn.images = message['content'].count('@IMAGE@') -%}
+{%- set turn.text = message['content'].replace('@IMAGE@\\n', '').replace('\\n@IMAGE@', '').replace('@IMAGE@', '') -%}
+{%- endif -%}
+{%- elif message['content'] -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' -%}
+{%- set turn.text = turn.text + part['text'] -%}
+{%- elif part['type'] in ('image', 'image_url') -%}
+{%- set turn.images = turn.images + 1 -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set content = '@BLOCK@' * turn.images + ('\\n' if turn.images else '') + turn.text -%}
+{%- set ola.messages = ola.messages + [dict(message, content=content)] -%}
+{%- endfor -%}
+{%- set messages = ola.messages %}"""
+# For a language model without a template: the turns of LLaVA-1.5's prompts.
+_PLAIN = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{{- message['content'] + ' ' -}}
+{%- elif message['role'] == 'user' -%}
+{{- 'USER: ' + message['content'] + ' ' -}}
+{%- else -%}
+{{- 'ASSISTANT: ' -}}{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+
+
+def compose(
+    llm: Path,
+    vision: Path,
+    out: Path,
+    *,
+    teachers: Sequence[str] = ("gen", "depth", "seg"),
+    tokens_per_teacher: int = 8,
+    view: Literal["squash", "crop", "pad"] = "squash",
+    seed: int,
+) -> TaskTokens:
+    """Join a causal language model (Llama or Phi-3) and a CLIP vision tower into a LLaVA folder.
+
+    `out` becomes a `LlavaForConditionalGeneration` with its processor, chat template and `ola.json`. The projector is
+    a fresh two-layer GELU MLP on the patch tokens of the tower's last layer but one. `<image>` and the task tokens
+    become special tokens whose embedding and output rows start as the mean of the model's own. Equal inputs and
+    `seed` give equal bytes. The language model's own chat template is kept and fed rewritten turns (`adapted`);
+    without one, a plain `USER: … ASSISTANT: …` is written (`plain`).
+
+    Raises ConfigError where a folder is missing or of another model, the tokenizer is missing, `out` is not empty,
+    or a task token's name is taken.
+    """
+    _check_request(teachers, tokens_per_teacher, out)
+    _config(llm, LANGUAGE_MODELS, "language model", "--llm")
+    _config(vision, VISION_MODELS, "CLIP vision tower", "--vision")
+    tokenizer = _tokenizer(llm)
+    own_template = _own_template(tokenizer, llm)
+    language = _weights(AutoModelForCausalLM, llm, "--llm", "auto")
+    tower = _weights(CLIPVisionModel, vision, "--vision", language.dtype)
+    size, patch = _square(tower.config, vision)
+    names = {t: [f"<ola_{t}_{n}>" for n in range(tokens_per_teacher)] for t in teachers}
+    tokens, pad_id = _add_tokens(tokenizer, names, (size // patch) ** 2, "adapted" if own_template else "plain")
+    _grow(language, tokens.never_predicted)
+    model = _join(language, tower, tokens, (size // patch) ** 2, pad_id, seed)
+    template = _template(own_template or _PLAIN, "".join(name for t in teachers for name in names[t]))
+    tokenizer.chat_template = template
+    processor = LlavaProcessor(  # type: ignore[no-untyped-call]
+        image_processor=_image_processor(vision, size, view),
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE_TOKEN,
+        chat_template=template,
+    )
+    _save(out, model, processor, tokens)
+    return tokens
+
+
+def load_processor(folder: Path) -> Any:
+    """Load a student's processor with its image side computed on PIL images, whatever else is installed.
+
+    Raises ConfigError where the folder has no processor or the image processor has no PIL version.
+    """
+    with _loading(folder, "the student's folder"):
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
+        # a saved processor does not say its backend: transformers would take torchvision's where that is installed
+        image = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            folder, local_files_only=True, backend="pil"
+        )
+    if not isinstance(image, PilBackend):
+        raise ConfigError(
+            f"{folder}: the image processor is a {type(image).__name__}, which does not compute on PIL images",
+            "Choose a student whose image processor has a PIL version in transformers.",
+        )
+    processor.image_processor = image
+    return processor
+
+
+def student_view(processor: Any) -> View:
+    """Say which part of an image a student's processor shows it.
+
+    Raises ViewError naming what was found where the geometry is none of squash, crop and pad.
+    """
+    image = getattr(processor, "image_processor", processor)
+    name = type(image).__name__
+    size, crop = dict(image.size or {}), dict(image.crop_size or {})
+    size = {k: v for k, v in size.items() if v is not None}
+    crop = {k: v for k, v in crop.items() if v is not None}
+    resize, center_crop = bool(image.do_resize), bool(image.do_center_crop)
+    pad = bool(getattr(image, "do_pad", False))
+    family = name.removesuffix("Pil").removesuffix("Fast")
+    if family in ("CLIPImageProcessor", "LlavaImageProcessor") and resize:
+        edge = size.get("shortest_edge")
+        square = size.get("height") is not None and size.get("height") == size.get("width")
+        target = size["height"] if square else edge
+        crop_square = crop.get("height") is not None and crop.get("height") == crop.get("width")
+        whole = not center_crop or (crop_square and crop["height"] == target)
+        if pad and family == "LlavaImageProcessor" and target is not None and whole:
+            return View(kind="pad")
+        if not pad and square and whole:
+            return View(kind="squash")
+        if not pad and edge is not None and center_crop and crop_square and crop["height"] <= edge:
+            return View(kind="crop", fraction=crop["height"] / edge)
+    raise ViewError(
+        f"the student's view of an image is not known: {name} with do_resize={resize}, size={size}, "
+        f"do_center_crop={center_crop}, crop_size={crop}, do_pad={pad}",
+        "Use a CLIP or LLaVA image processor that squashes, centre-crops or pads to a square.",
+    )
+
+
+def _check_request(teachers: Sequence[str], tokens_per_teacher: int, out: Path) -> None:
+    wrong = [t for t in teachers if not t.replace("_", "").replace("-", "").isalnum()]
+    if wrong or len(set(teachers)) != len(teachers) or not teachers:
+        raise ConfigError(
+            f"teachers {list(teachers)!r}: names must be different, made of letters, digits, - and _",
+            "Correct --teacher.",
+        )
+    if tokens_per_teacher < 0:
+        raise ConfigError(f"{tokens_per_teacher} task tokens per teacher", "Give 0 or more.")
+    try:
+        empty = not out.exists() or not any(out.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be used: {error.strerror}", "Choose another folder (--out).") from error
+    if not empty:
+        raise ConfigError(f"{out} exists and is not empty", "Choose another folder (--out), or empty this one.")
+
+
+def _config(folder: Path, wanted: Sequence[str], what: str, flag: str) -> Any:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is no model folder: it has no config.json", f"Give the {what}'s folder ({flag}).")
+    with _loading(folder, flag):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.model_type not in wanted:
+        raise ConfigError(
+            f"{folder} holds a model of type {config.model_type}", f"The {what} ({flag}) must be {' or '.join(wanted)}."
+        )
+    return config
+
+
+def _weights(model_class: Any, folder: Path, flag: str, dtype: Any) -> Any:
+    with _loading(folder, flag):
+        model, report = model_class.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random weights in their place
+        raise ConfigError(
+            f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}",
+            f"Check the folder given ({flag}): is the checkpoint complete?",
+        )
+    return model
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    names = ("tokenizer.json", "tokenizer.model")
+    if not any((folder / name).is_file() for name in names):
+        raise ConfigError(
+            f"{folder} has no tokenizer ({' or '.join(names)})", "Copy the language model's tokenizer files there."
+        )
+    with _loading(folder, "--llm"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(f"{folder}: the tokenizer cannot be loaded", "Copy the tokenizer files again.")
+    return tokenizer
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
+    template: str | dict[str, str] | None = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise ConfigError(
+                f"{folder}: the tokenizer has chat templates named {', '.join(template)} and none named default",
+                "Keep one of them as the tokenizer's chat_template.",
+            )
+        return template["default"]
+    return template
+
+
+def _add_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    names: dict[str, list[str]],
+    image_length: int,
+    chat_template: Literal["adapted", "plain"],
+) -> tuple[TaskTokens, int]:
+    flat = [name for group in names.values() for name in group]
+    taken = [name for name in flat if name in tokenizer.get_vocab()]
+    if taken:
+        raise ConfigError(
+            f"the tokenizer already has {taken[0]}", "Compose from the original language model, not from a student."
+        )
+    has_pad = tokenizer.pad_token is not None
+    new = [IMAGE_TOKEN, *flat, *([] if has_pad else [PAD_TOKEN])]
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in new], special_tokens=True)
+    if not has_pad:
+        tokenizer.pad_token = PAD_TOKEN
+    vocabulary = tokenizer.get_vocab()
+    record = TaskTokens(
+        teachers=tuple(names),
+        tokens_per_teacher=len(flat) // len(names),
+        ids={t: tuple(vocabulary[name] for name in group) for t, group in names.items()},
+        image_id=vocabulary[IMAGE_TOKEN],
+        image_length=image_length,
+        never_predicted=tuple(sorted(vocabulary[name] for name in new)),
+        chat_template=chat_template,
+    )
+    return record, vocabulary[str(tokenizer.pad_token)]
+
+
+@torch.no_grad()
+def _grow(language: Any, new: Sequence[int]) -> None:
+    """Make room for the ids `new`; their embedding and output rows start as the mean of the model's own rows."""
+    own = language.get_input_embeddings().weight.shape[0]
+    total = max(own, max(new) + 1)
+    if total > own:
+        language.resize_token_embeddings(total, mean_resizing=False)
+    rows = sorted({*new, *range(own, total)})
+    # tied embeddings are one tensor: the second pass then writes nearly the same mean again
+    for module in (language.get_input_embeddings(), language.get_output_embeddings()):
+        weight = module.weight
+        weight[rows] = weight[:own].float().mean(dim=0).to(weight.dtype)
+
+
+def _join(
+    language: Any, tower: Any, tokens: TaskTokens, image_length: int, pad_id: int, seed: int
+) -> LlavaForConditionalGeneration:
+    language.config.pad_token_id = pad_id
+    for part in (language.config, tower.config):
+        part._name_or_path = ""  # the folder it was loaded from, which is nobody's business
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language.config,
+        image_token_index=tokens.image_id,
+        image_seq_length=image_length,
+        projector_hidden_act="gelu",
+        vision_feature_layer=VISION_LAYER,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=bool(language.config.tie_word_embeddings),
+    )
+    config.pad_token_id = pad_id
+    # without memory of its own: everything but the projector comes from the two models
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.language_model = language.model
+    model.model.vision_tower = tower
+    model.lm_head = language.lm_head
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(language.dtype)
+    _init_linear(projector, torch.Generator().manual_seed(seed))
+    generation = language.generation_config
+    generation.pad_token_id = pad_id
+    generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *tokens.never_predicted})
+    model.generation_config = generation
+    model.train(False)
+    return model
+
+
+@torch.no_grad()
+def _init_linear(module: nn.Module, generator: torch.Generator) -> None:
+    """Uniform in ±1/√(inputs), torch's own initialisation of a linear layer."""
+    for layer in module.children():
+        if isinstance(layer, nn.Linear):
+            bound = layer.in_features**-0.5
+            for parameter in layer.parameters():
+                drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                parameter.copy_(drawn)
+
+
+def _square(config: Any, folder: Path) -> tuple[int, int]:
+    """Side of the tower's input and of a patch, in pixels."""
+    size, patch = config.image_size, config.patch_size
+    if not isinstance(size, int) or not isinstance(patch, int):
+        raise ConfigError(
+            f"{folder}: image size {size} and patch size {patch} are not squares", "Choose another tower."
+        )
+    return size, patch
+
+
+def _image_processor(vision: Path, size: int, view: str) -> PilBackend:
+    """CLIP's preprocessing with the tower's mean, standard deviation and filter where its folder names them."""
+    kept: dict[str, Any] = {}
+    path = vision / "preprocessor_config.json"
+    if path.is_file():
+        with _loading(vision, "--vision"):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            kept = {k: found[k] for k in ("image_mean", "image_std", "resample", "rescale_factor") if k in found}
+    square = {"height": size, "width": size}
+    if view == "crop":
+        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square, do_center_crop=True, **kept)
+    if view == "squash":
+        return CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False, **kept)
+    if view == "pad":
+        return LlavaImageProcessorPil(size=square, crop_size=square, do_center_crop=False, do_pad=True, **kept)
+    raise ConfigError(f"view {view!r} is unknown", "Choose squash, crop or pad.")
+
+
+def _template(own: str, task_tokens: str) -> str:
+    rewrite = _REWRITE.replace("@BLOCK@", IMAGE_TOKEN + task_tokens).replace("@IMAGE@", IMAGE_TOKEN)
+    return rewrite + own
+
+
+def _save(out: Path, model: LlavaForConditionalGeneration, processor: LlavaProcessor, tokens: TaskTokens) -> None:
+    """Write everything beside `out`, then put it there in one move: a folder that exists is whole."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            made = Path(scratch) / "student"
+            model.save_pretrained(made)
+            processor.save_pretrained(made)
+            tokens.save(made)
+            if out.exists():
+                out.rmdir()
+            shutil.move(made, out)
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written: {error.strerror or error}", "Choose another folder (--out)."
+        ) from error
+
+
+@contextmanager
+def _loading(folder: Path, flag: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{folder} cannot be loaded: {first}", f"Check the folder given ({flag}).") from error

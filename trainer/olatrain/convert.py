@@ -1,0 +1,298 @@
+"""Import of checkpoints in the published OLA-VLM layout: the same weights under our names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Phi3Config,
+)
+
+from olaschema.errors import ConfigError
+from olatrain.losses import LossConfig
+from olatrain.predictors import PredictorBank, PredictorConfig
+from olatrain.student import Student
+from olatrain.tokens import TaskTokens
+
+# Public section and layer keys of each teacher; the public code calls the layers of `gen` "img".
+_SECTIONS = {"depth": ("image_depth", "depth"), "seg": ("image_seg", "seg"), "gen": ("image_gen", "img")}
+# Parts of frozen teachers that a published checkpoint may carry along; training needs none of them.
+_TEACHER_PARTS = ("da_v2_head.", "dav2_backbone.", "oneformer.", "pipe.")
+_LANGUAGE_CONFIGS = {"ola_llama": LlamaConfig, "ola_phi3": Phi3Config}
+_NEEDED = ("model_type", "vocab_size", "hidden_size", "num_task_tokens", "aux_mode", "mm_projector_type")
+_NEEDED_OF_A_TEACHER = ("output_dim", "num_tokens", "num_heads", "dim_head", "ff_mult", "depth")
+_OLD_VISION = "model.vision_tower.vision_tower.vision_model."
+
+
+@dataclass(frozen=True)
+class ImportedOla:
+    """A published checkpoint as our student and predictors, and the weights its losses were trained with."""
+
+    student: Student
+    bank: PredictorBank
+    tokens: TaskTokens
+    losses: LossConfig
+    pad_id: int
+    """A token whose embedding is 0, which is what the public code pads with."""
+
+
+def import_ola(
+    folder: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    vision: Path | None = None,
+    compat: Literal["ola"] | None = None,
+) -> ImportedOla:
+    """Read a checkpoint in the published layout: `config.json`, safetensors, and the folder of its CLIP tower.
+
+    `config` stands in for `config.json`; `vision` for the tower's folder, by default the one named by the config's
+    `mm_vision_tower` inside `folder`. The model keeps the dtype of its weights; latents and predictors are float32, as
+    in training. The vocabulary grows by the image
+    placeholder, a padding token and the task tokens, whose rows are 0.
+
+    Raises ConfigError naming the file, setting or tensor that is missing or that this version cannot represent.
+    """
+    settings = dict(config) if config is not None else _read_json(folder / "config.json")
+    _require(settings, _NEEDED, "the config")
+    tower = vision if vision is not None else folder / str(settings.get("mm_vision_tower", "clip"))
+    weights = _read_weights(folder)
+    tokens, pad_id = _new_tokens(settings)
+    model = _build_model(settings, tower, tokens, pad_id, _dtype(weights, folder))
+    configs = _predictor_configs(settings, tokens)
+    hidden = int(settings["hidden_size"])
+    student = Student(
+        model,
+        tokens,
+        latents={t: c.latents(tokens.tokens_per_teacher) for t, c in configs.items() if tokens.tokens_per_teacher},
+        taps=[layer for c in configs.values() for layer in c.layers],
+        seed=0,
+    )
+    context: Literal["all", "prompt"] = "all" if settings.get("pass_text_to_aux", True) else "prompt"
+    bank = PredictorBank(configs, tokens, hidden_size=hidden, seed=0, context=context, compat=compat)
+    _load(student, bank, weights, folder, _tower_weights(tower, weights))
+    losses = LossConfig(
+        contrastive=settings.get("contrastive_loss_weight", 0.3) if settings.get("use_contrastive", True) else 0.0,
+        teachers={t: float(settings[_SECTIONS[t][0]][f"{_SECTIONS[t][1]}_loss_weight"]) for t in configs},
+    )
+    return ImportedOla(student, bank, tokens, losses, pad_id)
+
+
+def published_name(ours: str, configs: Mapping[str, PredictorConfig]) -> str | None:
+    """Name in the published layout of one of our tensors (`student.…` or `bank.…`); None for the vision tower."""
+    for prefix, published in (
+        ("student.model.model.language_model.", "model."),
+        ("student.model.lm_head.", "lm_head."),
+        ("student.model.model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("student.model.model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ):
+        if ours.startswith(prefix):
+            return published + ours.removeprefix(prefix)
+    parts = ours.split(".")
+    if ours.startswith("student.latents."):
+        return f"model.special_{parts[2]}_tokens"
+    if ours.startswith("bank.logit_scales."):
+        return f"{parts[2]}_logit_scale"
+    if ours.startswith("bank.heads."):
+        teacher, layer = parts[2], int(parts[3])
+        return ".".join((f"image_{teacher}_heads", str(configs[teacher].layers.index(layer)), *parts[4:]))
+    return None
+
+
+def _load(
+    student: Student, bank: PredictorBank, weights: dict[str, Tensor], folder: Path, tower: dict[str, Tensor]
+) -> None:
+    named = {f"student.{n}": p for n, p in student.named_parameters()}
+    named |= {f"bank.{n}": p for n, p in bank.named_parameters()}
+    used = set()
+    for ours, parameter in named.items():
+        theirs = published_name(ours, bank.configs)
+        if theirs is None:
+            theirs = ours.removeprefix("student.model.model.vision_tower.")
+            source = tower.get(theirs)
+        else:
+            source = weights.get(theirs)
+            used.add(theirs)
+        if source is None and ours.startswith("bank.logit_scales."):
+            continue  # trained without the contrastive term
+        if source is None:
+            raise ConfigError(f"{folder}: the checkpoint has no tensor {theirs}", "Is the checkpoint complete?")
+        if ours.startswith("student.model."):
+            parameter.data = parameter.data.to(source.dtype)
+        _copy(parameter, source, theirs, grows=ours.endswith(("embed_tokens.weight", "lm_head.weight")))
+    left = [n for n in weights if n not in used and not _known(n)]
+    if left:
+        raise ConfigError(
+            f"{folder}: {len(left)} tensors have no place in our student, the first is {left[0]}",
+            "Does config.json belong to this checkpoint?",
+        )
+
+
+def _known(name: str) -> bool:
+    return name.startswith((*_TEACHER_PARTS, "model.vision_tower.")) or name.endswith("rotary_emb.inv_freq")
+
+
+@torch.no_grad()
+def _copy(parameter: torch.nn.Parameter, source: Tensor, name: str, *, grows: bool) -> None:
+    rows = source.shape[0] if grows else None
+    target = parameter.data[:rows] if grows else parameter.data
+    if target.shape != source.shape:
+        raise ConfigError(
+            f"{name} has shape {tuple(source.shape)}, the config asks for {tuple(target.shape)}",
+            "Does config.json belong to this checkpoint?",
+        )
+    if grows:
+        parameter.data.zero_()
+    target.copy_(source)
+
+
+def _new_tokens(settings: Mapping[str, Any]) -> tuple[TaskTokens, int]:
+    teachers = tuple(str(settings["aux_mode"]).split("-"))
+    unknown = [t for t in teachers if t not in _SECTIONS]
+    if unknown:
+        raise ConfigError(f"aux_mode names {', '.join(unknown)}", f"Known teachers are {', '.join(_SECTIONS)}.")
+    size = int(settings["num_task_tokens"])
+    first = int(settings["vocab_size"])
+    image_id, pad_id, next_id = first, first + 1, first + 2
+    ids = {t: tuple(range(next_id + n * size, next_id + (n + 1) * size)) for n, t in enumerate(teachers)}
+    hidden = (image_id, pad_id, *(i for t in teachers for i in ids[t]))
+    tokens = TaskTokens(teachers=teachers, tokens_per_teacher=size, ids=ids, image_id=image_id, never_predicted=hidden)
+    return tokens, pad_id
+
+
+def _predictor_configs(settings: Mapping[str, Any], tokens: TaskTokens) -> dict[str, PredictorConfig]:
+    configs = {}
+    for teacher in tokens.teachers:
+        section, prefix = _SECTIONS[teacher]
+        public = settings.get(section)
+        if not isinstance(public, Mapping):
+            raise ConfigError(f"the config has no section {section} for {teacher}", "Is it an OLA-VLM config?")
+        _require(public, (*_NEEDED_OF_A_TEACHER, f"{prefix}_layer_indices", f"{prefix}_loss_weight"), section)
+        channels, count = int(public["output_dim"]), int(public["num_tokens"])
+        side = round(count**0.5)
+        if teacher != "gen" and side * side != count:
+            raise ConfigError(f"{section}: {count} tokens are not a square map", "Only square maps are published.")
+        if teacher == "gen" and count != 1:
+            raise ConfigError(f"{section}: {count} vectors per image", "Only one vector per image is supported.")
+        depth = teacher == "depth"
+        configs[teacher] = PredictorConfig(
+            shape=(channels,) if teacher == "gen" else (side, side, channels),
+            layers=tuple(int(n) for n in str(public[f"{prefix}_layer_indices"]).split("-")),
+            width=int(settings["hidden_size"]) if depth and tokens.tokens_per_teacher else channels,
+            intermediate=depth and bool(public.get("use_intermediate_depth", True)),
+            heads=int(public["num_heads"]),
+            head_width=int(public["dim_head"]),
+            ff_mult=int(public["ff_mult"]),
+            blocks=int(public["depth"]),
+        )
+    return configs
+
+
+def _require(settings: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    missing = [name for name in names if name not in settings]
+    if missing:
+        raise ConfigError(f"{where} has no {', '.join(missing)}", "Give the config.json of an OLA-VLM checkpoint.")
+
+
+def _build_model(
+    settings: dict[str, Any], tower: Path, tokens: TaskTokens, pad_id: int, dtype: torch.dtype
+) -> LlavaForConditionalGeneration:
+    family = str(settings.get("model_type"))
+    if family not in _LANGUAGE_CONFIGS:
+        raise ConfigError(
+            f"model_type {family} is no OLA-VLM student", f"Supported are {' and '.join(_LANGUAGE_CONFIGS)}."
+        )
+    if settings.get("mm_projector_type") != "mlp2x_gelu":
+        raise ConfigError(f"projector {settings.get('mm_projector_type')}", "Only mlp2x_gelu is published.")
+    language_class = _LANGUAGE_CONFIGS[family]
+    known = set(language_class().to_dict()) | {"rope_theta", "rope_scaling"}
+    dropped = {
+        "model_type",
+        "architectures",
+        "transformers_version",
+        "vocab_size",
+        "torch_dtype",
+        "dtype",
+        "pad_token_id",
+    }
+    language = {k: v for k, v in settings.items() if k in known - dropped and v is not None}
+    total = max((pad_id, *tokens.flat)) + 1
+    feature = settings.get("mm_vision_select_feature", "patch")
+    vision = _read_json(tower / "config.json")
+    vision = dict(vision.get("vision_config", vision))
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**{k: v for k, v in vision.items() if k in CLIPVisionConfig().to_dict()}),
+        text_config=language_class(**language, vocab_size=total, pad_token_id=pad_id),
+        image_token_index=tokens.image_id,
+        vision_feature_layer=int(settings.get("mm_vision_select_layer", -2)),
+        vision_feature_select_strategy="default" if feature == "patch" else "full",
+        image_seq_length=(int(vision["image_size"]) // int(vision["patch_size"])) ** 2,
+        projector_hidden_act="gelu",
+    )
+    model: LlavaForConditionalGeneration = AutoModelForImageTextToText.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=dtype
+    )
+    return model
+
+
+def _dtype(weights: Mapping[str, Tensor], folder: Path) -> torch.dtype:
+    embeddings = weights.get("model.embed_tokens.weight")
+    if embeddings is None:
+        raise ConfigError(f"{folder}: the checkpoint has no tensor model.embed_tokens.weight", "Is it complete?")
+    return embeddings.dtype
+
+
+def _tower_weights(tower: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tower's tensors, from the checkpoint where it carries them, else from the tower's folder."""
+    inside = {n.removeprefix(_OLD_VISION): t for n, t in weights.items() if n.startswith(_OLD_VISION)}
+    if inside:
+        return inside
+    return {n.removeprefix("vision_model."): t for n, t in _read_weights(tower).items()}
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        if Path(name).name != name:
+            raise ConfigError(
+                f"{index} names {name}, a file outside the folder", "Is the checkpoint what it claims to be?"
+            )
+        with _readable(folder / name):
+            weights |= load_file(folder / name)
+    return weights
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with _readable(path):
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} holds no JSON object", "Is it the checkpoint's config?")
+    return loaded
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}",
+            "Give the folder of an OLA-VLM checkpoint in safetensors, and that of its CLIP tower.",
+        ) from error

@@ -1,0 +1,198 @@
+"""The student: any transformers image-text-to-text model, with task tokens written in and hidden states tapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from olaschema.errors import ConfigError
+from olatrain.tokens import TaskTokens
+
+_PROJECTORS = ("multi_modal_projector", "connector", "merger")
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """What one forward pass of the student gives."""
+
+    logits: Tensor
+    """(B, L, V), or (B, P, V) where P positions were asked for."""
+    taps: dict[int, Tensor]
+    """1-based layer → its output (B, L, D); for the last layer after the final norm."""
+
+
+@dataclass
+class _Call:
+    owner: Student
+    gradients: bool
+    taps: dict[int, Tensor] = field(default_factory=dict)
+
+
+# The forward pass in progress on this thread. Hooks write nowhere else, so nothing outlives a call and a call inside
+# a call has its own.
+_CALL: ContextVar[_Call | None] = ContextVar("student_call", default=None)
+
+
+class Student(nn.Module):
+    """Wraps a model so that its task tokens are learned and its layers can be supervised.
+
+    At each task token's id the embedding layer gives the mean of a group of the teacher's latents: a teacher with
+    N latents and K tokens has K consecutive groups of N/K. Latents are float32 parameters (N, D), from a standard
+    normal. Hooks stay on the model, so `student.model.generate` sees the task tokens too; taps are kept only in the
+    output of `forward`.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokens: TaskTokens, *, latents: Mapping[str, int], taps: Iterable[int], seed: int
+    ) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.model = model
+        embeddings = _embeddings(model)
+        self.hidden_size = int(embeddings.weight.shape[1])
+        self.layers, self.norm = _decoder(model, embeddings)
+        self.taps = _checked_taps(taps, len(self.layers))
+        self.latents = _make_latents(tokens, latents, self.hidden_size, seed)
+        if tokens.flat and max(tokens.flat) >= embeddings.weight.shape[0]:
+            raise ConfigError(
+                f"task token id {max(tokens.flat)} is outside the model's {embeddings.weight.shape[0]} embedding rows",
+                "The folder's ola.json belongs to another model: make the folder again with `olatrain compose`.",
+            )
+        slots = torch.full((embeddings.weight.shape[0],), -1, dtype=torch.int64)
+        slots[list(tokens.flat)] = torch.arange(len(tokens.flat))
+        self.register_buffer("_slots", slots, persistent=False)
+        if tokens.flat:
+            embeddings.register_forward_hook(self._write_means)
+        for layer in self.taps:
+            last = layer == len(self.layers)
+            module = self.norm if last else self.layers[layer - 1]
+            module.register_forward_hook(self._recorder(layer))
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The model's input embeddings."""
+        return _embeddings(self.model)
+
+    @property
+    def projector(self) -> nn.Module:
+        """The module between vision tower and language model; raises ConfigError for an unknown layout."""
+        for name, module in self.model.named_modules():
+            if name.rpartition(".")[2] in _PROJECTORS and isinstance(module, nn.Module):
+                return module
+        raise ConfigError(
+            f"{type(self.model).__name__} has no module named {', '.join(_PROJECTORS)}",
+            "Choose a LLaVA, LLaVA-NeXT, Idefics3 or Qwen-VL student.",
+        )
+
+    def task_embeddings(self) -> Tensor:
+        """Means of the latents' groups, (T·K, D) float32, in the order of `tokens.flat`."""
+        size = self.tokens.tokens_per_teacher
+        means = [self.latents[t].unflatten(0, (size, -1)).mean(dim=1) for t in self.tokens.teachers]
+        return torch.cat(means)
+
+    @torch.no_grad()
+    def store_task_embeddings(self) -> None:
+        """Write the means into the embedding rows of the task tokens, so that the bare model computes the same."""
+        if self.tokens.flat:
+            weight = self.embeddings.weight
+            weight[list(self.tokens.flat)] = self.task_embeddings().to(weight)
+
+    def forward(self, inputs: Mapping[str, Any], *, keep: Tensor | None = None) -> StudentOutput:
+        """Run the model on `inputs`, its own keyword arguments (`input_ids` (B, L), `pixel_values` …).
+
+        `keep` (P,) int64 names the sequence positions whose logits are wanted; the others are never computed.
+        Raises ConfigError where a tapped layer did not run, or ran where its gradient is out of reach.
+        """
+        call = _Call(self, torch.is_grad_enabled())
+        token = _CALL.set(call)
+        try:
+            extra = {} if keep is None else {"logits_to_keep": keep}
+            output = self.model(**inputs, **extra, use_cache=False, return_dict=True)
+        finally:
+            _CALL.reset(token)
+        missing = [layer for layer in self.taps if layer not in call.taps]
+        if missing:
+            raise ConfigError(
+                f"layers {missing} of {type(self.model).__name__} did not run", "Tap layers that the model uses."
+            )
+        return StudentOutput(output.logits, call.taps)
+
+    def _write_means(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        ids: Tensor = args[0]
+        slots = self._slots[ids]  # type: ignore[index]
+        means = self.task_embeddings().to(output)
+        return torch.where((slots >= 0).unsqueeze(-1), means[slots.clamp(min=0)], output)
+
+    def _recorder(self, layer: int) -> Any:
+        def record(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            call = _CALL.get()
+            if call is None or call.owner is not self:
+                return  # generation, or the second pass of gradient checkpointing
+            if call.gradients and not torch.is_grad_enabled():
+                raise ConfigError(
+                    "reentrant gradient checkpointing hides the tapped states from the gradient",
+                    'Enable it with {"use_reentrant": False}.',
+                )
+            call.taps[layer] = output[0] if isinstance(output, tuple) else output
+
+        return record
+
+
+def _embeddings(model: nn.Module) -> nn.Embedding:
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(embeddings, nn.Embedding):
+        raise ConfigError(
+            f"the input embeddings of {type(model).__name__} are a {type(embeddings).__name__}",
+            "Choose a model whose input embeddings are a torch.nn.Embedding.",
+        )
+    return embeddings
+
+
+def _decoder(model: nn.Module, embeddings: nn.Embedding) -> tuple[nn.ModuleList, nn.Module]:
+    """The decoder blocks and the final norm: of the module that owns the input embeddings."""
+    for module in model.modules():
+        owns = any(child is embeddings for child in module.children())
+        layers, norm = getattr(module, "layers", None), getattr(module, "norm", None)
+        if owns and isinstance(layers, nn.ModuleList) and isinstance(norm, nn.Module):
+            return layers, norm
+    raise ConfigError(
+        f"the decoder layers of {type(model).__name__} were not found",
+        "The language model must hold its input embeddings, `layers` and `norm` side by side, as Llama, Phi-3, Mistral "
+        "and Qwen do.",
+    )
+
+
+def _checked_taps(taps: Iterable[int], layers: int) -> tuple[int, ...]:
+    wanted = tuple(sorted(set(taps)))
+    wrong = [layer for layer in wanted if not 1 <= layer <= layers]
+    if wrong:
+        raise ConfigError(
+            f"the student has {layers} decoder layers; {wrong} cannot be tapped",
+            f"Layers are counted from 1: choose from 1 to {layers}.",
+        )
+    return wanted
+
+
+def _make_latents(tokens: TaskTokens, latents: Mapping[str, int], hidden: int, seed: int) -> nn.ParameterDict:
+    expected = set(tokens.teachers) if tokens.tokens_per_teacher else set()
+    if set(latents) != expected:
+        raise ConfigError(
+            f"latents are given for {sorted(latents)}; the student's task tokens are of {sorted(expected)}",
+            "Supervise the teachers that the student was composed with, or compose it again.",
+        )
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for teacher in sorted(expected):
+        count = latents[teacher]
+        if count <= 0 or count % tokens.tokens_per_teacher:
+            raise ConfigError(
+                f"{teacher}: {count} latents cannot be split into {tokens.tokens_per_teacher} equal groups",
+                f"Compose the student with a number of task tokens that divides {count}.",
+            )
+        made[teacher] = nn.Parameter(torch.randn(count, hidden, generator=generator))
+    return nn.ParameterDict(made)

@@ -1,0 +1,235 @@
+"""Task tokens: which ids of the vocabulary they are, and where a batch holds them.
+
+Positions come from the ids alone, so any prompt layout and several images per sample work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
+
+from olaschema.errors import ConfigError
+from olaschema.manifest import Frozen, canonical_json
+
+RECORD_NAME = "ola.json"
+
+Context = Literal["image", "prompt", "all"]
+
+
+class TaskTokens(Frozen):
+    """The record `ola.json` of a student's folder: its task tokens and the other ids that the method needs."""
+
+    format: Literal[1] = 1
+    teachers: tuple[str, ...]
+    """In the order of their tokens in the prompt."""
+    tokens_per_teacher: int = Field(ge=0)
+    ids: dict[str, tuple[int, ...]]
+    """For each teacher its ids, in the order of their place in the prompt."""
+    image_id: int
+    """The placeholder that stands where image features go."""
+    image_length: int | None = None
+    """Placeholders of one image, where every image has the same number."""
+    never_predicted: tuple[int, ...]
+    """Ids that are no answer: left out of the softmax of the next-token loss and suppressed in generation."""
+    chat_template: Literal["adapted", "plain"] | None = None
+    """Whether the prompt's chat template is the language model's own, adapted, or a plain one written for it."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskTokens:
+        if tuple(self.ids) != self.teachers and set(self.ids) != set(self.teachers):
+            raise ValueError(f"ids name {sorted(self.ids)}, teachers name {sorted(self.teachers)}")
+        if len(set(self.teachers)) != len(self.teachers):
+            raise ValueError(f"a teacher is named twice: {', '.join(self.teachers)}")
+        for teacher, ids in self.ids.items():
+            if len(ids) != self.tokens_per_teacher:
+                raise ValueError(f"{teacher} has {len(ids)} ids, tokens_per_teacher is {self.tokens_per_teacher}")
+        flat = (*self.flat, self.image_id)
+        if len(set(flat)) != len(flat):
+            raise ValueError("an id stands for two tokens")
+        return self
+
+    @property
+    def flat(self) -> tuple[int, ...]:
+        """Ids of all task tokens, teachers in order."""
+        return tuple(i for teacher in self.teachers for i in self.ids[teacher])
+
+    @classmethod
+    def load(cls, folder: Path) -> TaskTokens:
+        """Read `ola.json`; raises ConfigError where it is missing or not such a record."""
+        path = folder / RECORD_NAME
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be read: {error.strerror}", "Make the student's folder with `olatrain compose`."
+            ) from error
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "the record"
+            raise ConfigError(
+                f"{path}: {where}: {problem['msg']}", "Make the student's folder again with `olatrain compose`."
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write `ola.json`, equal bytes for equal records."""
+        (folder / RECORD_NAME).write_bytes(canonical_json(self))
+
+
+@dataclass(frozen=True)
+class Items:
+    """Where the images of a batch are: I items, one per image, in order of sample and of appearance.
+
+    L is the batch's sequence length, T the number of teachers, K the number of task tokens of each.
+    """
+
+    sample: Tensor
+    """(I,) int64: row of the batch that holds the image."""
+    image: Tensor
+    """(I, L) bool: the image's tokens, with what stands between its tiles."""
+    before: Tensor
+    """(I, L) bool: text before the image."""
+    after: Tensor
+    """(I, L) bool: text after the image, the answer included."""
+    task: Tensor
+    """(I, T, K) int64: positions of the image's task tokens, teachers in the record's order."""
+    padding: Tensor
+    """(B, L) bool: positions that hold no token."""
+
+    def __len__(self) -> int:
+        return self.sample.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Items:
+        """Return the same items on another device."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
+        return Items(**moved)
+
+    def context(self, teacher: int, mode: Context, *, padding: bool = False) -> Tensor:
+        """Positions a predictor of teacher number `teacher` may read: (I, L) bool.
+
+        `image`: the item's own image and its task tokens of this teacher; `prompt`: the text before it as well;
+        `all`: the text after it as well. Other images and other task tokens are never in it. With `padding`, the
+        mode `all` lets positions without a token in, as the public OLA-VLM code does.
+        """
+        seen = self.image.scatter(1, self.task[:, teacher], True)
+        if mode != "image":
+            seen = seen | self.before
+        if mode == "all":
+            seen = seen | self.after
+            if padding:
+                seen = seen | self.padding[self.sample]
+        return seen
+
+
+def locate(
+    tokens: TaskTokens, input_ids: Tensor, attention_mask: Tensor, *, images: Sequence[int] | None = None
+) -> Items:
+    """Find the images and their task tokens in `input_ids` (B, L), where `attention_mask` (B, L) is not 0.
+
+    Meant for the data loader: reads values one by one, so give it tensors on the CPU. A teacher's task tokens
+    must follow each other in the record's order; the n-th group belongs to the n-th image of its sample, and with
+    several images in a sample each image's groups stand between it and the next image. Without task tokens,
+    images are runs of placeholders, split by `image_length` where that is fixed; a sample whose number in `images`
+    (images per sample, length B) is 1 has one image however many runs its tiles make.
+
+    Raises ConfigError naming the sample where the tokens do not form whole groups, as after a cut, or where the
+    number found is not the one in `images`.
+    """
+    real = attention_mask != 0
+    ids = torch.where(real, input_ids, -1)
+    length = ids.shape[1]
+    width = len(tokens.teachers)
+    found: list[tuple[int, list[int], list[list[int]]]] = []
+    task_ids = torch.tensor(tokens.flat, dtype=ids.dtype)
+    special = torch.isin(ids, torch.tensor((*tokens.flat, tokens.image_id), dtype=ids.dtype))
+    for sample in range(ids.shape[0]):
+        row = ids[sample].tolist()
+        places = [p for p in special[sample].nonzero().flatten().tolist() if row[p] == tokens.image_id]
+        groups = _groups(tokens, row, sample)
+        if tokens.flat:
+            spans = _split_by_groups(places, groups, sample)
+        elif places and images is not None and images[sample] == 1:
+            spans = [places]
+        else:
+            spans = _split_by_runs(places, tokens.image_length)
+        if images is not None and images[sample] != len(spans):
+            raise _broken(sample, f"it has {images[sample]} images and the prompt has room for {len(spans)}")
+        found += [(sample, span, groups[n] if groups else [[]] * width) for n, span in enumerate(spans)]
+    image = torch.zeros(len(found), length, dtype=torch.bool)
+    before, after = image.clone(), image.clone()
+    text = real & ~special
+    for item, (sample, span, _) in enumerate(found):
+        first, last = span[0], span[-1] + 1
+        image[item, first:last] = real[sample, first:last]
+        before[item, :first] = text[sample, :first]
+        after[item, last:] = text[sample, last:]
+    task = torch.tensor([groups for *_, groups in found], dtype=torch.int64)
+    task = task.reshape(len(found), width, tokens.tokens_per_teacher)
+    sample_index = torch.tensor([sample for sample, *_ in found], dtype=torch.int64)
+    # an image's span may enclose task tokens in an unusual layout: those are never part of the image
+    image &= ~torch.isin(ids, task_ids)[sample_index]
+    return Items(sample_index, image, before, after, task, ~real)
+
+
+def _groups(tokens: TaskTokens, row: list[int], sample: int) -> list[list[list[int]]]:
+    """Positions of the task tokens as [image][teacher][token]."""
+    size = tokens.tokens_per_teacher
+    if not tokens.flat:
+        return []
+    by_teacher: list[list[list[int]]] = []
+    for teacher in tokens.teachers:
+        wanted = tokens.ids[teacher]
+        members = set(wanted)
+        places = [p for p, token in enumerate(row) if token in members]
+        chunks = [places[n : n + size] for n in range(0, len(places), size)]
+        for chunk in chunks:
+            whole = tuple(row[p] for p in chunk) == wanted and chunk[-1] - chunk[0] == size - 1
+            if not whole:
+                raise _broken(sample, f"the task tokens of {teacher} at position {chunk[0]} are not a whole group")
+        by_teacher.append(chunks)
+    counts = {teacher: len(chunks) for teacher, chunks in zip(tokens.teachers, by_teacher, strict=True)}
+    if len(set(counts.values())) > 1:
+        raise _broken(sample, f"the teachers have different numbers of task token groups: {counts}")
+    return [list(image) for image in zip(*by_teacher, strict=True)]
+
+
+def _split_by_groups(images: list[int], groups: list[list[list[int]]], sample: int) -> list[list[int]]:
+    if len(groups) <= 1:
+        if bool(images) != bool(groups):
+            raise _broken(sample, "it has an image without task tokens, or task tokens without an image")
+        return [images] if images else []
+    spans = []
+    start = -1
+    for number, group in enumerate(groups):
+        places = [p for teacher in group for p in teacher]
+        spans.append([p for p in images if start < p < min(places)])
+        if not spans[-1]:
+            raise _broken(sample, f"no image stands between task token groups {number} and {number + 1}")
+        start = max(places)
+    if images[-1] > start:
+        raise _broken(sample, "its last image has no task tokens")
+    return spans
+
+
+def _split_by_runs(images: list[int], length: int | None) -> list[list[int]]:
+    spans: list[list[int]] = []
+    for place in images:
+        full = length is not None and bool(spans) and len(spans[-1]) == length
+        if spans and place == spans[-1][-1] + 1 and not full:
+            spans[-1].append(place)
+        else:
+            spans.append([place])
+    return spans
+
+
+def _broken(sample: int, what: str) -> ConfigError:
+    return ConfigError(
+        f"sample {sample} of the batch: {what}",
+        "Make prompts with the student's own chat template, and drop samples that are longer than the maximum length "
+        "instead of cutting them inside an image.",
+    )
