@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -101,8 +101,19 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
 
 
 def _known(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Names of the settings at a place: through nested models, and through the values of tables of models."""
     current: Any = model
     for part in path:
-        field = getattr(current, "model_fields", {}).get(str(part))
-        current = field.annotation if field else None
+        fields = getattr(current, "model_fields", None)
+        current = _model_in(fields[str(part)].annotation if fields and str(part) in fields else current)
     return list(getattr(current, "model_fields", {}))
+
+
+def _model_in(annotation: Any) -> Any:
+    """Return the annotation itself, or of `dict[str, M]`, `M | None` the model M; a table stays one for its keys."""
+    if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
+        return annotation
+    for argument in get_args(annotation):
+        if isinstance(argument, type) and hasattr(argument, "model_fields"):
+            return argument
+    return None

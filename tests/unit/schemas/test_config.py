@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from olaschema.config import load_config
 from olaschema.errors import ConfigError
@@ -18,6 +19,8 @@ class Config(Frozen):
     out: str
     steps: int = 10
     optimiser: Inner = Inner()
+    groups: dict[str, Inner] = Field(default_factory=dict)
+    schedule: Inner | None = None
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
@@ -38,6 +41,8 @@ def test_later_sources_win(tmp_path: Path) -> None:
         (["out=a", "step=3"], "unknown setting step (did you mean steps?)"),
         (["out=a", "optimiser.lr=fast"], "optimiser.lr = 'fast'"),
         (["out=a", "optimiser.beta=1"], "unknown setting optimiser.beta (did you mean betas?)"),
+        (["out=a", "groups.projector.beta=1"], "unknown setting groups.projector.beta (did you mean betas?)"),
+        (["out=a", "schedule.beta=1"], "unknown setting schedule.beta (did you mean betas?)"),
         (["steps=1"], "the setting out is missing"),
         (["out"], "--set 'out' is not of the form name=value"),
         (["out=a", "out.b=1"], "out is a single value"),

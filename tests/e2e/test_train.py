@@ -1,0 +1,445 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+from trainer_support import (
+    Corpus,
+    conversation,
+    end_all,
+    environment,
+    make_corpus,
+    make_images,
+    make_store,
+    make_student,
+    metrics,
+    records,
+    run_file,
+    settings,
+    start_ranks,
+    write_json,
+)
+
+from olaschema.config import load_config
+from olaschema.errors import ConfigError, DamagedStoreError, FingerprintError, OlaError, StoreError, ViewError
+from olaschema.reader import FeatureReader
+from olaschema.store import FeatureStore
+from olatrain.checkpoint import CheckpointError, latest_checkpoint
+from olatrain.config import TrainConfig
+from olatrain.parallel import Ranks
+from olatrain.setup import Run, set_up
+from olatrain.step import run_batch
+from olatrain.stream import Batch
+from olatrain.train import TrainingError, _check, train
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), images=9)
+
+
+@pytest.fixture
+def chosen(corpus: Corpus, student: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def choose(**changes: Any) -> dict[str, Any]:
+        return settings(corpus, student, tmp_path / "out", **changes)
+
+    return choose
+
+
+def run(values: dict[str, Any]) -> str:
+    """Train in this process; returns what was printed."""
+    text = io.StringIO()
+    train(load_config(TrainConfig, flags=values), Console(file=text))
+    return text.getvalue()
+
+
+def prepared(values: dict[str, Any]) -> Run:
+    return set_up(load_config(TrainConfig, flags=values), Ranks(0, 1, torch.device("cpu")))
+
+
+def weights(out: Path | str) -> dict[str, Tensor]:
+    latest = latest_checkpoint(Path(out) / "checkpoints")
+    assert latest is not None
+    return load_file(latest / "trainable.safetensors")
+
+
+def require_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def losses(out: Path | str) -> list[float]:
+    return [line["loss"] for line in metrics(Path(out))]
+
+
+# --- the loss
+
+
+def test_what_has_no_target_is_left_out_of_the_loss(student: Path, tmp_path: Path) -> None:
+    """A text-only sample, one without features, a failed row: the loss and gradients of a computation without them."""
+    keys = make_images(tmp_path / "images", 5)
+    make_store(tmp_path / "store", tmp_path / "images", keys[:4], failed={keys[1]: "depth"})
+    entries = [conversation(key, f"picture {'y' * n}") for n, key in enumerate(keys)]
+    entries += [conversation(None, "just text, rather longer than the others"), conversation(keys[0], "again")]
+    file = write_json(tmp_path / "c.json", entries)
+    corpus = Corpus(tmp_path, tmp_path / "images", file, tmp_path / "store", keys)
+    prepared_run = prepared(settings(corpus, student, tmp_path / "out"))
+    learner = prepared_run.learner
+    alone = [prepared_run.collate([prepared_run.stream[p]]) for p in range(len(entries))]
+    together = prepared_run.collate([prepared_run.stream[p] for p in range(len(entries))])
+    assert isinstance(together, Batch)
+    totals = run_batch(learner, together, prepared_run.ranks, prepared_run.means, bf16=False)
+    found = {name: parameter.grad for name, parameter in learner.trainable().items()}
+
+    learner.zero_grad()
+    expected = independent_loss(prepared_run, [batch for batch in alone if isinstance(batch, Batch)])
+    torch.autograd.backward(expected)
+    assert totals["loss"] == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert [totals["depth.valid"], totals["gen.valid"], totals["samples"]] == [4, 5, 7]
+    for name, parameter in learner.trainable().items():
+        gradient = found[name]
+        assert gradient is not None
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(gradient, parameter.grad, rtol=2e-4, atol=2e-6, msg=name)
+        assert gradient.abs().max() > 0 or name.endswith("projector.linear_2.bias"), name
+
+
+def independent_loss(run: Run, alone: list[Batch]) -> Tensor:
+    """The published loss over samples run one at a time, without padding, masks or weights of the code under test."""
+    learner = run.learner
+    text, tokens = torch.zeros(()), 0
+    predicted: dict[tuple[str, int], list[Tensor]] = {}
+    target: dict[str, list[Tensor]] = {"depth": [], "gen": []}
+    rows: dict[str, list[int]] = {"depth": [], "gen": []}
+    for batch in alone:
+        (micro,) = batch.micro
+        output = learner.student(micro.inputs)
+        logits = output.logits[0, :-1].clone()
+        logits[:, list(learner.tokens.never_predicted)] = -torch.inf
+        for place, label in enumerate(micro.labels[0, 1:].tolist()):
+            if label != -100:
+                text = text - logits[place].log_softmax(dim=0)[label]
+                tokens += 1
+        predictions = learner.bank(output.taps, micro.items, learner.student.latents)
+        for teacher, features in batch.features.items():
+            if features.valid.tolist() == [True]:
+                target[teacher].append(features.values[0].float().flatten())
+                rows[teacher].append(int(batch.rows[0]))
+                for layer in run.config.teachers[teacher].layers:
+                    predicted.setdefault((teacher, layer), []).append(predictions[teacher, layer][0].flatten())
+    loss = text / tokens
+    for (teacher, _), flat in predicted.items():
+        scale = learner.bank.logit_scales[teacher].exp()
+        n = len(flat)
+        for i in range(n):
+            smooth = functional.smooth_l1_loss(flat[i], target[teacher][i])
+            scores = []
+            for j in range(n):
+                if j == i or rows[teacher][j] != rows[teacher][i]:  # the same image twice is no negative
+                    scores.append(scale * functional.cosine_similarity(flat[i], target[teacher][j], dim=0))
+                    if j == i:
+                        own = len(scores) - 1
+            loss = loss + 0.5 * (smooth + 0.3 * -torch.stack(scores).log_softmax(dim=0)[own]) / n
+    return loss
+
+
+def test_micro_batches_change_nothing_but_memory(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    run(chosen(steps=3, batch=6))
+    run(chosen(steps=3, batch=6, micro_batch=1, out=str(tmp_path / "micro")))
+    assert losses(tmp_path / "micro") == pytest.approx(losses(tmp_path / "out"), rel=1e-5)
+    for name, value in weights(tmp_path / "micro").items():
+        torch.testing.assert_close(value, weights(tmp_path / "out")[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_only_the_chosen_groups_move(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in prepared(chosen()).learner.state().items()}
+    run(chosen(steps=2, train=["projector", "task_tokens"]))
+    after = weights(tmp_path / "out")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in moved} == {"projector", "latents"}
+    assert {name.split(".")[0] for name in after} == {"projector", "latents", "predictors"}
+
+
+def test_bf16_autocast_follows_float32(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    run(chosen(steps=2))
+    run(chosen(steps=2, precision="bf16", out=str(tmp_path / "bf16")))
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "out"), rel=0.02)
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "out")
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "bf16").values())
+
+
+# --- going on
+
+
+def test_two_ranks_then_one_give_the_curve_of_one(
+    chosen: Callable[..., dict[str, Any]], corpus: Corpus, tmp_path: Path
+) -> None:
+    """The last batch has one sample: a rank without any takes part all the same."""
+    heldout = {"conversations": str(corpus.conversations), "every": 2}
+    values = chosen(steps=None, epochs=1, evaluation=heldout)
+    run(values)
+    split = values | {"out": str(tmp_path / "split"), "workers": 1}
+    end_all(start_ranks(split | {"nproc": 2, "stop_after": 2}, world=2))
+    assert [line["step"] for line in metrics(tmp_path / "split")] == [1, 2]
+    run(split | {"nproc": 1, "workers": 2, "stop_after": 3})
+    end_all(start_ranks(split | {"nproc": 3}, world=3))
+    assert [line["samples"] for line in metrics(tmp_path / "split")] == [4, 4, 4, 1]
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "out"), rel=1e-5)
+    one, other = (metrics(Path(out), "evaluation") for out in (values["out"], split["out"]))
+    assert [line["step"] for line in one] == [line["step"] for line in other] == [0, 2, 4]
+    for before, after in zip(one, other, strict=True):
+        for teacher, layer in (("depth", "2"), ("gen", "1"), ("gen", "3")):
+            figures = before["teachers"][teacher]["layers"][layer]
+            assert after["teachers"][teacher]["layers"][layer] == pytest.approx(figures, rel=1e-4, abs=1e-5)
+
+
+def test_a_step_of_text_alone_on_two_ranks(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, images=3, texts=12)
+    values = settings(corpus, student, tmp_path / "one", steps=None, epochs=1, batch=2)
+    run(values)
+    end_all(start_ranks(values | {"out": str(tmp_path / "two"), "nproc": 2}, world=2))
+    lines = metrics(tmp_path / "two")
+    assert any(line["teachers"]["gen"]["valid"] == 0 and line["samples"] == 2 for line in lines)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_stopping_and_going_on_ends_with_the_same_bits(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    whole = run(chosen())
+    assert "step 6/6: saved" in whole
+    parts = chosen(out=str(tmp_path / "parts"))
+    for stop in (1, 3, 6):
+        run(parts | {"stop_after": stop})
+    require_same(weights(tmp_path / "parts"), weights(tmp_path / "out"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "out")
+    assert "all 6 steps are done already" in run(parts)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_sigkill_loses_only_the_steps_since_the_last_save(
+    chosen: Callable[..., dict[str, Any]], tmp_path: Path, world: int
+) -> None:
+    values = chosen(steps=24, checkpoint_every=2, workers=1, nproc=world)
+    end_all(start_ranks(values | {"out": str(tmp_path / "whole")}, world))
+    out = Path(values["out"])
+    for steps in (5, 13):
+        ranks = start_ranks(values, world)
+        wait_for_step(out, steps)
+        for rank in ranks:
+            rank.kill()
+            rank.join(20)
+        reached = metrics(out)[-1]["step"]
+        saved = latest_checkpoint(out / "checkpoints")
+        assert saved is not None
+        assert steps <= reached < 24
+        assert reached - int(saved.name.removeprefix("step-")) <= 2
+    end_all(start_ranks(values, world))
+    require_same(weights(out), weights(tmp_path / "whole"))
+    assert [line["step"] for line in metrics(out)] == list(range(1, 25))
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_sigterm_saves_and_exits(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """The command itself, through its launcher: both ranks stop, one message, the shell's code for the signal."""
+    values = chosen(steps=100000, checkpoint_every=100000, nproc=2)
+    out = Path(values["out"])
+    with (tmp_path / "stderr").open("w+") as error:
+        command = [sys.executable, "-m", "olatrain", "run", "--config", str(run_file(tmp_path / "run.json", values))]
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=error)
+        wait_for_step(out, 2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+        error.seek(0)
+        said = error.read()
+    assert said.count("error: stopped by a signal; step ") == 1
+    assert "Run the same command again" in said
+    assert "Traceback" not in said
+    saved = latest_checkpoint(out / "checkpoints")
+    assert saved is not None
+    assert int(saved.name.removeprefix("step-")) == metrics(out)[-1]["step"]
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + 90
+    path = out / "metrics.jsonl"
+    while f'"event": "train", "step": {step},' not in (path.read_text(encoding="utf-8") if path.exists() else ""):
+        assert time.monotonic() < deadline, "the run does not get there"
+        time.sleep(0.005)
+
+
+# --- refusals
+
+
+def test_a_changed_image_stops_the_run(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, images=8, texts=0)
+    shutil.copy(corpus.images / corpus.keys[0], corpus.images / corpus.keys[5])
+    with pytest.raises(StoreError, match=f"{corpus.keys[5]}: the image is not the one"):
+        run(settings(corpus, student, tmp_path / "out", epochs=1, steps=None))
+
+
+def test_a_damaged_shard_is_named(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    path = corpus.store / "gen/values/c/2/0"
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(DamagedStoreError, match="gen/values/c/2"):
+        run(settings(corpus, student, tmp_path / "out", epochs=1, steps=None))
+
+
+def test_another_view_is_refused_or_allowed(
+    chosen: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cropping = str(make_student(tmp_path_factory.mktemp("crop"), view="crop"))
+    with pytest.raises(ViewError, match=r"depth saw the whole image, squashed .* the largest centred square"):
+        run(chosen(student=cropping))
+    said = run(chosen(student=cropping, allow_view_mismatch=True, steps=1))
+    assert "view mismatch, allowed: depth saw the whole image" in said
+
+
+def test_other_features_are_refused_by_the_pin_and_by_the_checkpoint(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    values = settings(corpus, student, tmp_path / "out", stop_after=1)
+    run(values)
+    pinned = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert pinned["fingerprints"].keys() == {"depth", "gen"}
+    shutil.rmtree(corpus.store)
+    changed = {
+        name: record.model_copy(update={"fingerprint": record.fingerprint.model_copy(update={"weights": "other"})})
+        for name, record in records().items()
+    }
+    make_store(corpus.store, corpus.images, corpus.keys, teachers=changed)
+    with pytest.raises(FingerprintError, match=r"weights: 'w' \(in .*step-00000001\) against 'other'"):
+        run(values)
+    with pytest.raises(FingerprintError, match=r"weights: 'w' \(pinned\) against 'other'"):
+        run(pinned | {"out": str(tmp_path / "new")})
+
+
+def test_a_continuation_must_be_of_the_same_run(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    values = settings(corpus, student, tmp_path / "out", stop_after=1)
+    run(values)
+    with pytest.raises(CheckpointError, match=r"other settings: steps: 6 → 9; lr: 0\.01 → 0\.5"):
+        run(values | {"lr": 0.5, "steps": 9})
+    entries = json.loads(corpus.conversations.read_text())
+    write_json(corpus.conversations, entries[:-1])
+    with pytest.raises(CheckpointError, match=r"the conversations, or the rows of the store.* changed"):
+        run(values)
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        run(values | {"out": str(corpus.images)})
+
+
+def test_wrong_inputs_are_refused(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], type[OlaError], str]] = [
+        ({"store": str(tmp_path)}, StoreError, "missing"),
+        ({"teachers": {"seg": {"layers": [1]}}}, StoreError, "no features of the teacher 'seg'"),
+        ({"teachers": {"depth": {"layers": [4]}}}, ConfigError, r"3 decoder layers; \[4\] cannot be tapped"),
+        ({"student": str(tmp_path)}, ConfigError, r"ola\.json cannot be read"),
+        ({"nproc": 2}, ConfigError, "the launcher started 1 ranks"),
+    ]
+    for changes, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            run(chosen(**changes))
+
+
+def test_a_loss_that_is_not_finite_names_the_batch(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, texts=0, spoiled=("03.png",))
+    values = settings(corpus, student, tmp_path / "out", epochs=1, steps=None, checkpoint_every=1)
+    with pytest.raises(StoreError, match="row 3 of depth holds NaN or infinity"):
+        run(values)
+    values |= {"mean_map_rows": 1}  # the mean map's rows are a part, the batches see all
+    with pytest.raises(TrainingError, match=r"gen\.1\.smooth_l1.* not finite in the batch of .*03\.png"):
+        run(values)
+    kept = latest_checkpoint(tmp_path / "out" / "checkpoints")
+    assert kept is None or all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
+
+
+def test_an_embedding_loss_of_exactly_zero_names_the_batch(chosen: Callable[..., dict[str, Any]]) -> None:
+    ready = prepared(chosen())
+    batch = ready.collate([ready.stream[p] for p in range(4)])
+    assert isinstance(batch, Batch)
+    totals = run_batch(ready.learner, batch, ready.ranks, ready.means, bf16=False)
+    _check(ready, totals, 1.0, 0)
+    with pytest.raises(TrainingError, match=rf"gen at layer 3 is exactly 0 in the batch of {ready.stream.name(0)}"):
+        _check(ready, totals | {"gen.3.smooth_l1": 0.0}, 1.0, 0)
+    _check(ready, totals | {"gen.3.smooth_l1": 0.0, "gen.valid": 0.0}, 1.0, 0)
+
+
+# --- what it tells, and what it needs
+
+
+def test_skipped_images_are_recorded_and_text_alone_trains(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    (corpus.images / "04.png").unlink()
+    said = run(settings(corpus, student, tmp_path / "out", steps=None, epochs=1, batch=1, tensorboard=True))
+    assert "14 samples: 11 with an image, 3 text only" in said
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["sample"], line["reason"]) for line in skipped] == [("04.png", "missing")]
+    lines = metrics(tmp_path / "out")
+    assert sum(line["samples"] for line in lines) == 13
+    assert sum(line["skipped"] for line in lines) == 1
+    assert sum(line["teachers"]["gen"]["valid"] == 0 for line in lines) == 4
+    assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
+    (start_line,) = metrics(tmp_path / "out", "start")
+    assert start_line["targets"]["depth"] == {"valid": 11, "missing": {}}
+
+
+def test_the_floor_is_what_the_mean_training_map_would_get(
+    chosen: Callable[..., dict[str, Any]], corpus: Corpus, tmp_path: Path
+) -> None:
+    heldout = write_json(tmp_path / "held.json", [conversation(key, "x") for key in corpus.keys[6:]])
+    file = write_json(tmp_path / "train.json", [conversation(key, "x") for key in corpus.keys[:6]])
+    values = chosen(
+        conversations=str(file), steps=2, evaluation={"conversations": str(heldout), "every": 1},
+        target_control="shuffle",
+    )  # fmt: skip
+    run(values)
+    reader = FeatureReader(FeatureStore.open(corpus.store), "depth")
+    rows = np.stack([reader.read(row).astype(np.float64).ravel() for row in range(9)])
+    mean = rows[:6].mean(axis=0)
+    gap = np.abs(rows[6:] - mean)
+    smooth = np.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean()
+    cosine = np.mean([row @ mean / np.linalg.norm(row) / np.linalg.norm(mean) for row in rows[6:]])
+    for line in metrics(tmp_path / "out", "evaluation"):
+        floor = line["teachers"]["depth"]["mean_map"]
+        assert floor["smooth_l1"] == pytest.approx(smooth, rel=1e-5)
+        assert floor["cosine"] == pytest.approx(cosine, rel=1e-5)
+        layer = line["teachers"]["depth"]["layers"]["2"]
+        assert layer["loss"] == pytest.approx(layer["smooth_l1"] + 0.3 * layer["contrastive"])
+
+
+def test_it_trains_without_teachers_or_their_libraries(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    values = run_file(tmp_path / "c.json", chosen(steps=1))
+    code = (
+        "import sys\nfrom olatrain.cli import main\n"
+        f"sys.argv = ['olatrain', 'run', '--config', {str(values)!r}]\n"
+        "try:\n main()\nexcept SystemExit as stop:\n assert not stop.code\n"
+        "banned = ('olapipe', 'ray', 'diffusers', 'depth_anything', 'oneformer')\n"
+        "found = [m for m in sys.modules if m.split('.')[0] in banned or any(b in m for b in banned[2:])]\n"
+        "assert 'torch' in sys.modules and not found, found\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 1/1" in done.stdout

@@ -1,0 +1,135 @@
+"""The command `olatrain`. Heavy imports wait until a command runs, so that help is quick."""
+
+from __future__ import annotations
+
+import enum
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from olaschema.errors import ConfigError, OlaError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Supervise the hidden states of a multimodal language model with stored teacher features.",
+)  # fmt: skip
+
+
+class ViewKind(enum.StrEnum):
+    """What part of an image the student sees."""
+
+    squash = "squash"
+    crop = "crop"
+    pad = "pad"
+
+
+@app.command()
+def compose(
+    llm: Annotated[Path, typer.Option(help="Folder of a Llama or Phi-3 causal language model with its tokenizer.")],
+    vision: Annotated[Path, typer.Option(help="Folder of a CLIP vision tower.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the student to; new or empty.")],
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Teacher with task tokens; repeat, in prompt order. [gen, depth, seg]")
+    ] = None,
+    task_tokens: Annotated[int, typer.Option(min=0, help="Task tokens of each teacher.")] = 8,
+    view: Annotated[ViewKind, typer.Option(help="What the student sees of an image.")] = ViewKind.squash,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the fresh projector.")] = 0,
+) -> None:
+    """Join a language model and a vision tower into a LLaVA student with task tokens."""
+    _quiet()
+    from olatrain.compose import compose as run_compose
+
+    teachers = tuple(teacher) if teacher else ("gen", "depth", "seg")
+    tokens = run_compose(
+        llm, vision, out, teachers=teachers, tokens_per_teacher=task_tokens, view=view.value, seed=seed
+    )
+    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
+    typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {view.value}")
+
+
+@app.command()
+def run(
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="a.b=c", help="Any setting, over file and flags; repeat.")
+    ] = None,
+    student: Annotated[Path | None, typer.Option(help="Folder that `olatrain compose` wrote.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Feature store that `olapipe extract` wrote.")] = None,
+    conversations: Annotated[Path | None, typer.Option(help="LLaVA-style JSON or JSONL.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder that the conversations' images are relative to.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; a run in it is continued.")] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEACHER=N,N", help="Teacher to learn from and its layers, counted from 1; repeat."),
+    ] = None,
+    heldout: Annotated[Path | None, typer.Option(help="Conversations to evaluate on.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs to train. [1]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps to train, instead of epochs.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples of a step, over all ranks. [256]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [1e-3]")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bf16 (autocast). [float32]")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Ranks to start on this machine. [1]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Loader processes of each rank. [2]")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [500]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of order and initial values. [0]")] = None,
+    allow_view_mismatch: Annotated[
+        bool | None,
+        typer.Option("--allow-view-mismatch", help="Train though teacher and student see different parts of an image."),
+    ] = None,
+) -> None:
+    """Train a student's projector, predictors and task tokens from stored features.
+
+    Run the same command again to continue where it stopped.
+    """
+    _quiet()
+    from rich.console import Console
+
+    from olatrain.launch import end_with_parent, launch, under_launcher
+
+    end_with_parent()
+    flags: dict[str, Any] = {
+        "student": student, "store": store, "conversations": conversations, "images": images, "out": out,
+        "evaluation.conversations": heldout, "epochs": epochs, "steps": steps, "batch": batch, "lr": lr,
+        "precision": precision, "nproc": nproc, "workers": workers, "checkpoint_every": checkpoint_every,
+        "seed": seed, "allow_view_mismatch": allow_view_mismatch, **_layers(layers or []),
+    }  # fmt: skip
+    from olaschema.config import load_config
+    from olatrain.config import TrainConfig
+
+    settings = load_config(TrainConfig, file=config, flags=flags, overrides=set_ or [])
+    settings.require_inputs()
+    if settings.nproc > 1 and not under_launcher():
+        raise typer.Exit(launch(settings.nproc, [sys.executable, "-m", "olatrain", *sys.argv[1:]]))
+    from olatrain.train import train
+
+    train(settings, Console(highlight=False))
+
+
+def _layers(given: list[str]) -> dict[str, list[int]]:
+    flags = {}
+    for text in given:
+        teacher, separator, numbers = text.partition("=")
+        if not separator or not teacher or not all(number.strip().isdigit() for number in numbers.split(",")):
+            raise ConfigError(f"--layers {text!r} is not of the form TEACHER=N,N", "Write for instance depth=18,20")
+        flags[f"teachers.{teacher}.layers"] = [int(number) for number in numbers.split(",")]
+    return flags
+
+
+def _quiet() -> None:
+    """Keep libraries from asking a hub or warning about what we do on purpose; must come before they are imported."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def main() -> None:
+    """Run the command line; an OlaError ends it with its message, remedy and exit code, without a traceback."""
+    try:
+        app()
+    except OlaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)

@@ -1,0 +1,168 @@
+"""Settings of a training run: frozen, unknown keys refused, contradictions found before any work starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from olaschema.errors import ConfigError
+from olaschema.images import DEFAULT_MAX_PIXELS
+from olaschema.manifest import Fingerprint, Frozen
+from olatrain.tokens import Context
+
+Group = Literal["projector", "predictors", "task_tokens"]
+
+PUBLISHED_LAYERS: dict[str, tuple[int, ...]] = {"depth": (18, 20), "seg": (10, 18), "gen": (12, 20)}
+"""Decoder blocks supervised in OLA-VLM (arXiv 2412.09585), counted from 1."""
+
+
+class TeacherTraining(Frozen):
+    """How one teacher's features supervise the student."""
+
+    layers: tuple[int, ...] = Field(min_length=1)
+    """Decoder blocks, counted from 1; the last one is taken after the final norm."""
+    weight: float = Field(default=0.5, ge=0.0)
+    """Weight of each layer's embedding loss beside the next-token loss."""
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if min(layers) < 1 or len(set(layers)) != len(layers):
+            raise ValueError("layers are counted from 1, each named once")
+        return layers
+
+
+class Evaluation(Frozen):
+    """Samples held out of the training, whose embedding losses are measured now and then."""
+
+    conversations: Path
+    every: int = Field(default=500, gt=0)
+    """Steps between evaluations; there is one before the first step and one after the last."""
+
+
+class TrainConfig(Frozen):
+    """Everything that defines a run. Paths are as given; a relative one is relative to the working directory."""
+
+    student: Path
+    """Folder that `olatrain compose` wrote."""
+    store: Path
+    """Feature store that `olapipe extract` wrote."""
+    conversations: Path
+    """LLaVA-style JSON or JSONL."""
+    images: Path
+    """Folder that the images of the conversations are relative to."""
+    out: Path
+    teachers: dict[str, TeacherTraining] = Field(min_length=1)
+    fingerprints: dict[str, Fingerprint] = Field(default_factory=dict)
+    """What the features must mean. Filled in from the store at the first start and saved with the run."""
+
+    epochs: int | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    """Either epochs (default: 1) or steps."""
+    stop_after: int | None = Field(default=None, gt=0)
+    """Save and stop at this step; the learning rate still follows the whole run, and a rerun goes on."""
+    batch: int = Field(default=256, gt=0)
+    """Samples of a step over all ranks."""
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Samples of one forward pass on a rank; None: all of the rank's. Changes memory, not results."""
+    lr: float = Field(default=1e-3, gt=0.0)
+    warmup: float = Field(default=0.03, ge=0.0, lt=1.0)
+    """Share of the steps in which the learning rate rises linearly; a cosine to 0 follows."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    clip: float = Field(default=1.0, gt=0.0)
+    """Largest norm of the gradient."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: autocast; weights and losses stay float32."""
+    contrastive: float = Field(default=0.3, ge=0.0)
+    """Weight of the contrastive term relative to smooth-L1."""
+    train: tuple[Group, ...] = Field(default=("projector", "predictors", "task_tokens"), min_length=1)
+    """What is trained; the language model and the vision tower never are."""
+    context: Context = "all"
+    """What the predictors may read: the image, the prompt before it as well, or all (the published setting)."""
+    compat: Literal["none", "ola"] = "none"
+    """`ola` lets padding into the predictors, as the public OLA-VLM code does."""
+    target_control: Literal["none", "shuffle"] = "none"
+    """`shuffle` gives every image another image's features while training: the control arm of an experiment."""
+    allow_view_mismatch: bool = False
+
+    max_length: int = Field(default=4096, gt=0)
+    max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, gt=0)
+    window: int = Field(default=8, gt=0)
+    """Shards among which rows are shuffled."""
+    seed: int = Field(default=0, ge=0)
+
+    evaluation: Evaluation | None = None
+    mean_map_rows: int = Field(default=2048, gt=0)
+    """Training images that the mean target map is computed from; evenly spaced where there are more."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    nproc: int = Field(default=1, gt=0)
+    """Ranks to start on this machine."""
+    workers: int = Field(default=2, ge=0)
+    """Loader processes of each rank."""
+    checkpoint_every: int = Field(default=500, gt=0)
+    keep_last: int = Field(default=2, gt=0)
+    log_every: int = Field(default=10, gt=0)
+    """Steps between printed lines; metrics.jsonl gets every step."""
+    tensorboard: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_layers(cls, data: Any) -> Any:
+        """Fill in the published layers for a teacher that is named without any."""
+        if not isinstance(data, dict) or not isinstance(data.get("teachers"), dict):
+            return data
+        teachers = {}
+        for name, teacher in data["teachers"].items():
+            given = teacher if teacher is not None else {}
+            if isinstance(given, dict) and "layers" not in given and name in PUBLISHED_LAYERS:
+                given = {"layers": PUBLISHED_LAYERS[name], **given}
+            teachers[name] = given
+        return {**data, "teachers": teachers}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        if self.batch < self.nproc:
+            raise ValueError(f"a batch of {self.batch} cannot be split over {self.nproc} ranks")
+        if self.stop_after is not None and self.steps is not None and self.stop_after > self.steps:
+            raise ValueError(f"stop_after = {self.stop_after} lies beyond the {self.steps} steps of the run")
+        unknown = sorted(self.fingerprints.keys() - self.teachers.keys())
+        if unknown:
+            raise ValueError(f"fingerprints name {', '.join(unknown)}, which teachers does not")
+        if self.compat == "ola" and self.context != "all":
+            raise ValueError("compat = ola is about context = all: only there the public code lets padding in")
+        if all(teacher.weight == 0 for teacher in self.teachers.values()) and self.train == ("predictors",):
+            raise ValueError("only the predictors train, and every teacher's weight is 0: nothing would change")
+        return self
+
+    def require_inputs(self) -> None:
+        """Raise ConfigError naming the first input that is not there, before anything is loaded."""
+        folders = {"student": self.student, "store": self.store, "images": self.images}
+        files = {"conversations": self.conversations}
+        if self.evaluation is not None:
+            files["evaluation.conversations"] = self.evaluation.conversations
+        for name, path in folders.items():
+            if not path.is_dir():
+                raise ConfigError(f"{name} = {path}: no such folder", f"Give an existing folder as {name}.")
+        for name, path in files.items():
+            if not path.is_file():
+                raise ConfigError(f"{name} = {path}: no such file", f"Give an existing file as {name}.")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"out = {self.out} is a file", "Give a folder, new or of the run to continue.")
+
+
+# What may differ between a run and its continuation: where things are, how fast they are read, what is reported.
+_FREE = frozenset(
+    ("student", "store", "images", "conversations", "out", "device", "nproc", "workers", "micro_batch", "stop_after",
+     "checkpoint_every", "keep_last", "log_every", "tensorboard", "evaluation", "mean_map_rows", "fingerprints")
+)  # fmt: skip
+
+
+def changed_settings(before: TrainConfig, now: TrainConfig) -> list[str]:
+    """Describe each setting whose change would make the continuation another run, `name: old → new`."""
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    return [f"{name}: {old[name]!r} → {new[name]!r}" for name in old if name not in _FREE and old[name] != new[name]]

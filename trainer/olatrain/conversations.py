@@ -1,0 +1,210 @@
+"""Conversations: reading LLaVA-style JSON and JSONL, kept compactly, each with the key of its image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from olaschema.errors import CorpusError, ImageError, OlaError
+from olaschema.keys import normalise_key
+
+IMAGE_MARK = "<image>"
+Role = Literal["system", "user", "assistant"]
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+_SHOWN = 3
+
+
+class SampleError(OlaError):
+    """One conversation cannot be used as it is. `reason` is a short stable code that reports group by.
+
+    Reasons: not-an-object, no-turns, unknown-role, turn-order, empty-answer, several-images, image-mark, bad-image,
+    reserved-text, too-long.
+    """
+
+    def __init__(self, reason: str, problem: str, remedy: str = "") -> None:
+        super().__init__(problem, remedy)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message; the image's mark is taken out of `text`."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Alternating turns of user and assistant, perhaps after a system message, about at most one image."""
+
+    index: int
+    """Place in the file, from 0."""
+    key: str | None
+    """The image's key, None for text alone."""
+    image_turn: int | None
+    """The turn that shows the image."""
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class BadConversation:
+    """A conversation left out, and why."""
+
+    index: int
+    reason: str
+    detail: str
+
+
+class Conversations(Sequence[Conversation]):
+    """All usable conversations of a file, in its order.
+
+    They are held as one block of bytes: loader processes share it without copies, and a million of them are few
+    Python objects.
+    """
+
+    def __init__(self, path: Path, entries: Iterator[tuple[int, Any]]) -> None:
+        self.path = path
+        self.bad: list[BadConversation] = []
+        self.keys: list[str | None] = []
+        encoded: list[bytes] = []
+        indices: list[int] = []
+        digest = hashlib.sha256()
+        for index, entry in entries:
+            try:
+                conversation = parse_conversation(entry, index)
+            except SampleError as error:
+                self.bad.append(BadConversation(index, error.reason, error.problem))
+                continue
+            encoded.append(_encode(conversation))
+            digest.update(encoded[-1] + b"\n")
+            indices.append(index)
+            self.keys.append(conversation.key)
+        if not encoded:
+            shown = "; ".join(bad.detail for bad in self.bad[:_SHOWN])
+            raise CorpusError(
+                f"{path} holds no usable conversation" + (f": {shown}" if shown else ""),
+                'Each entry is {"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}.',
+            )
+        self._indices = np.asarray(indices, dtype=np.int64)
+        self._ends = np.cumsum([len(data) for data in encoded], dtype=np.int64)
+        self._data = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.digest = digest.hexdigest()
+
+    @classmethod
+    def read(cls, path: Path) -> Conversations:
+        """Read a `.jsonl` file line by line, any other as one JSON list.
+
+        Unusable conversations are collected in `bad`. Raises CorpusError where the file is not readable as that, or
+        no conversation is usable.
+        """
+        return cls(path, _entries(path))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, place: Any) -> Any:
+        start = self._ends[place - 1] if place else 0
+        key, image_turn, turns = json.loads(self._data[start : self._ends[place]].tobytes())
+        return Conversation(int(self._indices[place]), key, image_turn, tuple(Turn(*turn) for turn in turns))
+
+    def problems(self) -> str:
+        """One line on what was left out, empty where nothing was."""
+        if not self.bad:
+            return ""
+        counts = Counter(bad.reason for bad in self.bad)
+        shown = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+        return f"{self.path}: {len(self.bad)} conversations left out ({shown}); the first: {self.bad[0].detail}"
+
+
+def parse_conversation(entry: Any, index: int) -> Conversation:
+    """Check one entry of the file; raises SampleError naming its index (and id) and what is wrong."""
+    if not isinstance(entry, dict):
+        raise SampleError("not-an-object", f"conversation {index} is not an object but {type(entry).__name__}")
+    name = f"conversation {index}" + (f" (id {entry['id']})" if "id" in entry else "")
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise SampleError("no-turns", f"{name} has no turns")
+    parsed = [_turn(turn, name) for turn in turns]
+    _check_order(parsed, name)
+    key = _key(entry.get("image"), name)
+    marked = [number for number, turn in enumerate(parsed) if IMAGE_MARK in turn.text]
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in parsed)
+    if any(parsed[number].role != "user" for number in marked):
+        raise SampleError("image-mark", f"{name}: {IMAGE_MARK} stands in a turn that is not the user's")
+    if marks != (key is not None):
+        have = "one image" if key is not None else "no image"
+        raise SampleError("image-mark", f"{name} has {have} and {marks} times {IMAGE_MARK}")
+    clean = tuple(Turn(turn.role, turn.text.replace(IMAGE_MARK, "").strip()) for turn in parsed)
+    for turn in clean:
+        if turn.role == "assistant" and not turn.text:
+            raise SampleError("empty-answer", f"{name} has an empty answer")
+    return Conversation(index, key, marked[0] if marked else None, clean)
+
+
+def _turn(turn: Any, name: str) -> Turn:
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        raise SampleError("no-turns", f'{name}: a turn is not {{"from": …, "value": text}}')
+    role = _ROLES.get(turn["from"]) if isinstance(turn.get("from"), str) else None
+    if role is None:
+        raise SampleError("unknown-role", f"{name}: unknown role {turn.get('from')!r}; known: {', '.join(_ROLES)}")
+    return Turn(role, turn["value"])
+
+
+def _check_order(turns: list[Turn], name: str) -> None:
+    roles = [turn.role for turn in turns]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    expected = ["user", "assistant"] * (len(spoken) // 2)
+    if not spoken or spoken != expected:
+        raise SampleError("turn-order", f"{name}: turns are not question, answer, … but {', '.join(roles)}")
+
+
+def _key(image: Any, name: str) -> str | None:
+    if isinstance(image, list):
+        if len(image) > 1:
+            raise SampleError("several-images", f"{name} has {len(image)} images; one is supported")
+        image = image[0] if image else None
+    if image is None:
+        return None
+    if not isinstance(image, str):
+        raise SampleError("bad-image", f"{name}: image is not a path but {type(image).__name__}")
+    try:
+        return normalise_key(image)
+    except ImageError as error:
+        raise SampleError("bad-image", f"{name}: {error.problem}") from error
+
+
+def _encode(conversation: Conversation) -> bytes:
+    turns = [(turn.role, turn.text) for turn in conversation.turns]
+    # ensure_ascii keeps lone surrogates, which JSON may hold and UTF-8 may not
+    return json.dumps((conversation.key, conversation.image_turn, turns)).encode()
+
+
+def _entries(path: Path) -> Iterator[tuple[int, Any]]:
+    remedy = "Give a JSON list of conversations, or a .jsonl file with one per line."
+    try:
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                yield from enumerate(json.loads(line) for line in file if line.strip())
+            return
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}", remedy) from error
+    except ValueError as error:
+        raise CorpusError(f"{path} is not valid JSON: {error}", remedy) from error
+    if not isinstance(data, list):
+        raise CorpusError(f"{path} holds a {type(data).__name__}, not a list", remedy)
+    yield from enumerate(data)

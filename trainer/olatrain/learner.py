@@ -1,0 +1,126 @@
+"""What is trained: a frozen student with its projector and task tokens, and the predictors beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from olaschema.errors import ConfigError
+from olaschema.manifest import Fingerprint
+from olatrain.config import TrainConfig
+from olatrain.losses import LossConfig
+from olatrain.predictors import PredictorBank, published_predictor
+from olatrain.student import Student
+from olatrain.tokens import TaskTokens
+
+
+class Learner(nn.Module):
+    """The student, the predictors and the weights of their losses."""
+
+    def __init__(self, student: Student, bank: PredictorBank, losses: LossConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.bank = bank
+        self.losses = losses
+
+    @property
+    def tokens(self) -> TaskTokens:
+        """The student's task tokens."""
+        return self.student.tokens
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that a checkpoint keeps, by name, as the live tensors."""
+        parts = {"projector": self.student.projector, "latents": self.student.latents, "predictors": self.bank}
+        return {
+            f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave; raises ConfigError naming what is missing or has another shape."""
+        own = self.state()
+        wrong = sorted(own.keys() ^ tensors.keys()) + [
+            name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
+        ]
+        if wrong:
+            raise ConfigError(
+                f"the checkpoint does not fit the student: {', '.join(wrong[:5])}", "Use the student it was made with."
+            )
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that train, by their name in `state`."""
+        parts = {"projector": self.student.projector, "latents": self.student.latents, "predictors": self.bank}
+        return {
+            f"{part}.{name}": parameter
+            for part, module in parts.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+def build_learner(
+    config: TrainConfig, fingerprints: Mapping[str, Fingerprint], tokens: TaskTokens, device: torch.device
+) -> Learner:
+    """Load the student in float32, freeze it, and set up what trains; the same on every rank.
+
+    Raises ConfigError where the student lacks a layer or a teacher's task tokens.
+    """
+    student_model = _load(config)
+    hidden = int(student_model.get_input_embeddings().weight.shape[1])
+    predictors = {
+        name: published_predictor(
+            name,
+            fingerprints[name].shape,
+            teacher.layers,
+            hidden_size=hidden,
+            tokens_per_teacher=tokens.tokens_per_teacher,
+        )
+        for name, teacher in config.teachers.items()
+    }
+    bank = PredictorBank(
+        predictors,
+        tokens,
+        hidden_size=hidden,
+        seed=config.seed,
+        context=config.context,
+        compat="ola" if config.compat == "ola" else None,
+    )
+    latents = {}
+    if tokens.tokens_per_teacher:
+        for teacher in tokens.teachers:
+            # task tokens of a teacher that is not supervised here are one vector each
+            supervised = predictors.get(teacher)
+            latents[teacher] = (
+                supervised.latents(tokens.tokens_per_teacher) if supervised else tokens.tokens_per_teacher
+            )
+    student = Student(student_model, tokens, latents=latents, taps=bank.taps, seed=config.seed + 1)
+    losses = LossConfig(
+        teachers={name: teacher.weight for name, teacher in config.teachers.items()}, contrastive=config.contrastive
+    )
+    _choose_trainable(student, bank, config)
+    return Learner(student, bank, losses).to(device).eval()
+
+
+def _load(config: TrainConfig) -> Any:
+    try:
+        return AutoModelForImageTextToText.from_pretrained(config.student, local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{config.student} cannot be loaded as a student: {first}", "Make its folder with `olatrain compose`."
+        ) from error
+
+
+def _choose_trainable(student: Student, bank: PredictorBank, config: TrainConfig) -> None:
+    # eval mode throughout: nothing here has dropout but the frozen models, which must stay what they are
+    student.model.requires_grad_(False)
+    student.projector.requires_grad_("projector" in config.train)
+    student.latents.requires_grad_("task_tokens" in config.train)
+    if "predictors" not in config.train:
+        bank.requires_grad_(False)

@@ -1,0 +1,192 @@
+"""Prompts: a conversation through the student's chat template, as ids and labels.
+
+The template's text is tokenised once, as a whole. Where answers are is found by rendering the conversation up to each
+answer: that text must begin the whole one, and the answer must follow it. Image and task tokens are then put in by
+id, so it does not matter whether the template wrote the task tokens itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from olaschema.errors import ConfigError
+from olatrain.conversations import IMAGE_MARK, Conversation, SampleError
+from olatrain.losses import IGNORED
+from olatrain.tokens import TaskTokens
+
+_PROBE = "probe"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One tokenised conversation: `input_ids` and `labels` of equal length, labels -100 outside the answers."""
+
+    input_ids: list[int]
+    labels: list[int]
+    cut: int
+    """Tokens that `max_length` took off the end."""
+
+
+class PromptBuilder:
+    """Makes prompts for one student.
+
+    `tokenizer` is a fast tokenizer whose chat template takes plain strings with the image's mark or structured
+    content; `template` replaces its own where the processor holds another.
+    """
+
+    def __init__(self, tokenizer: Any, tokens: TaskTokens, *, max_length: int, template: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template or tokenizer.chat_template
+        self._tokens = tokens
+        self._max_length = max_length
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"the student's tokenizer {type(tokenizer).__name__} gives no offsets",
+                "Save the student with a fast tokenizer (tokenizer.json).",
+            )
+        if self._template is None:
+            raise ConfigError("the student has no chat template", "Make its folder with `olatrain compose`.")
+        if tokens.image_length is None:
+            raise ConfigError(
+                "the student's images have no fixed number of tokens", "Use a LLaVA made by `olatrain compose`."
+            )
+        self._image = [tokens.image_id] * tokens.image_length
+        self._reserved = frozenset((tokens.image_id, *tokens.flat))
+        self._specials = frozenset(tokenizer.all_special_ids) | frozenset(
+            id_ for id_, added in tokenizer.added_tokens_decoder.items() if added.special
+        )
+        self._structured = self._needs_structure()
+
+    def build(self, conversation: Conversation) -> Prompt:
+        """Tokenise a conversation; answers, with the token that ends each, are the labels.
+
+        Raises SampleError `reserved-text` where the text itself holds the name of an image or task token, and
+        `too-long` where the limit would cut the image or its task tokens.
+        """
+        messages = self._messages(conversation)
+        text = self._render(messages, generate=False)
+        spans = self._answers(conversation, messages, text)
+        # templates of base tokenizers often leave the first token to the tokenizer
+        bos = self._tokenizer.bos_token
+        add = bos is not None and not text.startswith(bos)
+        encoded = self._tokenizer(text, add_special_tokens=add, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        labels = self._labels(ids, offsets, text, spans)
+        ids, labels, safe = self._with_image(conversation, ids, labels)
+        if safe > self._max_length:
+            raise SampleError(
+                "too-long",
+                f"conversation {conversation.index}: its image and task tokens end at {safe}, "
+                f"max_length is {self._max_length}",
+                "Raise max_length.",
+            )
+        cut = max(0, len(ids) - self._max_length)
+        return Prompt(ids[: self._max_length], labels[: self._max_length], cut)
+
+    def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
+        return [
+            {"role": turn.role, "content": self._content(turn.text, image=number == conversation.image_turn)}
+            for number, turn in enumerate(conversation.turns)
+        ]
+
+    def _content(self, text: str, *, image: bool) -> Any:
+        if self._structured:
+            return [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]
+        return f"{IMAGE_MARK}\n{text}" if image else text
+
+    def _render(self, messages: list[dict[str, Any]], *, generate: bool) -> str:
+        rendered: str = self._tokenizer.apply_chat_template(
+            messages, chat_template=self._template, tokenize=False, add_generation_prompt=generate
+        )
+        return rendered
+
+    def _needs_structure(self) -> bool:
+        for structured in (False, True):
+            self._structured = structured
+            try:
+                text = self._render([{"role": "user", "content": self._content(_PROBE, image=True)}], generate=True)
+            except (TemplateError, TypeError):
+                continue
+            if _PROBE in text and text.count(IMAGE_MARK) == 1 and "{'type'" not in text:
+                return structured
+        raise ConfigError(
+            "the student's chat template shows neither plain nor structured content with an image",
+            "Make the student's folder with `olatrain compose`.",
+        )
+
+    def _answers(self, conversation: Conversation, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
+        """Character spans of the answers in `text`, without what ends them."""
+        spans = []
+        for number, turn in enumerate(conversation.turns):
+            if turn.role != "assistant":
+                continue
+            before = self._render(messages[:number], generate=True)
+            start = len(before)
+            # some templates put a space between their header and the answer, others into the header
+            gap = len(text[start:]) - len(text[start:].lstrip())
+            for candidate in (start, start + gap):
+                if text.startswith(before) and text.startswith(turn.text, candidate):
+                    spans.append((candidate, candidate + len(turn.text)))
+                    break
+            else:
+                raise ConfigError(
+                    f"conversation {conversation.index}: the chat template does not give answer {number} after the "
+                    "prompt that would be generated from, so it cannot be told what to learn",
+                    "Use a chat template that writes each turn once, in order and unchanged.",
+                )
+        return spans
+
+    def _labels(
+        self, ids: list[int], offsets: list[tuple[int, int]], text: str, spans: list[tuple[int, int]]
+    ) -> list[int]:
+        labels = [IGNORED] * len(ids)
+        place = 0
+        for start, end in spans:
+            while place < len(ids) and offsets[place][1] <= start:
+                place += 1
+            while place < len(ids) and offsets[place][0] < end:
+                labels[place] = ids[place]
+                place += 1
+            # the model must learn to stop: the special token that ends the answer, perhaps after a line break
+            ending = place
+            while ending < len(ids) and ids[ending] not in self._specials and text[slice(*offsets[ending])].isspace():
+                ending += 1
+            if ending < len(ids) and ids[ending] in self._specials and text[end : offsets[ending][0]].strip() == "":
+                labels[place : ending + 1] = ids[place : ending + 1]
+                place = ending + 1
+        return labels
+
+    def _with_image(
+        self, conversation: Conversation, ids: list[int], labels: list[int]
+    ) -> tuple[list[int], list[int], int]:
+        """Put all tokens of the image at its mark and the task tokens behind it; also the length up to their end."""
+        wanted = 0 if conversation.key is None else 1
+        task = list(self._tokens.flat)
+        marks = [place for place, token in enumerate(ids) if token == self._tokens.image_id]
+        if len(marks) == wanted == 0:
+            head, tail = ids, 0
+            written: list[int] = []
+        elif len(marks) == wanted:
+            head, tail = ids[: marks[0]], marks[0] + 1
+            if task and ids[tail : tail + len(task)] == task:
+                tail += len(task)
+            written = self._image + task
+        else:
+            raise self._reserved_text(conversation)
+        rest = ids[tail:] if wanted else []
+        if any(token in self._reserved for token in (*head, *rest)):
+            raise self._reserved_text(conversation)
+        if not wanted:
+            return ids, labels, 0
+        blank = [IGNORED] * len(written)
+        return head + written + rest, labels[: len(head)] + blank + labels[tail:], len(head) + len(written)
+
+    def _reserved_text(self, conversation: Conversation) -> SampleError:
+        return SampleError(
+            "reserved-text",
+            f"conversation {conversation.index}: its text holds the name of an image or task token",
+            "Take it out of the text.",
+        )

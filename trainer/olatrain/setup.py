@@ -1,0 +1,226 @@
+"""From settings to a run that can take its first step: every check that needs no training is made here."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olaschema.errors import ConfigError
+from olaschema.manifest import Fingerprint, TeacherRecord
+from olaschema.precision import DTYPES
+from olaschema.store import FeatureStore
+from olatrain.compose import load_processor, student_view
+from olatrain.config import TrainConfig
+from olatrain.conversations import Conversations
+from olatrain.join import Coverage, Listing, coverage, join, require_features, require_images
+from olatrain.learner import Learner, build_learner
+from olatrain.meanmap import mean_maps
+from olatrain.order import cyclic_partners
+from olatrain.parallel import Ranks
+from olatrain.prompts import PromptBuilder
+from olatrain.stream import Collator, SampleStream, Source
+from olatrain.tokens import RECORD_NAME, TaskTokens
+from olatrain.views import require_views, student_exif
+
+_LOCK_WAIT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, ready to take steps."""
+
+    config: TrainConfig
+    """With the fingerprints pinned."""
+    ranks: Ranks
+    learner: Learner
+    stream: SampleStream
+    heldout: SampleStream | None
+    collate: Collator
+    means: dict[str, Tensor]
+    """Mean training target by teacher, on the device."""
+    identity: dict[str, str]
+    """Digests of what a continuation must find unchanged: samples and student."""
+    samples: int
+    """Samples of an epoch."""
+    notes: list[str]
+    """What the user should know before the first step."""
+    counts: dict[str, Any]
+    """The same as figures, for metrics.jsonl; both only on rank 0."""
+
+    @property
+    def end(self) -> int:
+        """Position at which the run ends."""
+        if self.config.steps is not None:
+            return self.config.steps * self.config.batch
+        return (self.config.epochs or 1) * self.samples
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return -(-self.end // self.config.batch)
+
+
+def set_up(config: TrainConfig, ranks: Ranks) -> Run:
+    """Open and check everything.
+
+    Raises the errors of the parts: ConfigError, CorpusError, StoreError, FingerprintError, ViewError.
+    """
+    store = FeatureStore.open(config.store)
+    records = {name: store.teacher(name) for name in config.teachers}
+    config = _pin(config, records)
+    tokens = TaskTokens.load(config.student)
+    processor = load_processor(config.student)
+    found = {name: record.fingerprint for name, record in records.items()}
+    notes = [
+        f"view mismatch, allowed: {mismatch}"
+        for mismatch in require_views(found.values(), student_view(processor), allow=config.allow_view_mismatch)
+    ]
+    listing = join(Conversations.read(config.conversations), store)
+    require_images(listing, config.images)
+    heldout = None
+    if config.evaluation is not None:
+        heldout = join(Conversations.read(config.evaluation.conversations), store)
+        require_images(heldout, config.images)
+    coverages: dict[str, Coverage] = {}
+    counts: dict[str, Any] = {}
+    if ranks.first:
+        coverages = {name: coverage(store, listing, name) for name in config.teachers}
+        require_features(coverages, config.store)
+        counts = _counts(listing, coverages)
+        notes += _describe(listing, heldout, coverages)
+    source = _source(config, tokens, processor, found)
+    shuffled = cyclic_partners(listing.rows[listing.rows >= 0], seed=config.seed)
+    partners = shuffled if config.target_control == "shuffle" else None
+    train_source = Source(**{**source, "partners": partners})
+    return Run(
+        config=config,
+        ranks=ranks,
+        learner=build_learner(config, found, tokens, ranks.device),
+        stream=SampleStream(train_source, listing, seed=config.seed, window=config.window),
+        heldout=SampleStream(Source(**source), heldout, seed=None) if heldout else None,
+        collate=Collator(
+            tokens=tokens,
+            pad_id=int(processor.tokenizer.pad_token_id),
+            micro_batch=config.micro_batch,
+            shapes={name: record.fingerprint.shape for name, record in records.items()},
+            dtypes={name: DTYPES[record.precision] for name, record in records.items()},
+        ),
+        means=_means(config, records, coverages, ranks),
+        identity={"samples": listing.digest, "student": _student_digest(config.student)},
+        samples=len(listing),
+        notes=notes,
+        counts=counts,
+    )
+
+
+def _pin(config: TrainConfig, records: dict[str, TeacherRecord]) -> TrainConfig:
+    """Check the store against the pinned fingerprints, and pin those not pinned yet."""
+    pinned = dict(config.fingerprints)
+    for name, record in records.items():
+        if name in pinned:
+            pinned[name].require_equal(
+                record.fingerprint,
+                mine="pinned",
+                theirs=f"in {config.store}",
+                remedy="Use the store that the run was pinned to, or start a new run with another --out.",
+            )
+        pinned[name] = record.fingerprint
+    return config.model_copy(update={"fingerprints": pinned})
+
+
+def _source(
+    config: TrainConfig, tokens: TaskTokens, processor: Any, fingerprints: dict[str, Fingerprint]
+) -> dict[str, Any]:
+    template = processor.chat_template if isinstance(processor.chat_template, str) else None
+    return {
+        "store": config.store,
+        "teachers": tuple(config.teachers),
+        "images": config.images,
+        "prompts": PromptBuilder(processor.tokenizer, tokens, max_length=config.max_length, template=template),
+        "image_processor": processor.image_processor,
+        "exif": student_exif(fingerprints.values()),
+        "max_pixels": config.max_pixels,
+    }
+
+
+def _means(
+    config: TrainConfig, records: dict[str, TeacherRecord], coverages: dict[str, Coverage], ranks: Ranks
+) -> dict[str, Tensor]:
+    if ranks.first:
+        means = mean_maps(config.store, coverages, most=config.mean_map_rows)
+    else:
+        means = {name: torch.zeros(record.fingerprint.shape) for name, record in records.items()}
+    return {name: ranks.sum(mean.to(ranks.device)) for name, mean in means.items()}
+
+
+def _counts(listing: Listing, coverages: dict[str, Coverage]) -> dict[str, Any]:
+    images = sum(key is not None for key in listing.conversations.keys)
+    return {
+        "samples": len(listing),
+        "text_only": len(listing) - images,
+        "left_out": len(listing.conversations.bad),
+        "targets": {name: {"valid": found.valid, "missing": found.missing} for name, found in coverages.items()},
+    }
+
+
+def _describe(listing: Listing, heldout: Listing | None, coverages: dict[str, Coverage]) -> list[str]:
+    images = sum(key is not None for key in listing.conversations.keys)
+    notes = [f"{len(listing)} samples: {images} with an image, {len(listing) - images} text only"]
+    for name, found in coverages.items():
+        missing = ", ".join(f"{count} {reason}" for reason, count in found.missing.items())
+        notes.append(f"{name}: {found.valid} of {images} have a target" + (f" (without: {missing})" if missing else ""))
+    for part in (listing, heldout):
+        if part is not None and part.conversations.bad:
+            notes.append(part.conversations.problems())
+    return notes
+
+
+def _student_digest(folder: Path) -> str:
+    """Digest of the student's description and its weights' sizes: hashing tens of gigabytes would hold up a start."""
+    digest = hashlib.sha256()
+    for name in (RECORD_NAME, "config.json"):
+        digest.update((folder / name).read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Make `out` and keep other runs out of it; raises ConfigError where one is at work or it is something else.
+
+    A run that was just killed may take a moment to let go.
+    """
+    if not ranks.first:
+        yield
+        return
+    try:
+        if out.is_dir() and any(out.iterdir()) and not (out / "run.lock").exists():
+            raise ConfigError(f"{out} is not empty and holds no run", "Choose a new or empty folder (--out).")
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / "run.lock").open("a")
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}", "Choose another folder (--out).") from error
+    with file:
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                # a record lock: unlike flock it is not inherited by loader processes that outlive us for a moment
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"another run is writing to {out}", "Wait for it or stop it, or choose another --out."
+                    ) from error
+                time.sleep(0.1)
+        yield

@@ -1,0 +1,105 @@
+"""One step over the global batch: targets gathered, losses and gradients summed, however it is split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from olatrain.learner import Learner
+from olatrain.losses import Counts, Targets, compute_losses, count, supervised_positions
+from olatrain.meter import Meter
+from olatrain.parallel import Ranks
+from olatrain.stream import Batch, MicroBatch
+
+
+@dataclass(frozen=True)
+class Global:
+    """One teacher's features for the global batch, and where this rank's images begin in it."""
+
+    values: Tensor
+    valid: Tensor
+    rows: Tensor
+    first: int
+
+
+def run_batch(
+    learner: Learner, batch: Batch, ranks: Ranks, means: Mapping[str, Tensor], *, bf16: bool, stop: bool = False
+) -> dict[str, float]:
+    """Run this rank's part of a batch and return the sums over all ranks (`Meter`).
+
+    With gradients enabled, every rank's trainable parameters end with the gradient of the global batch. Losses are
+    divided by the counts of the whole global batch, and the contrastive term sees all of its targets, from the first
+    micro-batch on. `stop` is added up like the rest, so that all ranks learn that one was told to stop.
+    """
+    device = ranks.device
+    gathered = _gather(batch, ranks)
+    pieces = []
+    first = 0
+    for micro in batch.micro:
+        pieces.append({teacher: _piece(found, first, len(micro.items)) for teacher, found in gathered.items()})
+        first += len(micro.items)
+    counts = _global_counts(learner, batch, pieces, ranks)
+    meter = Meter(learner.bank, means, device)
+    scales = dict(learner.bank.logit_scales.items())
+    for micro, targets in zip(batch.micro, pieces, strict=True):
+        inputs = {name: value.to(device, non_blocking=True) for name, value in micro.inputs.items()}
+        labels = micro.labels.to(device, non_blocking=True)
+        keep = supervised_positions(labels)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            output = learner.student(inputs, keep=keep)
+            predictions = learner.bank(output.taps, micro.items.to(device), learner.student.latents)
+        report = compute_losses(
+            learner.losses,
+            counts,
+            logits=output.logits,
+            labels=labels,
+            never_predicted=learner.tokens.never_predicted,
+            predictions=predictions,
+            targets=targets,
+            logit_scales=scales,
+            keep=keep,
+        )
+        if report.loss.requires_grad:
+            torch.autograd.backward(report.loss)
+        meter.add_report(report, predictions, targets, scales)
+    meter.add("samples", batch.samples)
+    meter.add("skipped", len(batch.skipped))
+    meter.add("cut", batch.cut)
+    meter.add("stop", float(stop))
+    if torch.is_grad_enabled():
+        ranks.sum_gradients(list(learner.trainable().values()))
+    return meter.totals(ranks)
+
+
+def _gather(batch: Batch, ranks: Ranks) -> dict[str, Global]:
+    """Each teacher's stored values from all ranks, once: they carry no gradient."""
+    rows = ranks.gather(batch.rows.to(ranks.device))
+    first = sum(len(part) for part in rows[: ranks.rank])
+    found = {}
+    for teacher, features in batch.features.items():
+        values = ranks.gather(features.values.to(ranks.device, non_blocking=True))
+        valid = ranks.gather(features.valid.to(ranks.device, non_blocking=True))
+        found[teacher] = Global(torch.cat(values), torch.cat(valid), torch.cat(rows), first)
+    return found
+
+
+def _piece(found: Global, first: int, images: int) -> Targets:
+    own = torch.arange(images, device=found.rows.device) + found.first + first
+    return Targets(found.values, found.valid, found.rows, own)
+
+
+def _global_counts(learner: Learner, batch: Batch, pieces: list[dict[str, Targets]], ranks: Ranks) -> Counts:
+    teachers = list(learner.bank.configs)
+    total = torch.zeros(1 + len(teachers), dtype=torch.int64, device=ranks.device)
+    for micro, targets in zip(batch.micro, pieces, strict=True):
+        found = _counts(learner, micro, targets, ranks.device)
+        total += torch.stack([found.tokens, *(found.items[teacher] for teacher in teachers)])
+    total = ranks.sum(total)
+    return Counts(total[0], {teacher: total[1 + place] for place, teacher in enumerate(teachers)})
+
+
+def _counts(learner: Learner, micro: MicroBatch, targets: dict[str, Targets], device: torch.device) -> Counts:
+    return count(micro.labels.to(device), targets, learner.tokens.never_predicted)

@@ -1,0 +1,283 @@
+"""The stream of samples: a position of the run → conversation, image and features → padded batches.
+
+Everything here runs in loader processes. Files are opened there, on first use; what goes wrong with one image is
+skipped with its reason, what is wrong with the data as a whole comes back as the error to raise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from olaschema.errors import ImageError, OlaError, StoreError
+from olaschema.images import decode_image
+from olaschema.manifest import RowReceipt
+from olaschema.reader import FeatureReader
+from olaschema.store import FeatureStore
+from olatrain.conversations import SampleError
+from olatrain.join import Listing
+from olatrain.losses import IGNORED
+from olatrain.order import PositionSampler, epoch_order
+from olatrain.prompts import PromptBuilder
+from olatrain.tokens import Items, TaskTokens, locate
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where samples come from, and how they become the student's inputs."""
+
+    store: Path
+    teachers: tuple[str, ...]
+    images: Path
+    prompts: PromptBuilder
+    image_processor: Any
+    exif: bool
+    max_pixels: int
+    partners: Mapping[int, int] | None = None
+    """Row whose features an image is given instead of its own: the `shuffle` control."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample, ready to be batched."""
+
+    position: int
+    key: str | None
+    row: int
+    input_ids: list[int]
+    labels: list[int]
+    pixels: Tensor | None
+    """(3, H, W) float32, None for text alone."""
+    features: dict[str, np.ndarray | None]
+    """Stored values by teacher, None where there is no feature; empty for text alone."""
+    cut: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that trains nothing, and why."""
+
+    position: int
+    name: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An error for the main process to raise; raised here, the loader would wrap it in a traceback."""
+
+    error: OlaError
+
+
+@dataclass(frozen=True)
+class Features:
+    """One teacher's stored values for the I images of a rank's batch."""
+
+    values: Tensor
+    """(I, *shape) in the stored dtype; zeros where not valid."""
+    valid: Tensor
+    """(I,) bool."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass takes."""
+
+    inputs: dict[str, Tensor]
+    """`input_ids`, `attention_mask` (B, L) and, where there are images, `pixel_values` (I, 3, H, W)."""
+    labels: Tensor
+    """(B, L)"""
+    items: Items
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's part of one step. Images are numbered over all micro-batches, in order."""
+
+    micro: list[MicroBatch]
+    features: dict[str, Features]
+    rows: Tensor
+    """(I,) int64: identity of each image; images that the store does not plan have negative numbers of their own."""
+    samples: int
+    skipped: list[Skipped] = field(default_factory=list)
+    cut: int = 0
+    """Samples that were cut at `max_length`."""
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory; the loader calls this where a GPU is used."""
+        micro = [
+            MicroBatch({k: v.pin_memory() for k, v in m.inputs.items()}, m.labels.pin_memory(), m.items)
+            for m in self.micro
+        ]
+        features = {t: Features(f.values.pin_memory(), f.valid.pin_memory()) for t, f in self.features.items()}
+        return Batch(micro, features, self.rows, self.samples, self.skipped, self.cut)
+
+
+class SampleStream(Dataset[Sample | Skipped | Fault]):
+    """Samples by position. Position p of a run is sample p mod N of epoch p div N, in that epoch's order.
+
+    With `seed` None samples come in the listing's order.
+    """
+
+    def __init__(self, source: Source, listing: Listing, *, seed: int | None, window: int = 1) -> None:
+        self._source = source
+        self._listing = listing
+        self._seed = seed
+        self._window = window
+        self._order = lru_cache(maxsize=2)(self._make_order)
+        self._readers: dict[str, FeatureReader] | None = None
+
+    def __len__(self) -> int:
+        return len(self._listing)
+
+    def index(self, position: int) -> int:
+        """Return which sample of the listing stands at a position."""
+        epoch, within = divmod(position, len(self))
+        return within if self._seed is None else int(self._order(epoch)[within])
+
+    def name(self, position: int) -> str:
+        """Name the sample at a position for a message: its key, or its place in the file."""
+        conversation = self._listing.conversations[self.index(position)]
+        return conversation.key or f"conversation {conversation.index}"
+
+    def __getitem__(self, position: int) -> Sample | Skipped | Fault:
+        try:
+            return self._load(position)
+        except (ImageError, SampleError) as error:
+            return Skipped(position, self.name(position), error.reason, error.problem)
+        except OlaError as error:
+            return Fault(error)
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        return epoch_order(self._listing.shards, seed=self._seed or 0, epoch=epoch, window=self._window)
+
+    def _load(self, position: int) -> Sample:
+        index = self.index(position)
+        conversation = self._listing.conversations[index]
+        prompt = self._source.prompts.build(conversation)
+        row = int(self._listing.rows[index])
+        pixels, features = None, {}
+        if conversation.key is not None:
+            readers = self._open()
+            statuses = {t: reader.status(row) if row >= 0 else None for t, reader in readers.items()}
+            pixels = self._pixels(conversation.key, statuses)
+            features = {t: self._feature(reader, row) for t, reader in readers.items()}
+        return Sample(position, conversation.key, row, prompt.input_ids, prompt.labels, pixels, features, prompt.cut)
+
+    def _open(self) -> dict[str, FeatureReader]:
+        if self._readers is None:
+            store = FeatureStore.open(self._source.store)
+            self._readers = {teacher: FeatureReader(store, teacher) for teacher in self._source.teachers}
+        return self._readers
+
+    def _pixels(self, key: str, statuses: Mapping[str, RowReceipt | None]) -> Tensor:
+        path = self._source.images / key
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise ImageError("missing", f"{key}: no such file under {self._source.images}") from error
+        except OSError as error:
+            raise ImageError("unreadable", f"{key}: {error.strerror}") from error
+        _require_same(data, key, statuses)
+        decoded = decode_image(data, name=key, max_pixels=self._source.max_pixels)
+        image = decoded.oriented(exif=self._source.exif)
+        pixels: Tensor = self._source.image_processor(images=image, return_tensors="pt")["pixel_values"]
+        return pixels[0]
+
+    def _feature(self, reader: FeatureReader, row: int) -> np.ndarray | None:
+        if row < 0:
+            return None
+        if self._source.partners is not None:
+            row = self._source.partners[row]
+        status = reader.status(row)
+        return reader.read(row) if status is not None and status.status == "ok" else None
+
+
+def _require_same(data: bytes, key: str, statuses: Mapping[str, RowReceipt | None]) -> None:
+    digest = hashlib.sha256(data).hexdigest()
+    for teacher, status in statuses.items():
+        if status is not None and status.sha256 is not None and status.sha256 != digest:
+            raise StoreError(
+                f"{key}: the image is not the one that the features of {teacher} were made from (its SHA-256 differs)",
+                "Restore the image, check --images, or extract its shard again.",
+            )
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a rank's batch of its samples; `shapes` and `dtypes` say what each teacher's features look like."""
+
+    tokens: TaskTokens
+    pad_id: int
+    micro_batch: int | None
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, np.dtype]
+
+    def __call__(self, loaded: Sequence[Sample | Skipped | Fault]) -> Batch | Fault:
+        """Pad on the right, `micro_batch` samples at a time; the first fault stands for the whole batch."""
+        for entry in loaded:
+            if isinstance(entry, Fault):
+                return entry
+        samples = [entry for entry in loaded if isinstance(entry, Sample)]
+        skipped = [entry for entry in loaded if isinstance(entry, Skipped)]
+        size = self.micro_batch or max(len(samples), 1)
+        micro = [self._micro(samples[first : first + size]) for first in range(0, len(samples), size)]
+        shown = [sample for sample in samples if sample.pixels is not None]
+        # an image outside the store is nobody's twin
+        rows = torch.tensor([s.row if s.row >= 0 else -1 - s.position for s in shown], dtype=torch.int64)
+        features = {teacher: self._features(teacher, shown) for teacher in self.shapes}
+        cut = sum(sample.cut > 0 for sample in samples)
+        return Batch(micro, features, rows, len(samples), skipped, cut)
+
+    def _micro(self, samples: list[Sample]) -> MicroBatch:
+        length = max(len(sample.input_ids) for sample in samples)
+        input_ids = torch.full((len(samples), length), self.pad_id, dtype=torch.int64)
+        labels = torch.full((len(samples), length), IGNORED, dtype=torch.int64)
+        mask = torch.zeros((len(samples), length), dtype=torch.int64)
+        for place, sample in enumerate(samples):
+            n = len(sample.input_ids)
+            input_ids[place, :n] = torch.tensor(sample.input_ids)
+            labels[place, :n] = torch.tensor(sample.labels)
+            mask[place, :n] = 1
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
+        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+        if pixels:
+            inputs["pixel_values"] = torch.stack(pixels)
+        items = locate(self.tokens, input_ids, mask, images=[int(s.pixels is not None) for s in samples])
+        return MicroBatch(inputs, labels, items)
+
+    def _features(self, teacher: str, shown: list[Sample]) -> Features:
+        values = np.zeros((len(shown), *self.shapes[teacher]), dtype=self.dtypes[teacher])
+        valid = np.zeros(len(shown), dtype=bool)
+        for place, sample in enumerate(shown):
+            feature = sample.features[teacher]
+            if feature is not None:
+                values[place], valid[place] = feature, True
+        return Features(torch.from_numpy(values), torch.from_numpy(valid))
+
+
+def make_loader(
+    stream: SampleStream, sampler: PositionSampler, collate: Collator, *, workers: int, pin: bool
+) -> DataLoader[Batch | Fault]:
+    """Load a rank's batches in order, `workers` processes ahead of the training (0: in this process)."""
+    return DataLoader(
+        stream,  # type: ignore[arg-type]  # it gives samples, the collator makes batches of them
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin,
+        # stores and the tokenizer are opened after the fork; nothing here starts threads before it
+        multiprocessing_context="fork" if workers else None,
+        # without one of its own the loader draws from the global generator, whose state is part of a checkpoint
+        generator=torch.Generator(),
+    )

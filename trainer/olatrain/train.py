@@ -1,0 +1,201 @@
+"""The training loop: batches in order, one global step at a time, saved so that a rerun goes on where it stopped."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from olaschema.errors import OlaError
+from olatrain.config import TrainConfig
+from olatrain.meter import add_totals, figures
+from olatrain.order import PositionSampler
+from olatrain.parallel import open_ranks
+from olatrain.resume import Progress, resume, save, write_config
+from olatrain.setup import Run, locked, set_up
+from olatrain.signals import Stopped, StopRequest
+from olatrain.step import run_batch
+from olatrain.stream import Batch, Fault, SampleStream, make_loader
+from olatrain.watch import Watch, record_skips, summary
+
+_SHOWN_KEYS = 8
+
+
+class TrainingError(OlaError):
+    """The training went wrong at one batch, whose samples are named."""
+
+
+def train(config: TrainConfig, console: Console) -> None:
+    """Train from the newest checkpoint in `config.out`, or from the start.
+
+    Raises the errors of `set_up`, CheckpointError, TrainingError for a loss that is not finite or is zero without
+    reason, and Stopped after a signal.
+    """
+    config.require_inputs()
+    with open_ranks(config.device, nproc=config.nproc) as ranks, locked(config.out, ranks), StopRequest() as stop:
+        torch.manual_seed(config.seed + ranks.rank)
+        run = set_up(config, ranks)
+        named = run.learner.trainable()
+        optimiser = torch.optim.AdamW(named.values(), lr=config.lr, weight_decay=config.weight_decay)
+        progress = resume(run, optimiser)
+        if progress.step == run.steps:
+            if ranks.first:
+                text = f"{config.out}: all {run.steps} steps are done already"
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return
+        watch = _watch(run, progress, console) if ranks.first else None
+        try:
+            if progress.step == 0:
+                _evaluate(run, 0, watch)
+            _loop(run, optimiser, progress, stop, watch)
+        finally:
+            if watch is not None:
+                watch.close()
+
+
+def _loop(
+    run: Run, optimiser: torch.optim.Optimizer, progress: Progress, stop: StopRequest, watch: Watch | None
+) -> None:
+    config, ranks = run.config, run.ranks
+    parameters = list(run.learner.trainable().values())
+    last = min(run.steps, config.stop_after or run.steps)
+    step, position = progress.step, progress.position
+    batches = iter(_loader(run, run.stream, start=position, end=run.end))
+    while step < last:
+        began = time.perf_counter()
+        batch = _next(batches)
+        waited = time.perf_counter() - began
+        record_skips(config.out, batch.skipped)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(config, step, run.steps)
+        optimiser.zero_grad()
+        totals = run_batch(
+            run.learner, batch, ranks, run.means, bf16=config.precision == "bf16", stop=stop.signal is not None
+        )
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip))
+        _check(run, totals, norm, position)
+        optimiser.step()
+        step, position = step + 1, min(position + config.batch, run.end)
+        if watch is not None:
+            seconds = time.perf_counter() - began
+            watch.step(step, _record(run, totals, norm, seconds, waited, optimiser.param_groups[0]["lr"]))
+        stopping = totals["stop"] > 0
+        if config.evaluation is not None and (step % config.evaluation.every == 0 or step == run.steps):
+            _evaluate(run, step, watch)
+        if step % config.checkpoint_every == 0 or step == last or stopping:
+            path = save(run, optimiser, Progress(step, position))
+            if watch is not None:
+                watch.event("checkpoint", step, {"path": path.name})
+        if stopping:
+            raise Stopped(step, stop.signal)
+    if watch is not None:
+        watch.say(f"step {step}/{run.steps}: saved to {config.out}")
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Linear rise over the warm-up, then half a cosine to 0; `step` counts from 0."""
+    warm = math.ceil(config.warmup * steps)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _loader(run: Run, stream: SampleStream, *, start: int, end: int) -> Any:
+    sampler = PositionSampler(start=start, end=end, batch=run.config.batch, rank=run.ranks.rank, world=run.ranks.world)
+    pin = run.ranks.device.type == "cuda"
+    return make_loader(stream, sampler, run.collate, workers=run.config.workers, pin=pin)
+
+
+def _next(batches: Any) -> Batch:
+    batch: Batch | Fault = next(batches)
+    if isinstance(batch, Fault):
+        raise batch.error
+    return batch
+
+
+def _check(run: Run, totals: dict[str, float], norm: float, position: int) -> None:
+    """Stop before the weights change: a loss that is not finite, or exactly zero where there is something to learn."""
+    layers = [f"{name}.{layer}" for name, teacher in run.config.teachers.items() for layer in teacher.layers]
+    parts = ["loss", "text", *(f"{layer}.{part}" for layer in layers for part in ("smooth_l1", "contrastive"))]
+    wrong = [name for name in parts if not math.isfinite(totals[name])]
+    if wrong or not math.isfinite(norm):
+        what = ", ".join(wrong) or "the gradient"
+        raise TrainingError(
+            f"{what} not finite in the batch of {_names(run, position)}",
+            "Look at these samples, or lower the learning rate.",
+        )
+    for name, teacher in run.config.teachers.items():
+        if teacher.weight and totals[f"{name}.valid"]:
+            for layer in teacher.layers:
+                if totals[f"{name}.{layer}.smooth_l1"] == 0.0:
+                    raise TrainingError(
+                        f"the embedding loss of {name} at layer {layer} is exactly 0 in the batch of "
+                        f"{_names(run, position)}",
+                        "A prediction never equals its target: a mask or a target is not what it should be.",
+                    )
+
+
+def _names(run: Run, position: int) -> str:
+    names = [run.stream.name(p) for p in range(position, min(position + run.config.batch, run.end))]
+    more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
+    return ", ".join(names[:_SHOWN_KEYS]) + more
+
+
+def _record(
+    run: Run, totals: dict[str, float], norm: float, seconds: float, waited: float, lr: float
+) -> dict[str, Any]:
+    found = figures(totals, run.learner.bank, run.config.contrastive)
+    for name in run.config.teachers:
+        found["teachers"][name]["logit_scale"] = float(run.learner.bank.logit_scales[name].detach())
+    return {
+        "loss": totals["loss"],
+        **found,
+        "lr": lr,
+        "grad_norm": norm,
+        "samples": int(totals["samples"]),
+        "skipped": int(totals["skipped"]),
+        "cut": int(totals["cut"]),
+        "seconds": seconds,
+        "samples_per_s": totals["samples"] / seconds,
+        "data_wait": waited / seconds,
+    }
+
+
+@torch.no_grad()
+def _evaluate(run: Run, step: int, watch: Watch | None) -> None:
+    """Losses on the samples held out, with their own features, beside what the mean training map would get."""
+    if run.heldout is None:
+        return
+    totals: dict[str, float] | None = None
+    batches = iter(_loader(run, run.heldout, start=0, end=len(run.heldout)))
+    for _ in range(-(-len(run.heldout) // run.config.batch)):
+        batch = _next(batches)
+        found = run_batch(run.learner, batch, run.ranks, run.means, bf16=run.config.precision == "bf16")
+        totals = found if totals is None else add_totals(totals, found)
+    if watch is not None and totals is not None:
+        record = figures(totals, run.learner.bank, run.config.contrastive)
+        watch.event("evaluation", step, record)
+        watch.say(f"held out at step {step}: {summary(record)}")
+
+
+def _watch(run: Run, progress: Progress, console: Console) -> Watch:
+    config = run.config
+    watch = Watch(
+        config.out,
+        start=progress.step,
+        total=run.steps,
+        log_every=config.log_every,
+        tensorboard=config.tensorboard,
+        console=console,
+    )
+    write_config(config)
+    for note in run.notes:
+        watch.say(note)
+    if progress.step:
+        watch.say(f"continuing at step {progress.step} of {run.steps}")
+    else:
+        watch.event("start", 0, {**run.counts, "world": run.ranks.world, "steps": run.steps})
+    return watch

@@ -1,0 +1,42 @@
+"""The view contract: teacher and student must look at the same part of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from olaschema.errors import ViewError
+from olaschema.manifest import Fingerprint, View
+
+
+def view_mismatches(fingerprints: Iterable[Fingerprint], student: View) -> list[str]:
+    """Describe in words each teacher whose picture the student's view does not answer to; empty where all agree."""
+    found = []
+    turned: dict[bool, list[str]] = {}
+    for fingerprint in fingerprints:
+        view = fingerprint.preprocessing.view
+        turned.setdefault(fingerprint.preprocessing.exif, []).append(fingerprint.teacher)
+        if not student.accepts(view, spatial=fingerprint.grid is not None):
+            found.append(f"{fingerprint.teacher} saw {view.describe()}, the student sees {student.describe()}")
+    if len(turned) == 2:
+        found.append(
+            f"{', '.join(turned[True])} saw images turned upright by their EXIF data, "
+            f"{', '.join(turned[False])} saw them as stored; the student sees one of the two"
+        )
+    return found
+
+
+def require_views(fingerprints: Iterable[Fingerprint], student: View, *, allow: bool) -> list[str]:
+    """Return the mismatches if they are allowed; raises ViewError naming both pictures if they are not."""
+    found = view_mismatches(fingerprints, student)
+    if found and not allow:
+        raise ViewError(
+            "; ".join(found),
+            "Compose the student with the teachers' view (`olatrain compose --view`), extract with the student's, "
+            "or accept it with --allow-view-mismatch, as the published recipe does.",
+        )
+    return found
+
+
+def student_exif(fingerprints: Iterable[Fingerprint]) -> bool:
+    """Whether the student turns images upright by their EXIF data: as the teachers did, yes where they disagree."""
+    return any(fingerprint.preprocessing.exif for fingerprint in fingerprints)

@@ -1,0 +1,147 @@
+"""What a run tells about itself: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from olaschema.errors import ConfigError
+from olatrain.stream import Skipped
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+SKIPPED = "skipped.jsonl"
+
+
+class Watch:
+    """Rank 0's view of the run. `start` is the step that the run goes on from, 0 for a new one."""
+
+    def __init__(
+        self, out: Path, *, start: int, total: int, log_every: int, tensorboard: bool, console: Console
+    ) -> None:
+        self._console = console
+        self._log_every = log_every
+        self._total = total
+        self._began, self._start = time.monotonic(), start
+        _forget_after(out / METRICS, start)
+        self._metrics = (out / METRICS).open("a", encoding="utf-8")
+        self._writer = _summary_writer(out / "tensorboard", start) if tensorboard else None
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=total, completed=start, figures="")
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def event(self, name: str, step: int, record: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl and its numbers to TensorBoard."""
+        self._metrics.write(json.dumps({"event": name, "step": step, **record}, allow_nan=False) + "\n")
+        self._metrics.flush()
+        if self._writer is not None:
+            for tag, value in _flatten(record, name):
+                self._writer.add_scalar(tag, value, step)
+
+    def step(self, step: int, record: Mapping[str, Any]) -> None:
+        """Report one training step."""
+        self.event("train", step, record)
+        shown = summary(record)
+        rates = f"{record['samples_per_s']:.1f} samples/s, data wait {100 * record['data_wait']:.0f} %"
+        self._progress.update(self._task, completed=step, figures=f"{shown}  {rates}")
+        if not self._console.is_terminal and (step % self._log_every == 0 or step in (1, self._total)):
+            left = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
+            self.say(f"step {step}/{self._total}  {shown}  {rates}, {_duration(left)} left")
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._progress.stop()
+        self._metrics.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """One line of the losses: text, then per teacher the mean over layers beside the mean map's."""
+    parts = [f"loss {record['loss']:.4f}"] if "loss" in record else []
+    parts.append(f"text {record['text']:.4f}")
+    for teacher, found in record["teachers"].items():
+        if "layers" in found:
+            layers = found["layers"].values()
+            loss = sum(layer["smooth_l1"] for layer in layers) / len(layers)
+            cosine = sum(layer["cosine"] for layer in layers) / len(layers)
+            floor = found["mean_map"]
+            parts.append(
+                f"{teacher} {loss:.4f} (mean map {floor['smooth_l1']:.4f}) cos {cosine:.3f} ({floor['cosine']:.3f})"
+            )
+    return "  ".join(parts)
+
+
+def record_skips(out: Path, skipped: list[Skipped]) -> None:
+    """Append samples that trained nothing to skipped.jsonl; any rank may, a line is one write."""
+    if not skipped:
+        return
+    lines = [
+        json.dumps({"position": s.position, "sample": s.name, "reason": s.reason, "detail": s.detail}) for s in skipped
+    ]
+    handle = os.open(out / SKIPPED, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, "".join(line + "\n" for line in lines).encode())
+    finally:
+        os.close(handle)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the lines of steps that are about to be done again after a crash."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(kept), encoding="utf-8")
+    scratch.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the line that the crash cut short
+        return float("inf")
+
+
+def _summary_writer(folder: Path, start: int) -> SummaryWriter:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("TensorBoard is not installed", "Install it, or set tensorboard to false.") from error
+    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+
+def _flatten(record: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found += _flatten(value, f"{prefix}/{name}")
+        elif isinstance(value, int | float):
+            found.append((f"{prefix}/{name}", float(value)))
+    return found
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
