@@ -26,7 +26,7 @@ import photographs
 TEACHERS = ("depth", "seg", "gen")
 # Six decoder blocks: the published layers of a 32-block model (depth 18, 20; seg 10, 18; gen 12, 20), scaled
 LAYERS = {"depth": [3, 4], "seg": [2, 3], "gen": [2, 4]}
-STEPS = 120
+STEPS = 60
 BATCH = 16
 
 
@@ -52,22 +52,34 @@ def main() -> int:
     extract = ["olapipe", "extract", f"{out}/corpus/images", "--out", f"{out}/features.zarr", "--shard-size", "16"]
     for teacher in TEACHERS:
         extract += ["--teacher", teacher, "--checkpoint", f"{teacher}={out}/checkpoints/{teacher}"]
-    command(extract)
+    command(*extract)
 
     heading("The same command again: nothing is left to do")
-    command(extract)
+    command(*extract)
 
     heading("What is in the store")
-    command(["olapipe", "inspect", f"{out}/features.zarr"])
+    command("olapipe", "inspect", f"{out}/features.zarr")
     command(
-        ["olapipe", "inspect", f"{out}/features.zarr", "astronaut.png"]
-        + ["--images", f"{out}/corpus/images", "--picture", f"{out}/astronaut.png"]
+        "olapipe",
+        "inspect",
+        f"{out}/features.zarr",
+        "astronaut.png",
+        "--images",
+        f"{out}/corpus/images",
+        "--picture",
+        f"{out}/astronaut.png",
     )
 
     heading("A student: language model and vision tower joined, with task tokens")
     command(
-        ["olatrain", "compose", "--llm", f"{out}/checkpoints/llm", "--vision", f"{out}/checkpoints/vision"]
-        + ["--out", f"{out}/student"]
+        "olatrain",
+        "compose",
+        "--llm",
+        f"{out}/checkpoints/llm",
+        "--vision",
+        f"{out}/checkpoints/vision",
+        "--out",
+        f"{out}/student",
     )
 
     heading("Training on two ranks, without any teacher: they are moved away")
@@ -75,10 +87,10 @@ def main() -> int:
     (out / "checkpoints").rename(teachers_away)
     config = out / "train.yaml"
     config.write_text(json.dumps(train_config(out), indent=1) + "\n", encoding="utf-8")
-    command(["olatrain", "run", "--config", str(config)])
+    command("olatrain", "run", "--config", str(config))
 
     heading("The control: the same run on features shuffled across images")
-    command(["olatrain", "run", "--config", str(config), "--out", f"{out}/shuffled", "--set", "target_control=shuffle"])
+    command("olatrain", "run", "--config", str(config), "--out", f"{out}/shuffled", "--set", "target_control=shuffle")
     teachers_away.rename(out / "checkpoints")
 
     heading("Held-out photographs: embedding loss of each teacher beside the floor of the mean map")
@@ -127,7 +139,7 @@ def heading(text: str) -> None:
     print(f"\n=== {text}", flush=True)
 
 
-def command(arguments: list[str]) -> None:
+def command(*arguments: str) -> None:
     """Print a command as it would be typed and run it; ends the demo if it fails."""
     print("$ " + shlex.join(arguments), flush=True)
     program = Path(sys.executable).with_name(arguments[0])

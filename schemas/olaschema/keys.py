@@ -16,7 +16,7 @@ def normalise_key(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        shown = text.encode("utf-8", "backslashreplace").decode()
         raise ImageError("bad-name", f"{shown}: the file name is not UTF-8", "Rename the file.") from error
     if text.startswith(("/", "pipe:")) or "://" in text:
         raise ImageError("outside-root", f"{text}: not a path inside the image folder", "Use relative paths.")

@@ -1,0 +1,1 @@
+"""The offline half: run teacher encoders over images and write their features to a store."""

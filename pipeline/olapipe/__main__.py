@@ -1,0 +1,5 @@
+"""`python -m olapipe` is the command `olapipe`."""
+
+from olapipe.cli import main
+
+main()

@@ -1,0 +1,194 @@
+"""The command `olapipe`. Imports nothing heavy at start."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from olaschema.errors import ConfigError, OlaError
+
+app = typer.Typer(
+    name="olapipe",
+    help="Run visual teachers over images and store their features.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_INTERRUPTED = 130
+
+
+@app.command("extract")
+def extract_command(
+    # text, because a Path would turn s3://bucket into the folder s3:/bucket
+    corpus: Annotated[str | None, typer.Argument(help="Folder of images, or LLaVA-style .json / .jsonl.")] = None,
+    out: Annotated[str | None, typer.Option(help="Feature store to make or continue.")] = None,
+    teacher: Annotated[list[str] | None, typer.Option(help="Teacher to run; may be given several times.")] = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(metavar="TEACHER=PATH_OR_ID", help="Its weights; published id by default.")
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="Folder that the paths in a JSON corpus start from.")] = None,
+    preset: Annotated[str | None, typer.Option(help="default, or ola-vlm for the published targets.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float16 (default) or float32.")] = None,
+    shard_size: Annotated[int | None, typer.Option(help="Rows per shard of a new store (256).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per forward pass (8).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes (one per GPU, else per CPU).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (default), cpu or cuda.")] = None,
+    max_megapixels: Annotated[float | None, typer.Option(help="Larger images are refused (100).")] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster; by default Ray is started here.")] = None,
+    retry_failed: Annotated[
+        bool | None, typer.Option("--retry-failed", help="Encode shards with failed images again.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any setting, e.g. options.depth.pooling=last.")
+    ] = None,
+) -> None:
+    """Extract features of all images of CORPUS. Run the same command again to continue or to add images.
+
+    Images that cannot be used are listed with the reason and the rest goes on. Exit status: 0; 1 if a shard could not
+    be finished or no image had a feature; 2 for unusable settings, corpus or teacher; 130 when stopped.
+    """
+    with _user_errors():
+        from olapipe.config import ExtractConfig
+        from olaschema.config import load_config
+
+        flags: dict[str, Any] = {
+            "corpus": corpus,
+            "out": out,
+            "teachers": teacher or None,
+            "images": images,
+            "preset": preset,
+            "precision": precision,
+            "shard_size": shard_size,
+            "batch_size": batch_size,
+            "workers": workers,
+            "device": device,
+            "max_megapixels": max_megapixels,
+            "address": address,
+            "retry_failed": retry_failed,
+        }
+        flags |= {f"checkpoints.{name}": value for name, value in _pairs(checkpoint or [], "--checkpoint")}
+        settings = load_config(ExtractConfig, file=config, flags=flags, overrides=overrides or [])
+
+        from olapipe.extract import extract
+        from olapipe.progress import make_reporter
+        from olapipe.report import print_summary, visible
+
+        result = extract(settings, make_reporter())
+        print_summary(_console(), result.store, result.summaries, result.rates)
+        for lost in result.lost:
+            _errors().print(
+                f"shard {lost.shard} was given up after several attempts: {visible(lost.reason)}", markup=False
+            )
+        if result.lost:
+            log = result.store.place.path("_log/errors.log")
+            _errors().print(f"details in {visible(str(log))}; run the same command to try again", markup=False)
+        raise typer.Exit(result.exit_code)
+
+
+@app.command("inspect")
+def inspect_command(
+    store: Annotated[str, typer.Argument(help="Feature store.")],
+    key: Annotated[str | None, typer.Argument(help="One image: its path relative to the image folder.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Save the image and its features as colours (PNG).")] = None,
+    images: Annotated[Path | None, typer.Option(help="Image folder, for --picture.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a feature store holds, or what it holds of one image."""
+    with _user_errors():
+        from olapipe import inspect
+        from olaschema.store import FeatureStore
+
+        if (picture is None) != (images is None):
+            raise ConfigError("--picture and --images go together", "Give both, or neither.")
+        if picture is not None and key is None:
+            raise ConfigError("--picture needs the KEY of one image", "Give it after the store.")
+        opened = FeatureStore.open(store)
+        if key is None:
+            inspect.show_store(_console(), opened, as_json=as_json)
+            return
+        found = inspect.find(opened, key)
+        if picture is not None and images is not None:
+            from olapipe.picture import save_picture
+
+            save_picture(opened, found.sample, images, picture)
+        inspect.show_image(_console(), found, as_json=as_json)
+
+
+@app.command("teachers")
+def teachers_command() -> None:
+    """List the teachers."""
+    with _user_errors():
+        from rich.table import Table
+        from rich.text import Text
+
+        from olapipe.report import size
+        from olapipe.teachers import registry
+
+        table = Table()
+        for column in ("teacher", "published checkpoint", "licence", "grid", "channels", "float16", "what it sees"):
+            table.add_column(column, justify="right" if column in ("channels", "float16") else "left", overflow="fold")
+        for info in registry.available().values():
+            height, width = info.grid or (1, 1)
+            cells = (
+                info.name,
+                info.published,
+                info.licence,
+                f"{height} × {width}" if info.grid else "one vector",
+                str(info.channels),
+                size(height * width * info.channels * 2),
+                info.about,
+            )
+            table.add_row(*map(Text, cells))
+        _console().print(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to fail
+    app()
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    try:
+        yield
+    except OlaError as error:
+        from olapipe.report import print_error
+
+        print_error(_errors(), error)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _errors().print(
+            "stopped; what was finished is kept. Run the same command again to go on.", style="bold", markup=False
+        )
+        raise typer.Exit(_INTERRUPTED) from None
+
+
+def _pairs(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
+    pairs = []
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name or not value:
+            raise ConfigError(f"{flag} {text!r} is not of the form TEACHER=PATH_OR_ID", f"{flag} depth=FOLDER")
+        pairs.append((name, value))
+    return pairs
+
+
+def _console() -> Console:
+    # narrow pipes and files would wrap the tables
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _errors() -> Console:
+    return Console(stderr=True)

@@ -1,0 +1,71 @@
+"""Settings of `olapipe extract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+from olapipe.teachers.base import ComputeDtype, Preset
+from olaschema.manifest import Precision, Scalar
+
+
+class ExtractConfig(BaseModel):
+    """What to extract, from what, into what, and how. Frozen; unknown settings are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    corpus: Path
+    """A folder of images, or a .json or .jsonl file of LLaVA-style conversations."""
+    images: Path | None = None
+    """The folder that the `image` paths of conversations start from."""
+    out: Path
+    """The feature store: made if missing, else continued."""
+    teachers: Annotated[tuple[str, ...], Field(min_length=1)]
+    checkpoints: dict[str, str] = Field(default_factory=dict)
+    """Per teacher a local folder or a hub id; the published id where none is given."""
+    options: dict[str, dict[str, Scalar]] = Field(default_factory=dict)
+    """Per teacher the options that differ from the preset, e.g. `depth: {pooling: last}`."""
+    preset: Preset = "default"
+    precision: Precision = "float16"
+    shard_size: PositiveInt | None = None
+    """Rows per shard; by default that of the store, 256 for a new one."""
+    batch_size: PositiveInt = 8
+    workers: PositiveInt | None = None
+    """Worker processes; by default one per GPU, else one per CPU."""
+    threads: PositiveInt = 1
+    """CPU threads of a worker's forward pass: another number gives other bits."""
+    decoders: PositiveInt = 2
+    """Threads of a worker that read, decode and preprocess images."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compute_dtype: ComputeDtype = "float32"
+    max_megapixels: Annotated[float, Field(gt=0)] = 100.0
+    address: str | None = None
+    """A running Ray cluster; by default Ray is started here, for this command only."""
+    retry_failed: bool = False
+    """Encode shards that hold failed images again."""
+
+    @field_validator("corpus", "images", "out", mode="before")
+    @classmethod
+    def _local(cls, value: object) -> object:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError("buckets and other addresses are not supported yet: give a local or mounted folder")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExtractConfig:
+        if len(set(self.teachers)) != len(self.teachers):
+            raise ValueError(f"a teacher is named twice: {', '.join(self.teachers)}")
+        for setting, names in (("checkpoints", self.checkpoints), ("options", self.options)):
+            stray = sorted(set(names) - set(self.teachers))
+            if stray:
+                raise ValueError(
+                    f"{setting} names {', '.join(stray)}, which is not among the teachers ({', '.join(self.teachers)})"
+                )
+        return self
+
+    @property
+    def max_pixels(self) -> int:
+        """Images with more pixels are refused."""
+        return int(self.max_megapixels * 1_000_000)

@@ -1,0 +1,229 @@
+"""The command `inspect`: what a store holds as a whole, and of one image."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from olapipe.report import TeacherSummary, print_failures, size, summarise, visible
+from olaschema.errors import ImageError, StoreError
+from olaschema.keys import normalise_key
+from olaschema.manifest import RowReceipt, SampleRow
+from olaschema.reader import FeatureReader
+from olaschema.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class ImageStatus:
+    """One planned image and what became of it under each teacher; None while it is not extracted."""
+
+    sample: SampleRow
+    status: dict[str, RowReceipt | None]
+    features: dict[str, dict[str, float]]
+    """Mean, standard deviation, minimum and maximum of the features that exist."""
+
+
+def describe(summary: TeacherSummary, store: FeatureStore) -> dict[str, Any]:
+    """Return all that `inspect` tells of one teacher, as plain JSON values."""
+    record = summary.record
+    fingerprint = record.fingerprint
+    array = json.loads(store.place.read(f"{fingerprint.teacher}/values/zarr.json"))
+    reasons: dict[str, int] = {}
+    for failure in summary.failures:
+        reasons[failure.reason] = reasons.get(failure.reason, 0) + 1
+    return {
+        "array": {
+            "path": f"{fingerprint.teacher}/values",
+            "shape": array["shape"],
+            "dtype": array["data_type"],
+            "shard": array["chunk_grid"]["configuration"]["chunk_shape"],
+        },
+        "images": {
+            "planned": summary.planned,
+            "ok": summary.ok,
+            "failed": summary.failed,
+            "waiting": summary.waiting,
+        },
+        "shards": {"planned": summary.shards, "committed": summary.committed},
+        "absent_rows": summary.absent,
+        "precision": record.precision,
+        "bytes": {"stored": summary.stored_bytes, "float32": summary.float32_bytes, "ratio": summary.ratio},
+        "channels": _channels(summary),
+        "failed_by_reason": dict(sorted(reasons.items())),
+        "failures": [vars(failure) for failure in summary.failures],
+        "fingerprint": fingerprint.model_dump(mode="json") | {"digest": fingerprint.digest()},
+        "source": record.source,
+        "licence": record.licence,
+        "libraries": record.libraries,
+    }
+
+
+def _channels(summary: TeacherSummary) -> dict[str, Any] | None:
+    """Summarise the statistics over channels: `std` is that of a channel, `dead` ones never change."""
+    statistics = summary.statistics
+    if not statistics.count:
+        return None
+    std = np.sqrt(statistics.variance)
+    return {
+        "count": len(std),
+        "mean": float(statistics.mean.mean()),
+        "mean_of_std": float(std.mean()),
+        "smallest_std": float(std.min()),
+        "largest_std": float(std.max()),
+        "minimum": float(statistics.minimum.min()),
+        "maximum": float(statistics.maximum.max()),
+        "dead": int((statistics.minimum == statistics.maximum).sum()),
+    }
+
+
+def show_store(console: Console, store: FeatureStore, *, as_json: bool) -> None:
+    """Print what a store holds of every teacher."""
+    summaries = [summarise(store, name) for name in store.teachers()]
+    described = {summary.record.fingerprint.teacher: describe(summary, store) for summary in summaries}
+    if as_json:
+        whole = {
+            "rows_per_shard": store.rows_per_shard,
+            "generations": [g.model_dump(mode="json", exclude={"parts"}) for g in store.generations()],
+            "teachers": described,
+        }
+        _print_json(console, whole)
+        return
+    planned = sum(generation.rows for generation in store.generations())
+    counts = f"images: {planned}, generations: {len(store.generations())}, rows per shard: {store.rows_per_shard}"
+    console.print(Text(f"{visible(str(store.root))}: {counts}"), soft_wrap=True)
+    if not summaries:
+        console.print(Text("no teacher yet"))
+        return
+    console.print(_table("arrays", described, _ARRAY_ROWS))
+    console.print(_table("channels", described, _CHANNEL_ROWS))
+    console.print(_table("meaning", described, _MEANING_ROWS))
+    print_failures(console, store, summaries)
+
+
+def _table(title: str, described: dict[str, dict[str, Any]], rows: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in described:
+        table.add_column(Text(name), justify="right")
+    for label, value in rows.items():
+        table.add_row(Text(label), *(Text(visible(value(teacher))) for teacher in described.values()))
+    return table
+
+
+def _times(shape: list[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _channel(name: str, form: str) -> Any:
+    return lambda t: format(t["channels"][name], form) if t["channels"] else "–"
+
+
+_ARRAY_ROWS = {
+    "shape": lambda t: _times(t["array"]["shape"]),
+    "stored as": lambda t: t["array"]["dtype"],
+    "images with features": lambda t: str(t["images"]["ok"]),
+    "failed": lambda t: str(t["images"]["failed"]),
+    "not extracted yet": lambda t: str(t["images"]["waiting"]),
+    "shards": lambda t: f"{t['shards']['committed']} of {t['shards']['planned']}",
+    "rows without an image": lambda t: str(t["absent_rows"]),
+    "bytes": lambda t: size(t["bytes"]["stored"]),
+    "× smaller than float32": lambda t: f"{t['bytes']['ratio']:.2f}" if t["bytes"]["ratio"] else "–",
+}
+_CHANNEL_ROWS = {
+    "channels": _channel("count", "d"),
+    "mean": _channel("mean", ".4g"),
+    "std, mean over channels": _channel("mean_of_std", ".4g"),
+    "std, smallest": _channel("smallest_std", ".4g"),
+    "std, largest": _channel("largest_std", ".4g"),
+    "minimum": _channel("minimum", ".4g"),
+    "maximum": _channel("maximum", ".4g"),
+    "dead channels": _channel("dead", "d"),
+}
+_MEANING_ROWS = {
+    "fingerprint": lambda t: t["fingerprint"]["digest"][:16],
+    "model": lambda t: t["fingerprint"]["model_class"],
+    "source": lambda t: t["source"],
+    "weights": lambda t: t["fingerprint"]["weights"][:16],
+    "licence": lambda t: t["licence"],
+    "preset": lambda t: t["fingerprint"]["preset"],
+    "taps": lambda t: f"{t['fingerprint']['taps']} {t['fingerprint']['pooling']}",
+    "view": lambda t: t["fingerprint"]["preprocessing"]["view"]["kind"],
+    "colours": lambda t: t["fingerprint"]["preprocessing"]["channel_order"],
+    "EXIF applied": lambda t: "yes" if t["fingerprint"]["preprocessing"]["exif"] else "no",
+    "computed in": lambda t: t["fingerprint"]["compute_dtype"],
+}
+
+
+def find(store: FeatureStore, key: str) -> ImageStatus:
+    """Return an image by its key, or the stand-in that reports show for a name that cannot be one.
+
+    Raises StoreError if the store has not planned it.
+    """
+    wanted = {key}
+    with contextlib.suppress(ImageError):  # a stand-in is no key
+        wanted.add(normalise_key(key))
+    sample = next((sample for sample in store.samples() if sample.key in wanted), None)
+    if sample is None:
+        first = next(store.samples(), None)
+        example = f", for example {visible(first.key)}" if first else ""
+        raise StoreError(
+            f"{store.root} has no image {visible(key)}",
+            f"Keys are paths relative to the image folder, with extension{example}.",
+        )
+    status: dict[str, RowReceipt | None] = {}
+    features = {}
+    for name in store.teachers():
+        reader = FeatureReader(store, name)
+        status[name] = receipt = reader.status(sample.row)
+        if receipt is not None and receipt.status == "ok":
+            values = reader.read(sample.row).astype(np.float64)
+            numbers = {"mean": values.mean(), "std": values.std(), "minimum": values.min(), "maximum": values.max()}
+            features[name] = {label: float(number) for label, number in numbers.items()}
+    return ImageStatus(sample, status, features)
+
+
+def show_image(console: Console, found: ImageStatus, *, as_json: bool) -> None:
+    """Print what became of one image."""
+    if as_json:
+        teachers = {
+            name: {
+                "receipt": None if receipt is None else receipt.model_dump(mode="json"),
+                "features": found.features.get(name),
+            }
+            for name, receipt in found.status.items()
+        }
+        _print_json(console, {"sample": found.sample.model_dump(mode="json"), "teachers": teachers})
+        return
+    console.print(Text(f"{visible(found.sample.key)}: row {found.sample.row}"), soft_wrap=True)
+    table = Table()
+    for column in ("teacher", "status", "image", "mean", "std", "minimum", "maximum"):
+        table.add_column(column)
+    for name, receipt in found.status.items():
+        features = found.features.get(name, {})
+        numbers = [f"{features[label]:.4g}" if features else "–" for label in ("mean", "std", "minimum", "maximum")]
+        table.add_row(*map(Text, (name, _verdict(receipt), _pixels(receipt), *numbers)))
+    console.print(table)
+
+
+def _verdict(receipt: RowReceipt | None) -> str:
+    if receipt is None:
+        return "not extracted yet"
+    if receipt.status == "failed":
+        return visible(f"failed, {receipt.reason}: {receipt.detail}")
+    return receipt.status
+
+
+def _pixels(receipt: RowReceipt | None) -> str:
+    return f"{receipt.width} × {receipt.height}" if receipt is not None and receipt.width is not None else "–"
+
+
+def _print_json(console: Console, data: dict[str, Any]) -> None:
+    # past rich: no wrapping, no highlighting
+    console.file.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")

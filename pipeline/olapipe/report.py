@@ -1,0 +1,168 @@
+"""What a store holds, from its receipts alone: coverage, failures, bytes. Used by `extract` and `inspect`."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from olaschema.errors import OlaError
+from olaschema.manifest import ChannelStatistics, TeacherRecord
+from olaschema.store import FeatureStore
+
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One image without a feature of one teacher."""
+
+    teacher: str
+    row: int
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass
+class TeacherSummary:
+    """One teacher's part of a store. Counts are images; `waiting` ones are planned and not extracted yet."""
+
+    record: TeacherRecord
+    planned: int
+    shards: int
+    ok: int = 0
+    failed: int = 0
+    absent: int = 0
+    committed: int = 0
+    stored_bytes: int = 0
+    statistics: ChannelStatistics = field(default_factory=lambda: ChannelStatistics(1))
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def waiting(self) -> int:
+        """Planned images whose shard is not committed."""
+        return self.planned - self.ok - self.failed
+
+    @property
+    def float32_bytes(self) -> int:
+        """Size of the features that exist, uncompressed in float32."""
+        return self.ok * int(np.prod(self.record.fingerprint.shape)) * 4
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times smaller than float32 the stored features are; None while there are none."""
+        return self.float32_bytes / self.stored_bytes if self.ok else None
+
+
+def summarise(store: FeatureStore, teacher: str) -> TeacherSummary:
+    """Read every receipt of one teacher."""
+    record = store.teacher(teacher)
+    planned = sum(generation.rows for generation in store.generations())
+    summary = TeacherSummary(record, planned, store.shard_count())
+    channels = record.fingerprint.channels
+    summary.statistics = ChannelStatistics(channels)
+    for shard in store.committed(teacher):
+        receipt = store.receipt(teacher, shard)
+        if receipt is None:
+            continue
+        summary.committed += 1
+        summary.ok += receipt.ok
+        summary.failed += receipt.failed
+        summary.absent += len(receipt.rows) - receipt.ok - receipt.failed
+        summary.stored_bytes += sum(file.bytes for file in receipt.files.values())
+        summary.statistics.merge(ChannelStatistics.from_json(receipt.statistics, channels))
+        if receipt.failed:
+            samples = store.shard_samples(shard)
+            summary.failures += [
+                Failure(teacher, sample.row, sample.key, row.reason or "", row.detail or "")
+                for sample, row in zip(samples, receipt.rows, strict=False)  # absent rows have no sample
+                if row.status == "failed"
+            ]
+    return summary
+
+
+def print_summary(
+    console: Console, store: FeatureStore, summaries: Sequence[TeacherSummary], rates: Mapping[str, float]
+) -> None:
+    """Print the closing table and the failures. `rates` are images per second of this run."""
+    table = Table(title=Text(f"features in {visible(str(store.root))}"), title_justify="left")
+    table.add_column("teacher", no_wrap=True)
+    for column in ("images", "failed", "waiting", "stored", "× smaller than float32", "images/s"):
+        table.add_column(column, justify="right")
+    for summary in summaries:
+        name = summary.record.fingerprint.teacher
+        table.add_row(
+            Text(name),
+            str(summary.ok),
+            str(summary.failed),
+            str(summary.waiting),
+            size(summary.stored_bytes),
+            f"{summary.ratio:.2f}" if summary.ratio else "–",
+            f"{rates[name]:.1f}" if name in rates else "–",
+        )
+    console.print(table)
+    print_failures(console, store, summaries)
+
+
+def print_failures(console: Console, store: FeatureStore, summaries: Sequence[TeacherSummary]) -> None:
+    """Print failed images by reason, the first few of each by name."""
+    everyone = {summary.record.fingerprint.teacher for summary in summaries}
+    images: dict[tuple[str, int], dict[str, Failure]] = {}
+    for summary in summaries:
+        for failure in summary.failures:
+            images.setdefault((failure.reason, failure.row), {})[failure.teacher] = failure
+    reasons = Counter(reason for reason, _ in images)
+    if not reasons:
+        return
+    console.print(Text("failed images, by reason:"))
+    for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
+        console.print(Text(f"  {reason}: {count}"))
+        rows = sorted(row for found, row in images if found == reason)
+        for row in rows[:_NAMED]:
+            by_teacher = images[reason, row]
+            failure = next(iter(by_teacher.values()))
+            only = "" if set(by_teacher) == everyone else f" [{', '.join(by_teacher)}]"
+            console.print(Text(f"    {visible(failure.key)}: {visible(failure.detail)}{only}"), soft_wrap=True)
+        if count > _NAMED:
+            console.print(Text(f"    and {count - _NAMED} more"))
+    console.print(Text(f"  all of them: olapipe inspect {visible(str(store.root))} --json"), soft_wrap=True)
+
+
+def print_error(console: Console, error: OlaError) -> None:
+    """Print an error and its remedy; nothing in them is taken for markup."""
+    console.print(Text.assemble(("error: ", "bold red"), visible(error.problem)), soft_wrap=True)
+    if error.remedy:
+        console.print(Text(visible(error.remedy)), soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """Return text that any terminal can show: control, direction and surrogate characters are escaped."""
+    return "".join(c if _printable(c) else _escape(c) for c in text)
+
+
+def _printable(character: str) -> bool:
+    return character == " " or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in words: `1.5 MiB`."""
+    value = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} TiB"
