@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from olaschema.errors import ConfigError, OlaError
+
+if TYPE_CHECKING:
+    from olapipe.preview.page import Page
 
 app = typer.Typer(
     name="olapipe",
@@ -123,6 +126,46 @@ def inspect_command(
         inspect.show_image(_console(), found, as_json=as_json)
 
 
+@app.command("preview")
+def preview_command(
+    store: Annotated[str, typer.Argument(help="Feature store, of targets or of predictions.")],
+    key: Annotated[str, typer.Argument(help="One image: its path relative to the image folder.")],
+    images: Annotated[Path | None, typer.Option(help="Image folder: shows the image and the full teacher.")] = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(metavar="TEACHER=PATH", help="Decodes that teacher's features.")
+    ] = None,
+    predictions: Annotated[str | None, typer.Option(help="Second store: predictions of the same features.")] = None,
+    teacher: Annotated[list[str] | None, typer.Option(help="Only this teacher; may be given several times.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Picture to write (PNG).")] = Path("preview.png"),
+) -> None:
+    """Decode the stored features of one image: depth and panoptic maps, drawings, PCA colours."""
+    with _user_errors():
+        from olapipe.preview.page import PreviewSettings, preview
+        from olaschema.store import FeatureStore
+
+        settings = PreviewSettings(images, dict(_pairs(checkpoint or [], "--checkpoint")), teacher or None, device)
+        compared = FeatureStore.open(predictions) if predictions else None
+        _finish(preview(FeatureStore.open(store), key, settings, compared), out)
+
+
+@app.command("explain")
+def explain_command(
+    store: Annotated[str, typer.Argument(help="Feature store.")],
+    key: Annotated[str, typer.Argument(help="One image: its path relative to the image folder.")],
+    images: Annotated[Path, typer.Option(help="Image folder.")],
+    student: Annotated[Path | None, typer.Option(help="Folder of a student, for what it sees.")] = None,
+    teacher: Annotated[list[str] | None, typer.Option(help="Only this teacher; may be given several times.")] = None,
+    out: Annotated[Path, typer.Option(help="Picture to write (PNG).")] = Path("explain.png"),
+) -> None:
+    """Show the pixels each teacher saw beside those the student sees, with every preprocessing step."""
+    with _user_errors():
+        from olapipe.explain import explain
+        from olaschema.store import FeatureStore
+
+        _finish(explain(FeatureStore.open(store), key, images, student=student, teachers=teacher or None), out)
+
+
 @app.command("teachers")
 def teachers_command() -> None:
     """List the teachers."""
@@ -173,6 +216,14 @@ def _user_errors() -> Iterator[None]:
             "stopped; what was finished is kept. Run the same command again to go on.", style="bold", markup=False
         )
         raise typer.Exit(_INTERRUPTED) from None
+
+
+def _finish(page: Page, out: Path) -> None:
+    from olapipe.report import visible
+
+    page.save(out)
+    for line in [*page.lines, f"written: {out}"]:
+        _console().print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _pairs(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:

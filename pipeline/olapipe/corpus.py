@@ -104,19 +104,21 @@ def list_corpus(corpus: Path, images: Path | None) -> Listing:
 def compare(listing: Listing, store: FeatureStore | None) -> Growth:
     """Say which images of the listing a store has not planned yet.
 
-    Raises StoreError where a file's size is no longer the planned one: its features would be of another image.
-    A file that was missing when it was planned may have appeared.
+    Raises StoreError where a file with features no longer has the planned size: they would be of another image.
+    A file without features may have appeared or been mended.
     """
     if store is None:
         return Growth(listing.entries, 0, 0)
-    planned = {sample.key: sample.size for sample in store.samples()}
+    planned = {sample.key: (sample.size, sample.row) for sample in store.samples()}
     new: list[Entry] = []
     changed: list[tuple[str, int, int]] = []
     for entry in listing.entries:
-        size = planned.pop(entry.key, None)
-        if size is None:
+        found = planned.pop(entry.key, None)
+        if found is None:
             new.append(entry)
-        elif entry.size != size and entry.size >= 0 and size >= 0:
+            continue
+        size, row = found
+        if entry.size != size and entry.size >= 0 and size >= 0 and _has_features(store, row):
             changed.append((entry.key, size, entry.size))
     if changed:
         key, before, now = changed[0]
@@ -129,8 +131,14 @@ def compare(listing: Listing, store: FeatureStore | None) -> Growth:
     return Growth(new, len(listing.entries) - len(new), len(planned))
 
 
-def read_image(root: Path, sample: SampleRow, max_pixels: int) -> bytes:
-    """Return the bytes of a planned image.
+def _has_features(store: FeatureStore, row: int) -> bool:
+    shard, within = divmod(row, store.rows_per_shard)
+    receipts = (store.receipt(teacher, shard) for teacher in store.teachers())
+    return any(receipt is not None and receipt.rows[within].status == "ok" for receipt in receipts)
+
+
+def read_image(root: Path, sample: SampleRow, max_pixels: int, *, mended: bool = False) -> bytes:
+    """Return the bytes of a planned image; `mended` takes them whatever size was planned.
 
     Raises ImageError with the planned problem, or `missing`, `unreadable`, `changed` (another size than planned),
     `too-large` (more bytes than `max_pixels` pixels can have). Waits for no pipe or device.
@@ -143,7 +151,7 @@ def read_image(root: Path, sample: SampleRow, max_pixels: int) -> bytes:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError("unreadable", "it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no file")
-            if 0 <= sample.size != status.st_size:
+            if 0 <= sample.size != status.st_size and not mended:
                 raise ImageError("changed", f"it has {status.st_size} bytes, {sample.size} were planned")
             if status.st_size > max_pixels * _BYTES_PER_PIXEL + _HEADROOM:
                 raise ImageError("too-large", f"a file of {status.st_size} bytes is no image within the limit")

@@ -110,7 +110,8 @@ class ShardEncoder:
 
         `progress(teacher, rows)` is told how many rows of the shard are settled. An image that cannot be used is
         recorded in its row. Raises CorpusError if the whole image folder is gone, TeacherError where a teacher fails
-        on any input, StoreError where the store cannot be written. `replace` encodes a committed shard again.
+        on any input, StoreError where the store cannot be written. `replace` encodes a committed
+        shard again, and takes images that have changed since they were planned.
         """
         if not self.root.is_dir():
             raise CorpusError(
@@ -134,7 +135,7 @@ class ShardEncoder:
             seconds["forward"] += time.perf_counter() - since
             settle(name, rows)
 
-        for index, row in enumerate(self._prepared(samples, teachers)):
+        for index, row in enumerate(self._prepared(samples, teachers, mended=replace)):
             for stage, spent in row.seconds.items():
                 seconds[stage] += spent
             for name in teachers:
@@ -158,14 +159,14 @@ class ShardEncoder:
         self._log(shard, receipts, seconds | {"wall": time.perf_counter() - started})
         return receipts
 
-    def _prepared(self, samples: list[SampleRow], teachers: Sequence[str]) -> Iterator[_Row]:
+    def _prepared(self, samples: list[SampleRow], teachers: Sequence[str], *, mended: bool) -> Iterator[_Row]:
         """Yield the rows in order, prepared ahead by threads, with a bounded number of images in memory."""
         ahead = 2 * self.limits.batch_size
         waiting: deque[Future[_Row]] = deque()
         pool = ThreadPoolExecutor(self.limits.decoders, thread_name_prefix="decode")
         try:
             for sample in samples:
-                waiting.append(pool.submit(self._prepare, sample, teachers))
+                waiting.append(pool.submit(self._prepare, sample, teachers, mended))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -173,12 +174,12 @@ class ShardEncoder:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _prepare(self, sample: SampleRow, teachers: Sequence[str]) -> _Row:
+    def _prepare(self, sample: SampleRow, teachers: Sequence[str], mended: bool) -> _Row:
         row = _Row()
         clock = time.perf_counter
         start = clock()
         try:
-            data = read_image(self.root, sample, self.limits.max_pixels)
+            data = read_image(self.root, sample, self.limits.max_pixels, mended=mended)
             row.sha256 = hashlib.sha256(data).hexdigest()
             read = clock()
             image = decode_image(data, name=sample.key, max_pixels=self.limits.max_pixels)

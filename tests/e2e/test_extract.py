@@ -136,6 +136,25 @@ def test_failed_images_are_tried_again_when_asked(corpus: Path, store: Path, tmp
     assert digests(tmp_path / "s") == digests(store)
 
 
+def test_a_mended_image_of_another_size_is_taken_when_asked(corpus: Path, store: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(corpus, tmp_path / "c")
+    good = (folder / "b.jpg").read_bytes()
+    (folder / "b.jpg").write_bytes(good[: len(good) // 2])
+    arguments = depth_arguments(folder, tmp_path / "s", "--shard-size", 2, "--batch-size", 2, "--workers", 1)
+    assert "truncated: 1" in olapipe(*arguments).stdout
+    (folder / "b.jpg").write_bytes(good)
+    assert "truncated: 1" in olapipe(*arguments).stdout, "no features were made of it, so the run goes on"
+    result = olapipe(*arguments, "--retry-failed")
+    assert result.exit_code == 0, result.output
+    mended = digests(tmp_path / "s")
+    differing = {name for name, digest in digests(store).items() if mended[name] != digest}
+    assert differing == {"samples/0000-00000.parquet", "samples/0000.json"}, "the plan keeps the size it was made with"
+    (folder / "b.jpg").write_bytes(good + b"\0")
+    refused = olapipe(*arguments)
+    assert refused.exit_code == 1
+    assert "features of another image would get its name" in " ".join(refused.output.split())
+
+
 def test_teachers_added_later_leave_the_others_as_they_are(corpus: Path, store: Path, tmp_path: Path) -> None:
     folder, out = _copies(corpus, store, tmp_path)
     before = digests(out)

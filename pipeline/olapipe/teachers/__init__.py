@@ -1,0 +1,1 @@
+"""Teacher encoders: one file each, and the registry that finds them."""
