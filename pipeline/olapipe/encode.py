@@ -72,13 +72,19 @@ class _Output:
         self.batch: list[tuple[int, SampleRow, _Row]] = []
 
 
-def execution(device: str, batch_size: int) -> Execution:
+def execution(device: str, batch_size: int, *, compiled: bool = False) -> Execution:
     """Describe what byte identity is conditional on; `device` is a torch device."""
     if torch.device(device).type == "cuda":
         model = torch.cuda.get_device_name(torch.device(device))
     else:
         model = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    return Execution(device=model, torch=str(torch.__version__), batch_size=batch_size, threads=torch.get_num_threads())
+    return Execution(
+        device=model,
+        torch=str(torch.__version__),
+        batch_size=batch_size,
+        compile=compiled,
+        threads=torch.get_num_threads(),
+    )
 
 
 class ShardEncoder:
@@ -198,8 +204,10 @@ class ShardEncoder:
 
     def _encode_batch(self, name: str, output: _Output) -> None:
         pixels_bchw = torch.from_numpy(np.stack([row.pixels.pop(name) for _, _, row in output.batch]))
+        # A row that has pixels was read, so it has a digest too.
+        digests = [row.sha256 for _, _, row in output.batch if row.sha256 is not None]
         try:
-            encoded = self.teachers[name].encode(pixels_bchw)
+            encoded = self.teachers[name].encode_images(pixels_bchw, digests)
         except torch.OutOfMemoryError as error:
             raise TeacherError(
                 f"{name}: {len(output.batch)} images at a time do not fit the device's memory",

@@ -22,6 +22,7 @@ def load_teachers(config: ExtractConfig, device: str) -> dict[str, Teacher]:
                 preset=config.preset,
                 device=device,
                 compute_dtype=config.compute_dtype,
+                compile=config.compile,
                 options=config.options.get(name, {}),
             ),
         )

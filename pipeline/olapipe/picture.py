@@ -82,7 +82,7 @@ def save_picture(store: FeatureStore, sample: SampleRow, images: Path, out: Path
     upright = any(reader.fingerprint.preprocessing.exif for reader in readers.values()) or not readers
     photograph = _photograph(sample, images, [receipt for receipt in receipts.values() if receipt], upright=upright)
     width = round(min(max(photograph.width / photograph.height * _HEIGHT, 1), _WIDEST))
-    panels = [(f"{visible(sample.key)}, {photograph.width} × {photograph.height}", photograph.resize((width, _HEIGHT)))]
+    panels = [(f"{visible(sample.key)}, {photograph.width} x {photograph.height}", photograph.resize((width, _HEIGHT)))]
     for name, reader in readers.items():
         receipt = receipts[name]
         if receipt is None or receipt.status != "ok":
@@ -118,7 +118,7 @@ def _panel(values: np.ndarray, fingerprint: Fingerprint, width: int) -> Image.Im
 def _label(fingerprint: Fingerprint) -> str:
     view = fingerprint.preprocessing.view
     seen = {"squash": "whole image", "pad": "padded", "crop": "centre crop"}[view.kind]
-    shape = " × ".join(map(str, fingerprint.shape))
+    shape = " x ".join(map(str, fingerprint.shape))
     return f"{fingerprint.teacher} {shape}, {seen}"
 
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olapipe.teachers.info import TeacherInfo
+from olaschema import precision
 from olaschema.errors import OlaError
 from olaschema.manifest import ChannelStatistics, TeacherRecord
 from olaschema.store import FeatureStore
@@ -156,6 +158,36 @@ def _escape(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+# What `olapipe teachers` and the table in docs/teachers.md show; True: a column of numbers.
+TEACHER_COLUMNS = {
+    "teacher": False,
+    "published checkpoint": False,
+    "licence": False,
+    "grid": False,
+    "channels": True,
+    **{f"{stored} per image": True for stored in precision.DTYPES},
+    "good for": False,
+}
+
+
+def teacher_cells(info: TeacherInfo) -> tuple[str, ...]:
+    """Return the cells of one teacher under `TEACHER_COLUMNS`, uncompressed sizes; one that cannot be used says why."""
+    if info.problem:
+        return (info.name, *("–" for _ in range(len(TEACHER_COLUMNS) - 2)), f"cannot be used: {info.problem}")
+    of_checkpoint = info.channels == 0
+    height, width = info.grid or (1, 1)
+    values = height * width * info.channels
+    return (
+        info.name,
+        info.published or "yours",
+        info.licence,
+        "that of the checkpoint" if of_checkpoint else f"{height} × {width}" if info.grid else "one vector",
+        "–" if of_checkpoint else str(info.channels),
+        *("–" if of_checkpoint else size(values * dtype.itemsize) for dtype in precision.DTYPES.values()),
+        info.about,
+    )
 
 
 def size(count: int) -> str:
