@@ -188,20 +188,20 @@ def write_checkpoint(name: str, folder: Path, *, full: bool) -> None:
 
 
 def _write_stable_diffusion(folder: Path, *, full: bool, unet: bool) -> None:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    vae = AutoencoderKL(**{**_VAE, **({} if full else _REDUCED_VAE)})
+    diffusers: Any = importlib.import_module("diffusers")
+    transformers: Any = importlib.import_module("transformers")
+    vae = diffusers.AutoencoderKL(**{**_VAE, **({} if full else _REDUCED_VAE)})
     vae.half().save_pretrained(folder / "vae")
     if not unet:
         return
-    UNet2DConditionModel(**{**_UNET, **({} if full else _REDUCED_UNET)}).half().save_pretrained(folder / "unet")
+    half_unet = diffusers.UNet2DConditionModel(**{**_UNET, **({} if full else _REDUCED_UNET)}).half()
+    half_unet.save_pretrained(folder / "unet")
     # The prompt is always empty and is encoded once, at load: one block of the text encoder is enough here.
-    text = CLIPTextConfig(
+    text = transformers.CLIPTextConfig(
         vocab_size=3, hidden_size=768, intermediate_size=768, num_hidden_layers=1, num_attention_heads=12,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    CLIPTextModel(text).half().save_pretrained(folder / "text_encoder")
+    transformers.CLIPTextModel(text).half().save_pretrained(folder / "text_encoder")
     words = ["!", "<|startoftext|>", "<|endoftext|>"]
     _write_json(folder / "tokenizer" / "vocab.json", {word: index for index, word in enumerate(words)})
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")

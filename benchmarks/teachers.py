@@ -1,7 +1,7 @@
-"""How many images a second each teacher takes, one at a time and in batches. Random weights; no download.
+r"""How many images a second each teacher takes, one at a time and in batches. Random weights; no download.
 
     python benchmarks/teachers.py                                   every teacher at reduced size, on the CPU
-    python benchmarks/teachers.py --full --device cuda --batch-size 32 --dtype float32 --dtype bfloat16 \\
+    python benchmarks/teachers.py --full --device cuda --batch-size 32 --dtype float32 --dtype bfloat16 \
         --out benchmarks/results/teachers-gpu.json
 
 The public OLA-VLM code runs its teachers inside the training step, one image after another. Here the same module
@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "teachers-cpu.json", help="JSON file to write")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    transformers_logging.disable_progress_bar()
+    untyped: Any = transformers_logging
+    untyped.disable_progress_bar()
     load_before = os.getloadavg()
     rows = []
     for name in options.teacher or NAMES:
@@ -153,7 +154,8 @@ def paired_seconds(
     """Return seconds of both, measured in turns after one warm-up each; every other pair starts with the second."""
     first()
     second()
-    firsts, seconds_ = [], []
+    firsts: list[float] = []
+    seconds_: list[float] = []
     for pair in range(pairs):
         order: Sequence[tuple[Callable[[], object], list[float]]] = ((first, firsts), (second, seconds_))
         for work, kept in order if pair % 2 == 0 else reversed(order):
