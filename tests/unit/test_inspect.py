@@ -17,6 +17,7 @@ from store_support import EXECUTION, fill_shard, make_store, record
 from olapipe.picture import bars, pca_rgb
 from olapipe.report import print_failures, size, summarise, visible
 from olaschema.manifest import ChannelStatistics, RowReceipt, SampleRow
+from olaschema.precision import Stored
 from olaschema.store import FeatureStore
 
 
@@ -32,8 +33,9 @@ def test_json_tells_coverage_bytes_and_channels(tmp_path: Path) -> None:
     store.add_generation(SampleRow(row=0, key=f"new{i}.png", uri=f"new{i}.png", size=1) for i in range(3))
     store.put_teacher(teacher)
     found = _inspect(root)["teachers"]["depth"]  # type: ignore[index]
-    assert found["array"]["shape"] == [12, 3, 3, 5]
-    assert found["array"]["dtype"] == "float16"
+    assert list(found["arrays"]) == ["values"]
+    assert found["arrays"]["values"]["shape"] == [12, 3, 3, 5]
+    assert found["arrays"]["values"]["dtype"] == "float16"
     assert found["images"] == {"planned": 9, "ok": 6, "failed": 0, "waiting": 3}
     assert found["shards"] == {"planned": 3, "committed": 2}
     assert found["absent_rows"] == 2
@@ -126,7 +128,7 @@ def _pictured(root: Path) -> Path:
         row = RowReceipt(status="ok", sha256=hashlib.sha256(data).hexdigest(), width=40, height=20)
         statistics = ChannelStatistics(5)
         statistics.update(values[:1])
-        store.commit_shard(teacher, 0, values, [row, RowReceipt(status="absent")], statistics, EXECUTION)
+        store.commit_shard(teacher, 0, Stored(values), [row, RowReceipt(status="absent")], statistics, EXECUTION)
     return root / "s"
 
 
