@@ -132,6 +132,28 @@ def test_torch_agrees_on_maps_and_vectors(tier: Precision, shape: tuple[int, ...
     require_agreement((rng.normal(size=shape) * rng.lognormal(size=shape)).astype(np.float32), tier, "cpu")
 
 
+DEVICES = pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+)
+
+
+@DEVICES
+@TIERS
+def test_a_group_whose_scale_is_a_float16_gets_just_that_scale(tier: Precision, device: str) -> None:
+    """Every float16: a product with the rounded inverse, not a division, would give the next one here and there."""
+    scales = np.arange(1, 0x7C00, dtype=np.uint16).view(np.float16)
+    exact = scales.astype(np.float32)[:, None] * np.float32(LARGEST[tier])
+    stored = encode(exact, tier)
+    assert stored.scale is not None
+    np.testing.assert_array_equal(stored.scale[:, 0], scales)
+    np.testing.assert_array_equal(decode(stored, 1), exact)
+    for direction in (0, np.inf):
+        near = np.nextafter(exact, np.float32(direction))[:-1]
+        require_agreement(near, tier, device)
+    require_agreement(exact, tier, device)
+
+
 def require_agreement(found: np.ndarray, tier: Precision, device: str) -> None:
     wanted = encode(found, tier)
     stored = quantise(torch.from_numpy(found).to(device), tier)
