@@ -30,7 +30,7 @@ from transformers import (
 
 from olaschema.config import load_config
 from olaschema.manifest import ChannelStatistics, RowReceipt, SampleRow, TeacherRecord
-from olaschema.precision import DTYPES
+from olaschema.precision import blank, encode
 from olaschema.store import FeatureStore
 from olatrain.compose import compose
 from olatrain.config import TrainConfig
@@ -170,7 +170,7 @@ def make_store(
     for name, teacher in (teachers or records()).items():
         store.put_teacher(teacher)
         for shard in range(store.shard_count()):
-            values = np.full((rows_per_shard, *teacher.fingerprint.shape), np.nan, DTYPES[teacher.precision])
+            stored = blank(rows_per_shard, teacher.fingerprint.shape, teacher.precision)
             rows = [RowReceipt(status="absent")] * rows_per_shard
             statistics = ChannelStatistics(teacher.fingerprint.channels)
             for place, sample in enumerate(store.shard_samples(shard)):
@@ -179,10 +179,12 @@ def make_store(
                 if failed.get(sample.key) == name:
                     rows[place] = RowReceipt(status="failed", sha256=digest, reason="not-finite", detail="NaN")
                     continue
-                values[place] = np.inf if sample.key in spoiled else feature
+                stored[place] = encode(feature, teacher.precision)
+                if sample.key in spoiled:
+                    stored.values[place] = np.inf
                 rows[place] = RowReceipt(status="ok", sha256=digest, width=24, height=20)
                 statistics.update(feature[None])
-            store.commit_shard(teacher, shard, values, rows, statistics, EXECUTION)
+            store.commit_shard(teacher, shard, stored, rows, statistics, EXECUTION)
     return store
 
 

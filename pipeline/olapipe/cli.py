@@ -39,7 +39,7 @@ def extract_command(
     ] = None,
     images: Annotated[str | None, typer.Option(help="Folder that the paths in a JSON corpus start from.")] = None,
     preset: Annotated[str | None, typer.Option(help="default, or ola-vlm for the published targets.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float16 (default) or float32.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float16 (default), float32, int8 or int4.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Rows per shard of a new store (256).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass (8).")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes (one per GPU, else per CPU).")] = None,

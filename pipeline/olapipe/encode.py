@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from olapipe.corpus import read_image
+from olapipe.quantise import quantise
 from olapipe.teachers.base import Teacher
-from olaschema import precision
 from olaschema.errors import CorpusError, ImageError, TeacherError
 from olaschema.images import DEFAULT_MAX_PIXELS, decode_image
 from olaschema.manifest import ChannelStatistics, Execution, Receipt, RowReceipt, SampleRow, TeacherRecord
+from olaschema.precision import blank, require_storable
 from olaschema.store import FeatureStore
 
 LOG = "shards.jsonl"
@@ -64,9 +65,8 @@ class _Output:
     """What becomes of one shard under one teacher."""
 
     def __init__(self, record: TeacherRecord, rows_per_shard: int) -> None:
-        shape = (rows_per_shard, *record.fingerprint.shape)
         self.record = record
-        self.values = np.full(shape, np.nan, precision.DTYPES[record.precision])
+        self.stored = blank(rows_per_shard, record.fingerprint.shape, record.precision)
         self.rows = [RowReceipt(status="absent")] * rows_per_shard
         self.statistics = ChannelStatistics(record.fingerprint.channels)
         self.batch: list[tuple[int, SampleRow, _Row]] = []
@@ -159,7 +159,7 @@ class ShardEncoder:
             since = time.perf_counter()
             output = outputs.pop(name)
             receipts[name] = self.store.commit_shard(
-                output.record, shard, output.values, output.rows, output.statistics, self.execution, replace=replace
+                output.record, shard, output.stored, output.rows, output.statistics, self.execution, replace=replace
             )
             seconds["commit"] += time.perf_counter() - since
         self._log(shard, receipts, seconds | {"wall": time.perf_counter() - started})
@@ -213,23 +213,24 @@ class ShardEncoder:
                 f"{name}: {len(output.batch)} images at a time do not fit the device's memory",
                 f"Use a --batch-size below {self.limits.batch_size}.",
             ) from error
-        features = encoded.cpu().numpy()
+        features = encoded.cpu().numpy()  # as computed, for the checks and the statistics
         expected = (len(output.batch), *output.record.fingerprint.shape)
         if features.shape != expected or features.dtype != np.float32:
             raise TeacherError(
                 f"{name}: the teacher returned {features.dtype} {features.shape}, its record says float32 {expected}",
                 "This is a defect of the teacher's code.",
             )
+        stored = quantise(encoded, output.record.precision)
         good = []
-        for feature, (index, sample, row) in zip(features, output.batch, strict=True):
+        for place, (index, sample, row) in enumerate(output.batch):
             try:
-                precision.require_storable(feature, output.record.precision, name=sample.key)
+                require_storable(features[place], output.record.precision, name=sample.key)
             except ImageError as error:
                 output.rows[index] = row.receipt(sample, error)
                 continue
-            output.values[index] = precision.encode(feature, output.record.precision)
+            output.stored[index] = stored[place]
             output.rows[index] = row.receipt(sample, None)
-            good.append(feature)
+            good.append(features[place])
         if good:
             output.statistics.update(np.stack(good))
         output.batch.clear()

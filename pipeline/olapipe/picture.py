@@ -15,7 +15,6 @@ from olapipe.report import visible
 from olaschema.errors import StoreError
 from olaschema.images import decode_image
 from olaschema.manifest import Fingerprint, RowReceipt, SampleRow
-from olaschema.precision import decode
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
@@ -89,7 +88,7 @@ def save_picture(store: FeatureStore, sample: SampleRow, images: Path, out: Path
             reason = "not extracted" if receipt is None else str(receipt.reason)
             panels.append((f"{name}: {reason}", Image.new("RGB", (_HEIGHT, _HEIGHT), (224, 224, 224))))
         else:
-            values = decode(reader.read(sample.row))
+            values = reader.feature(sample.row)
             panels.append((_label(reader.fingerprint), _panel(values, reader.fingerprint, width)))
     _save(_side_by_side(panels), out)
 

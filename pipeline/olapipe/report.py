@@ -43,7 +43,8 @@ class TeacherSummary:
     failed: int = 0
     absent: int = 0
     committed: int = 0
-    stored_bytes: int = 0
+    array_bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes of the committed shards by array: `values`, and `scale` beside integers."""
     statistics: ChannelStatistics = field(default_factory=lambda: ChannelStatistics(1))
     failures: list[Failure] = field(default_factory=list)
 
@@ -51,6 +52,11 @@ class TeacherSummary:
     def waiting(self) -> int:
         """Planned images whose shard is not committed."""
         return self.planned - self.ok - self.failed
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the committed shards, all arrays together."""
+        return sum(self.array_bytes.values())
 
     @property
     def float32_bytes(self) -> int:
@@ -78,7 +84,9 @@ def summarise(store: FeatureStore, teacher: str) -> TeacherSummary:
         summary.ok += receipt.ok
         summary.failed += receipt.failed
         summary.absent += len(receipt.rows) - receipt.ok - receipt.failed
-        summary.stored_bytes += sum(file.bytes for file in receipt.files.values())
+        for path, file in receipt.files.items():
+            array = path.removeprefix(f"{teacher}/").split("/")[0]
+            summary.array_bytes[array] = summary.array_bytes.get(array, 0) + file.bytes
         summary.statistics.merge(ChannelStatistics.from_json(receipt.statistics, channels))
         if receipt.failed:
             samples = store.shard_samples(shard)

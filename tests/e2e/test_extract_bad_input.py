@@ -211,7 +211,7 @@ def test_unknown_teachers_and_settings(tmp_path: Path) -> None:
     good = [*base, "--teacher", "depth"]
     _refused(olapipe(*good, "--checkpoint", "depth"), "TEACHER=PATH_OR_ID", code=2)
     _refused(olapipe(*good, "--checkpoint", "seg=x"), "not among the teachers", code=2)
-    _refused(olapipe(*good, "--precision", "int8"), "precision", "float16", code=2)
+    _refused(olapipe(*good, "--precision", "int2"), "precision", "float16", code=2)
     _refused(olapipe(*good, "--batch-size", "0"), "batch_size", code=2)
     _refused(olapipe(*good, "--set", "max_megapixel=3"), "did you mean max_megapixels?", code=2)
     _refused(olapipe(*good, "--teacher", "depth"), "named twice", code=2)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from olaschema.errors import ConfigError
 from olaschema.manifest import Fingerprint, TeacherRecord
-from olaschema.precision import DTYPES
+from olaschema.precision import array_formats
 from olaschema.store import FeatureStore
 from olatrain.compose import load_processor, student_view
 from olatrain.config import TrainConfig
@@ -111,8 +111,9 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
             tokens=tokens,
             pad_id=int(processor.tokenizer.pad_token_id),
             micro_batch=config.micro_batch,
-            shapes={name: record.fingerprint.shape for name, record in records.items()},
-            dtypes={name: DTYPES[record.precision] for name, record in records.items()},
+            formats={
+                name: array_formats(record.fingerprint.shape, record.precision) for name, record in records.items()
+            },
         ),
         means=_means(config, records, coverages, ranks),
         identity={"samples": listing.digest, "student": _student_digest(config.student)},
