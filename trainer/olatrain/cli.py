@@ -26,6 +26,14 @@ class ViewKind(enum.StrEnum):
     pad = "pad"
 
 
+class DtypeName(enum.StrEnum):
+    """Type of exported weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 @app.command()
 def compose(
     llm: Annotated[Path, typer.Option(help="Folder of a Llama or Phi-3 causal language model with its tokenizer.")],
@@ -48,6 +56,27 @@ def compose(
     )
     count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
     typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {view.value}")
+
+
+@app.command("import-ola")
+def import_ola(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint in the published OLA-VLM layout.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the student to; new or empty.")],
+    vision: Annotated[Path | None, typer.Option(help="Folder of its CLIP tower, where it is not inside.")] = None,
+    view: Annotated[
+        ViewKind | None, typer.Option(help="What the student sees of an image. [as the checkpoint says]")
+    ] = None,
+) -> None:
+    """Turn a published OLA-VLM checkpoint into a student that `run` starts from."""
+    _quiet()
+    from olatrain.importing import SETTINGS_NAME, import_student
+
+    tokens, chosen = import_student(checkpoint, out, vision=vision, view=view.value if view else None)
+    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
+    typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {chosen}")
+    if tokens.chat_template == "plain":
+        typer.echo("its tokenizer has no chat template: a plain USER: … ASSISTANT: … was written")
+    typer.echo(f"the settings it was trained with: olatrain run --student {out} --config {out / SETTINGS_NAME}")
 
 
 @app.command()
@@ -106,6 +135,25 @@ def run(
     from olatrain.train import train
 
     train(settings, Console(highlight=False))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run (`--out` of `olatrain run`).")],
+    out: Annotated[Path, typer.Option(help="Folder to write the model to; new or empty.")],
+    student: Annotated[Path | None, typer.Option(help="Student that the run started from, where it has moved.")] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="Type of the weights; the run computes in float32.")] = (
+        DtypeName.float32
+    ),
+) -> None:
+    """Write a run's newest checkpoint as a model that transformers loads without this package."""
+    _quiet()
+    from olatrain.export import export as run_export
+
+    trained = run_export(run, out, student=student, dtype=dtype.value)
+    typer.echo(f"{out}: step {trained.step} of {run}, {dtype.value}")
+    for record in trained.all_teachers:
+        typer.echo(f"learned from {record.fingerprint.teacher} ({record.source}), licence {record.licence}")
 
 
 def _layers(given: list[str]) -> dict[str, list[int]]:

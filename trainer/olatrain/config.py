@@ -58,6 +58,9 @@ class TrainConfig(Frozen):
     fingerprints: dict[str, Fingerprint] = Field(default_factory=dict)
     """What the features must mean. Filled in from the store at the first start and saved with the run."""
 
+    init: Literal["student", "fresh"] = "student"
+    """Where latents, predictors and logit scales start: from the student's `ola.safetensors` as far as it has them
+    (an imported or exported student), or from random values."""
     epochs: int | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
     """Either epochs (default: 1) or steps."""

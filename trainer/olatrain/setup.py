@@ -22,7 +22,7 @@ from olatrain.compose import load_processor, student_view
 from olatrain.config import TrainConfig
 from olatrain.conversations import Conversations
 from olatrain.join import Coverage, Listing, coverage, join, require_features, require_images
-from olatrain.learner import Learner, build_learner
+from olatrain.learner import Learner, build_learner, load_start
 from olatrain.meanmap import mean_maps
 from olatrain.order import cyclic_partners
 from olatrain.parallel import Ranks
@@ -47,6 +47,8 @@ class Run:
     collate: Collator
     means: dict[str, Tensor]
     """Mean training target by teacher, on the device."""
+    teachers: dict[str, TeacherRecord]
+    """What the store says about each teacher, its licence included: saved, so that export needs no store."""
     identity: dict[str, str]
     """Digests of what a continuation must find unchanged: samples and student."""
     samples: int
@@ -97,6 +99,9 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
         require_features(coverages, config.store)
         counts = _counts(listing, coverages)
         notes += _describe(listing, heldout, coverages)
+    start = load_start(config)
+    if start is not None:
+        notes += start.describe({name: teacher.layers for name, teacher in config.teachers.items()})
     source = _source(config, tokens, processor, found)
     shuffled = cyclic_partners(listing.rows[listing.rows >= 0], seed=config.seed)
     partners = shuffled if config.target_control == "shuffle" else None
@@ -104,7 +109,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     return Run(
         config=config,
         ranks=ranks,
-        learner=build_learner(config, found, tokens, ranks.device),
+        learner=build_learner(config, found, tokens, ranks.device, start=start),
         stream=SampleStream(train_source, listing, seed=config.seed, window=config.window),
         heldout=SampleStream(Source(**source), heldout, seed=None) if heldout else None,
         collate=Collator(
@@ -115,7 +120,8 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
             dtypes={name: DTYPES[record.precision] for name, record in records.items()},
         ),
         means=_means(config, records, coverages, ranks),
-        identity={"samples": listing.digest, "student": _student_digest(config.student)},
+        teachers=records,
+        identity={"samples": listing.digest, "student": student_digest(config.student)},
         samples=len(listing),
         notes=notes,
         counts=counts,
@@ -184,8 +190,11 @@ def _describe(listing: Listing, heldout: Listing | None, coverages: dict[str, Co
     return notes
 
 
-def _student_digest(folder: Path) -> str:
-    """Digest of the student's description and its weights' sizes: hashing tens of gigabytes would hold up a start."""
+def student_digest(folder: Path) -> str:
+    """Return a digest of the student's description and its weights' sizes.
+
+    Not of the weights: hashing tens of gigabytes would hold up every start.
+    """
     digest = hashlib.sha256()
     for name in (RECORD_NAME, "config.json"):
         digest.update((folder / name).read_bytes())
