@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from trainer_support import Corpus, conversation, make_corpus, make_student, metrics, settings, write_json
 from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner
@@ -77,7 +76,7 @@ assert not ours, ours
 
 
 def run_alone(folders: list[Path], picture: Path) -> None:
-    """Load, answer and generate with transformers alone, in a process of its own; `FOLDER.safetensors` is the result."""
+    """Load, answer and generate with transformers alone, in a process of its own, into `FOLDER.safetensors`."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", ALONE, str(picture), str(LENGTH), *map(str, folders)],

@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from olaschema.errors import ConfigError
 from olaschema.manifest import TeacherRecord
 from olatrain.config import TrainConfig
 from olatrain.sidecar import SIDECAR_NAME
 from olatrain.tokens import TaskTokens
-from olatrain.watch import METRICS
 
 # Where things were on one machine; the fingerprints have a table of their own.
 _NOT_SHOWN = frozenset(
     ("student", "store", "conversations", "images", "out", "evaluation", "fingerprints", "device", "nproc", "workers",
      "checkpoint_every", "keep_last", "log_every", "tensorboard")
 )  # fmt: skip
-
-
-def read_figures(run: Path, step: int) -> dict[str, dict[str, Any]]:
-    """Return the last record of each event in a run's metrics, up to `step`; empty where there are none.
-
-    Raises ConfigError where the file holds something else.
-    """
-    path = run / METRICS
-    if not path.exists():
-        return {}
-    found: dict[str, dict[str, Any]] = {}
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break  # cut short by a crash
-            record = json.loads(line)
-            if record["step"] <= step:
-                found[record["event"]] = record
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", "Restore it, or remove it to go without.") from error
-    return found
 
 
 def model_card(

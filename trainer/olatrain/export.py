@@ -14,7 +14,7 @@ from torch import nn
 
 from olaschema.errors import ConfigError
 from olaschema.manifest import TeacherRecord
-from olatrain.card import model_card, read_figures
+from olatrain.card import model_card
 from olatrain.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from olatrain.compose import IMAGE_TOKEN, load_processor
 from olatrain.config import TrainConfig
@@ -23,6 +23,7 @@ from olatrain.learner import Learner, build_learner, load_start
 from olatrain.setup import student_digest
 from olatrain.sidecar import Sidecar
 from olatrain.tokens import TaskTokens
+from olatrain.watch import last_events
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,7 +90,7 @@ def export(run: Path, out: Path, *, student: Path | None = None, dtype: Dtype = 
         model=model,
         tokens=tokens,
         dtype=dtype,
-        figures=read_figures(run, trained.step),
+        figures=last_events(run, trained.step),
     )
     model.to(_DTYPES[dtype])
     with publish_folder(out) as made:
@@ -111,6 +112,8 @@ def load_trained(run: Path, *, student: Path | None = None) -> Trained:
         raise CheckpointError(f"{run} has no checkpoint", "Give the folder of a run (--out of `olatrain run`).")
     state, files = load_checkpoint(folder)
     config, teachers = _read_state(state, folder)
+    if config.probe is not None:
+        raise ConfigError(f"{run} is a probe, which leaves its student as it was", "Export the run that trained it.")
     if student is not None:
         config = config.model_copy(update={"student": student})
     if not config.student.is_dir():

@@ -79,7 +79,7 @@ def build_learner(
 
     Raises ConfigError where the student lacks a layer or a teacher's task tokens.
     """
-    student_model = _load(config)
+    student_model = load_model(config)
     hidden = int(student_model.get_input_embeddings().weight.shape[1])
     predictors = {
         name: _predictor(name, fingerprints[name].shape, teacher.layers, hidden, tokens, start)
@@ -133,7 +133,8 @@ def _latents(teacher: str, predictors: Mapping[str, PredictorConfig], tokens: Ta
     return tokens.tokens_per_teacher if trained is None else len(trained)
 
 
-def _load(config: TrainConfig) -> Any:
+def load_model(config: TrainConfig) -> Any:
+    """Load the student's model in float32; raises ConfigError where it cannot be loaded."""
     try:
         return AutoModelForImageTextToText.from_pretrained(config.student, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -26,7 +26,9 @@ from olatrain.learner import Learner, build_learner, load_start
 from olatrain.meanmap import mean_maps
 from olatrain.order import cyclic_partners
 from olatrain.parallel import Ranks
+from olatrain.probebank import build_probe, split_by_image
 from olatrain.prompts import PromptBuilder
+from olatrain.sidecar import Sidecar
 from olatrain.stream import Collator, SampleStream, Source
 from olatrain.tokens import RECORD_NAME, TaskTokens
 from olatrain.views import require_views, student_exif
@@ -92,14 +94,20 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     if config.evaluation is not None:
         heldout = join(Conversations.read(config.evaluation.conversations), store)
         require_images(heldout, config.images)
+    if config.probe is not None:
+        listing, heldout = split_by_image(listing, held_out=config.probe.held_out, seed=config.seed)
+        if config.context == "all":
+            notes.append("context = all: the probes read the answer's states too, not only what the image's hold")
     coverages: dict[str, Coverage] = {}
     counts: dict[str, Any] = {}
     if ranks.first:
         coverages = {name: coverage(store, listing, name) for name in config.teachers}
         require_features(coverages, config.store)
         counts = _counts(listing, coverages)
+        if heldout is not None:
+            counts["held_out"] = {"images": len(heldout), "digest": heldout.digest}
         notes += _describe(listing, heldout, coverages)
-    start = load_start(config)
+    start = load_start(config) if config.probe is None else None
     if start is not None:
         notes += start.describe({name: teacher.layers for name, teacher in config.teachers.items()})
     source = _source(config, tokens, processor, found)
@@ -109,7 +117,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     return Run(
         config=config,
         ranks=ranks,
-        learner=build_learner(config, found, tokens, ranks.device, start=start),
+        learner=_learner(config, found, tokens, ranks, start),
         stream=SampleStream(train_source, listing, seed=config.seed, window=config.window),
         heldout=SampleStream(Source(**source), heldout, seed=None) if heldout else None,
         collate=Collator(
@@ -126,6 +134,14 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
         notes=notes,
         counts=counts,
     )
+
+
+def _learner(
+    config: TrainConfig, found: dict[str, Fingerprint], tokens: TaskTokens, ranks: Ranks, start: Sidecar | None
+) -> Learner:
+    if config.probe is not None:
+        return build_probe(config, found, tokens, ranks.device)
+    return build_learner(config, found, tokens, ranks.device, start=start)
 
 
 def _pin(config: TrainConfig, records: dict[str, TeacherRecord]) -> TrainConfig:
