@@ -26,8 +26,10 @@ from olaschema.errors import ConfigError
 from olatrain.cli import app
 from olatrain.compose import load_processor, student_view
 from olatrain.config import TrainConfig
+from olatrain.conversations import parse_conversation
 from olatrain.importing import import_student
 from olatrain.learner import Learner, build_learner, load_start
+from olatrain.prompts import PromptBuilder
 from olatrain.sidecar import SIDECAR_NAME, Sidecar
 from olatrain.tokens import TaskTokens
 
@@ -251,6 +253,31 @@ def test_the_tower_may_be_elsewhere_and_the_view_be_said(tmp_path: Path) -> None
     generation = json.loads((tmp_path / "student/generation_config.json").read_text())
     assert generation["eos_token_id"] == [1, 4]
     assert set(TaskTokens.load(tmp_path / "student").never_predicted) <= set(generation["suppress_tokens"])
+
+
+SYSTEM = 'You "see".\nSay {{ what }} — é'
+
+
+def test_a_system_message_is_said_unless_the_conversation_has_one(tmp_path: Path) -> None:
+    folder = published(HERE, tmp_path / "published")
+    import_student(folder, tmp_path / "student", system=SYSTEM)
+    processor = load_processor(tmp_path / "student")
+    user = {"role": "user", "content": "<image>\nso?"}
+    text = processor.apply_chat_template([user])
+    assert text.startswith(f"<s><|start|>system<|sep|>\n\n{SYSTEM}<|eot|><|start|>user<|sep|>\n\n<image><ola_gen_0>")
+    own = processor.apply_chat_template([{"role": "system", "content": "mine"}, user])
+    assert own.startswith("<s><|start|>system<|sep|>\n\nmine<|eot|><|start|>user")
+    prompts = PromptBuilder(processor.tokenizer, TaskTokens.load(tmp_path / "student"), max_length=4096)
+    entry = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nso?"}]}
+    entry["conversations"].append({"from": "gpt", "value": "yes"})
+    built = prompts.build(parse_conversation(entry, 0))
+    answer = [id_ for id_ in built.labels if id_ != -100]
+    assert processor.tokenizer.decode(answer) == "yes<|eot|>"
+    made = tokenizer()
+    made.chat_template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+    made.save_pretrained(folder)
+    with pytest.raises(ConfigError, match="leaves system messages out"):
+        import_student(folder, tmp_path / "other", system=SYSTEM)
 
 
 # --- starting from a sidecar

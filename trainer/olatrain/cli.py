@@ -74,12 +74,15 @@ def import_ola(
     view: Annotated[
         ViewKind | None, typer.Option(help="What the student sees of an image. [as the checkpoint says]")
     ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message it was trained with, for conversations without one.")
+    ] = None,
 ) -> None:
     """Turn a published OLA-VLM checkpoint into a student that `run` starts from."""
     _quiet()
     from olatrain.importing import SETTINGS_NAME, import_student
 
-    tokens, chosen = import_student(checkpoint, out, vision=vision, view=view.value if view else None)
+    tokens, chosen = import_student(checkpoint, out, vision=vision, view=view.value if view else None, system=system)
     count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
     typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {chosen}")
     if tokens.chat_template == "plain":

@@ -31,55 +31,14 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from olaschema.errors import ConfigError, ViewError
 from olaschema.manifest import View
+from olatrain.chat import IMAGE_TOKEN, make_chat_template
 from olatrain.folder import publish_folder, require_new
 from olatrain.tokens import TaskTokens
 
-IMAGE_TOKEN = "<image>"  # noqa: S105 - a token of the vocabulary
-PAD_TOKEN = "<pad>"  # noqa: S105
+PAD_TOKEN = "<pad>"  # noqa: S105 - a token of the vocabulary
 LANGUAGE_MODELS = ("llama", "phi3")
 VISION_MODELS = ("clip", "clip_vision_model")
 VISION_LAYER = -2
-
-# Rewrites every message before the language model's own template sees it: content becomes a string that starts with
-# each of the turn's images, its task tokens right behind it. A plain string may hold `<image>` anywhere.
-_REWRITE = """\
-{%- set ola = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- set turn = namespace(images=0, text='') -%}
-{%- if message['content'] is string -%}
-{%- if message['role'] == 'assistant' -%}
-{%- set turn.text = message['content'] -%}
-{%- else -%}
-{%- set turn.images = message['content'].count('@IMAGE@') -%}
-{%- set turn.text = message['content'].replace('@IMAGE@\\n', '').replace('\\n@IMAGE@', '').replace('@IMAGE@', '') -%}
-{%- endif -%}
-{%- elif message['content'] -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'text' -%}
-{%- set turn.text = turn.text + part['text'] -%}
-{%- elif part['type'] in ('image', 'image_url') -%}
-{%- set turn.images = turn.images + 1 -%}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- set content = '@BLOCK@' * turn.images + ('\\n' if turn.images else '') + turn.text -%}
-{%- set ola.messages = ola.messages + [dict(message, content=content)] -%}
-{%- endfor -%}
-{%- set messages = ola.messages %}"""
-# For a language model without a template: the turns of LLaVA-1.5's prompts.
-_PLAIN = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}
-{{- message['content'] + ' ' -}}
-{%- elif message['role'] == 'user' -%}
-{{- 'USER: ' + message['content'] + ' ' -}}
-{%- else -%}
-{{- 'ASSISTANT: ' -}}{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
 
 
 def compose(
@@ -135,14 +94,17 @@ def make_processor(
     view: Literal["squash", "crop", "pad"],
     names: dict[str, list[str]],
     template: str | None,
+    *,
+    system: str | None = None,
 ) -> LlavaProcessor:
     """Make a student's processor; its chat template puts the task tokens `names` behind each image.
 
     `template` is the language model's own, None where it has none; `vision` the tower's folder, whose
-    `preprocessor_config.json` names mean, deviation and filter.
+    `preprocessor_config.json` names mean, deviation and filter. `system` is said first where a conversation has no
+    system message of its own.
     """
     size, patch = _square(vision_config, vision)
-    chat_template = _template(template or _PLAIN, "".join(name for group in names.values() for name in group))
+    chat_template = make_chat_template(template, [name for group in names.values() for name in group], system=system)
     tokenizer.chat_template = chat_template
     return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=_image_processor(vision, size, view),
@@ -389,11 +351,6 @@ def _image_processor(vision: Path, size: int, view: str) -> PilBackend:
     if view == "pad":
         return LlavaImageProcessorPil(size=square, crop_size=square, do_center_crop=False, do_pad=True, **kept)
     raise ConfigError(f"view {view!r} is unknown", "Choose squash, crop or pad.")
-
-
-def _template(own: str, task_tokens: str) -> str:
-    rewrite = _REWRITE.replace("@BLOCK@", IMAGE_TOKEN + task_tokens).replace("@IMAGE@", IMAGE_TOKEN)
-    return rewrite + own
 
 
 @contextmanager

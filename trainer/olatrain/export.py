@@ -15,8 +15,9 @@ from torch import nn
 from olaschema.errors import ConfigError
 from olaschema.manifest import TeacherRecord
 from olatrain.card import model_card
+from olatrain.chat import IMAGE_TOKEN
 from olatrain.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
-from olatrain.compose import IMAGE_TOKEN, load_processor
+from olatrain.compose import load_processor
 from olatrain.config import TrainConfig
 from olatrain.folder import publish_folder, require_new
 from olatrain.learner import Learner, build_learner, load_start

@@ -10,7 +10,8 @@ from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerBase
 
 from olaschema.errors import ConfigError
 from olaschema.manifest import canonical_json
-from olatrain.compose import IMAGE_TOKEN, load_tokenizer, make_processor, own_template, task_names
+from olatrain.chat import IMAGE_TOKEN
+from olatrain.compose import load_tokenizer, make_processor, own_template, task_names
 from olatrain.convert import ImportedOla, import_ola, tower_folder
 from olatrain.folder import publish_folder, require_new
 from olatrain.sidecar import Sidecar
@@ -24,15 +25,16 @@ ViewName = Literal["squash", "crop", "pad"]
 
 
 def import_student(
-    folder: Path, out: Path, *, vision: Path | None = None, view: ViewName | None = None
+    folder: Path, out: Path, *, vision: Path | None = None, view: ViewName | None = None, system: str | None = None
 ) -> tuple[TaskTokens, ViewName]:
     """Turn a published checkpoint with its tokenizer into a student's folder that `olatrain run` starts from.
 
     `out` becomes a LLaVA with processor and `ola.json` as `olatrain compose` writes, `ola.safetensors` with latents,
     predictors and logit scales, and `published.json` with the layers, weights and context the checkpoint was trained
     with, for `olatrain run --config`. `vision` is the tower's folder where it is not inside `folder`; `view` is taken
-    from the checkpoint's `image_aspect_ratio` where it is None. The new ids follow the model's vocabulary, so that the
-    published softmax stays whole; vocabulary rows without a token get names that stand for nothing.
+    from the checkpoint's `image_aspect_ratio` where it is None; `system` is the system message it was trained with.
+    The new ids follow the model's vocabulary, so that the published softmax stays whole; vocabulary rows without a
+    token get names that stand for nothing.
 
     Returns the record and the view. Raises ConfigError naming the file, setting or tensor that cannot be represented.
     """
@@ -62,7 +64,9 @@ def import_student(
     )
     names = task_names(tokens.teachers, tokens.tokens_per_teacher)
     _name_ids(tokenizer, tokens, ours.pad_id, [name for group in names.values() for name in group])
-    processor = make_processor(tokenizer, model.config.vision_config, tower, chosen, names, template)
+    processor = make_processor(tokenizer, model.config.vision_config, tower, chosen, names, template, system=system)
+    if system is not None:
+        _require_said(processor, system)
     ours.student.store_task_embeddings()
     model.generation_config = _generation(folder, model, tokens, ours.pad_id)
     sidecar = Sidecar.of(ours.student, ours.bank, origin=f"imported from the OLA-VLM checkpoint {folder.name}")
@@ -111,6 +115,15 @@ def _name_ids(tokenizer: PreTrainedTokenizerBase, tokens: TaskTokens, pad_id: in
             "Give a tokenizer whose ids run from 0 without gaps.",
         )
     tokenizer.pad_token = PAD_TOKEN
+
+
+def _require_said(processor: Any, system: str) -> None:
+    said: str = processor.apply_chat_template([{"role": "user", "content": "so?"}], tokenize=False)
+    if system.strip() not in said:
+        raise ConfigError(
+            "the tokenizer's chat template leaves system messages out",
+            "Import without --system, or give the tokenizer a template that has one.",
+        )
 
 
 def _generation(folder: Path, model: Any, tokens: TaskTokens, pad_id: int) -> GenerationConfig:
