@@ -25,6 +25,8 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -81,33 +83,48 @@ def byte_tokenizer(
 
 
 def make_student(
-    root: Path, *, teachers: Sequence[str] = ("gen", "depth"), view: Any = "squash", template: str | None = LLAMA
+    root: Path,
+    *,
+    teachers: Sequence[str] = ("gen", "depth"),
+    view: Any = "squash",
+    template: str | None = LLAMA,
+    tied: bool = False,
+    phi3: bool = False,
+    task_tokens: int = 2,
 ) -> Path:
     """Compose a LLaVA of 3 layers and 16 channels; an image is 4 tokens, a teacher has 2 task tokens."""
     torch.manual_seed(7)
     tokenizer = byte_tokenizer(template)
-    llm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=512,
-            initializer_range=0.2,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=2,
-        )
-    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "tie_word_embeddings": tied,
+    }
+    llm = Phi3ForCausalLM(Phi3Config(**sizes)) if phi3 else LlamaForCausalLM(LlamaConfig(**sizes))
     llm.save_pretrained(root / "llm")
     tokenizer.save_pretrained(root / "llm")
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
     CLIPVisionModel(vision).save_pretrained(root / "vision")
-    compose(root / "llm", root / "vision", root / "student", teachers=teachers, tokens_per_teacher=2, view=view, seed=3)
+    compose(
+        root / "llm",
+        root / "vision",
+        root / "student",
+        teachers=teachers,
+        tokens_per_teacher=task_tokens,
+        view=view,
+        seed=3,
+    )
     return root / "student"
 
 
