@@ -230,7 +230,7 @@ def _pairs(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
 
 def _console() -> Console:
     # narrow pipes and files would wrap the tables
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _errors() -> Console:

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.text import Text
 from olapipe.teachers.info import TeacherInfo
 from olaschema import precision
 from olaschema.errors import OlaError
-from olaschema.manifest import ChannelStatistics, TeacherRecord
+from olaschema.manifest import ChannelStatistics, Precision, TeacherRecord
 from olaschema.store import FeatureStore
 
 _NAMED = 5
@@ -168,6 +169,7 @@ def _escape(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # What `olapipe teachers` and the table in docs/teachers.md show; True: a column of numbers.
 TEACHER_COLUMNS = {
     "teacher": False,
@@ -175,7 +177,7 @@ TEACHER_COLUMNS = {
     "licence": False,
     "grid": False,
     "channels": True,
-    **{f"{stored} per image": True for stored in precision.DTYPES},
+    **{f"{stored} per image": True for stored in PRECISIONS},
     "good for": False,
 }
 
@@ -186,16 +188,20 @@ def teacher_cells(info: TeacherInfo) -> tuple[str, ...]:
         return (info.name, *("–" for _ in range(len(TEACHER_COLUMNS) - 2)), f"cannot be used: {info.problem}")
     of_checkpoint = info.channels == 0
     height, width = info.grid or (1, 1)
-    values = height * width * info.channels
+    shape = (height, width, info.channels) if info.grid else (info.channels,)
     return (
         info.name,
         info.published or "yours",
         info.licence,
         "that of the checkpoint" if of_checkpoint else f"{height} × {width}" if info.grid else "one vector",
         "–" if of_checkpoint else str(info.channels),
-        *("–" if of_checkpoint else size(values * dtype.itemsize) for dtype in precision.DTYPES.values()),
+        *("–" if of_checkpoint else size(_row_bytes(shape, stored)) for stored in PRECISIONS),
         info.about,
     )
+
+
+def _row_bytes(shape: tuple[int, ...], stored: Precision) -> int:
+    return sum(array.row_bytes for array in precision.array_formats(shape, stored).values())
 
 
 def size(count: int) -> str:

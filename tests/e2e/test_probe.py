@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from olaschema.config import load_config
 from olaschema.errors import ConfigError, CorpusError
 from olaschema.manifest import ChannelStatistics, RowReceipt, SampleRow
+from olaschema.precision import Stored
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.cli import app
@@ -63,7 +64,7 @@ def make_colours(root: Path) -> Corpus:
             statistics.update(values)
             digests = [hashlib.sha256((root / "images" / s.key).read_bytes()) for s in store.shard_samples(shard)]
             rows = [RowReceipt(status="ok", sha256=d.hexdigest(), width=28, height=28) for d in digests]
-            store.commit_shard(teacher, shard, values, rows, statistics, EXECUTION)
+            store.commit_shard(teacher, shard, Stored(values), rows, statistics, EXECUTION)
     entries = [conversation(key, f"answer {n}") for n, key in enumerate(keys)]
     entries += [conversation(keys[3], "again"), conversation(None, "text alone")]
     return Corpus(root, root / "images", write_json(root / "c.json", entries), root / "store", keys)
@@ -128,8 +129,8 @@ def test_the_scores_are_those_of_the_trained_probes_on_unseen_images(probed: tup
     assert sorted([*trained_on, *unseen]) == corpus.keys
     reader = FeatureReader(FeatureStore.open(corpus.store), "colour")
     rows = {sample.key: sample.row for sample in FeatureStore.open(corpus.store).samples()}
-    targets = torch.stack([torch.from_numpy(reader.read(rows[key]).astype(np.float32)) for key in unseen])
-    mean = torch.stack([torch.from_numpy(reader.read(rows[key]).astype(np.float32)) for key in trained_on]).mean(dim=0)
+    targets = torch.stack([torch.from_numpy(reader.feature(rows[key])) for key in unseen])
+    mean = torch.stack([torch.from_numpy(reader.feature(rows[key])) for key in trained_on]).mean(dim=0)
     batch = run.collate(samples)
     (micro,) = batch.micro
     with torch.no_grad():
