@@ -42,7 +42,7 @@ class ExtractConfig(BaseModel):
     compute_dtype: ComputeDtype = "float32"
     compile: bool = False
     """Run the teachers through torch.compile: faster after a slow start; gives other bits, which receipts record."""
-    max_megapixels: Annotated[float, Field(gt=0)] = 100.0
+    max_megapixels: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
     address: str | None = None
     """A running Ray cluster; by default Ray is started here, for this command only."""
     retry_failed: bool = False

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from olaschema.errors import CorpusError, ImageError, StoreError
+from olaschema.files import read_regular
 from olaschema.images import EXTENSIONS
 from olaschema.keys import normalise_key
 from olaschema.manifest import SampleRow
@@ -80,6 +81,8 @@ def list_corpus(corpus: Path, images: Path | None) -> Listing:
         return Listing(corpus, entries[0], entries[1], 0)
     if not corpus.exists():
         raise CorpusError(f"{corpus}: no such file or folder", "Give a folder of images, or a .json or .jsonl file.")
+    if not corpus.is_file():
+        raise CorpusError(f"{corpus} is a pipe or a device", "Give a folder of images, or a .json or .jsonl file.")
     if corpus.suffix.lower() not in (".json", ".jsonl"):
         raise CorpusError(
             f"{corpus} is neither a folder nor a .json or .jsonl file",
@@ -118,7 +121,12 @@ def compare(listing: Listing, store: FeatureStore | None) -> Growth:
             new.append(entry)
             continue
         size, row = found
-        if entry.size != size and entry.size >= 0 and size >= 0 and _has_features(store, row):
+        if (
+            entry.size != size
+            and entry.size >= 0
+            and size >= 0
+            and _describes_another(store, row, listing.root / entry.key)
+        ):
             changed.append((entry.key, size, entry.size))
     if changed:
         key, before, now = changed[0]
@@ -131,10 +139,12 @@ def compare(listing: Listing, store: FeatureStore | None) -> Growth:
     return Growth(new, len(listing.entries) - len(new), len(planned))
 
 
-def _has_features(store: FeatureStore, row: int) -> bool:
+def _describes_another(store: FeatureStore, row: int, path: Path) -> bool:
+    """Whether the row has features of other bytes than the file now has: a mended image has those of its new bytes."""
     shard, within = divmod(row, store.rows_per_shard)
-    receipts = (store.receipt(teacher, shard) for teacher in store.teachers())
-    return any(receipt is not None and receipt.rows[within].status == "ok" for receipt in receipts)
+    receipts = [store.receipt(teacher, shard) for teacher in store.teachers()]
+    made_from = {r.rows[within].sha256 for r in receipts if r is not None and r.rows[within].status == "ok"}
+    return bool(made_from) and made_from != {hashlib.sha256(read_regular(path)).hexdigest()}
 
 
 def read_image(root: Path, sample: SampleRow, max_pixels: int, *, mended: bool = False) -> bytes:
@@ -145,24 +155,10 @@ def read_image(root: Path, sample: SampleRow, max_pixels: int, *, mended: bool =
     """
     if sample.problem is not None:
         raise ImageError(sample.problem, _PROBLEMS[sample.problem])
-    try:
-        handle = os.open(root / sample.uri, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError("unreadable", "it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no file")
-            if 0 <= sample.size != status.st_size and not mended:
-                raise ImageError("changed", f"it has {status.st_size} bytes, {sample.size} were planned")
-            if status.st_size > max_pixels * _BYTES_PER_PIXEL + _HEADROOM:
-                raise ImageError("too-large", f"a file of {status.st_size} bytes is no image within the limit")
-            with os.fdopen(handle, "rb", closefd=False) as file:
-                return file.read()
-        finally:
-            os.close(handle)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError("missing", "there is no such file") from error
-    except OSError as error:
-        raise ImageError("unreadable", error.strerror or "it cannot be read") from error
+    data = read_regular(root / sample.uri, limit=max_pixels * _BYTES_PER_PIXEL + _HEADROOM)
+    if 0 <= sample.size != len(data) and not mended:
+        raise ImageError("changed", f"it has {len(data)} bytes, {sample.size} were planned")
+    return data
 
 
 def _unique(names: Iterable[str], root: Path) -> tuple[list[Entry], int]:
@@ -259,7 +255,7 @@ def _conversations(corpus: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 try:
                     yield f"line {number}", json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise CorpusError(
                         f"{corpus}, line {number} is not JSON: {error}", "A .jsonl file holds one object per line."
                     ) from error

@@ -141,7 +141,12 @@ class ShardEncoder:
             seconds["forward"] += time.perf_counter() - since
             settle(name, rows)
 
+        made_from = self._made_from(shard, teachers)
         for index, row in enumerate(self._prepared(samples, teachers, mended=replace)):
+            other, digest = made_from.get(index, ("", row.sha256))
+            if row.sha256 != digest and not row.failures:
+                changed = ImageError("changed", f"it is not the image that the features of {other} were made from")
+                row.failures = dict.fromkeys(teachers, changed)
             for stage, spent in row.seconds.items():
                 seconds[stage] += spent
             for name in teachers:
@@ -164,6 +169,16 @@ class ShardEncoder:
             seconds["commit"] += time.perf_counter() - since
         self._log(shard, receipts, seconds | {"wall": time.perf_counter() - started})
         return receipts
+
+    def _made_from(self, shard: int, teachers: Sequence[str]) -> dict[int, tuple[str, str]]:
+        """Which image, by digest, the teachers that are done already saw in each row: one row is one image."""
+        found: dict[int, tuple[str, str]] = {}
+        for name in self.store.teachers():
+            receipt = None if name in teachers else self.store.receipt(name, shard)
+            for index, row in enumerate(receipt.rows if receipt else ()):
+                if row.status == "ok" and row.sha256 is not None:
+                    found[index] = (name, row.sha256)
+        return found
 
     def _prepared(self, samples: list[SampleRow], teachers: Sequence[str], *, mended: bool) -> Iterator[_Row]:
         """Yield the rows in order, prepared ahead by threads, with a bounded number of images in memory."""

@@ -351,8 +351,12 @@ def _room(config: ExtractConfig) -> tuple[str, int]:
 
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = int(resources.get("GPU", 0))
-    if config.device == "cuda" or (config.device == "auto" and gpus):
-        return "cuda", max(gpus, 1)
+    if config.device == "cuda" and not gpus:
+        raise ConfigError(
+            "--device cuda: Ray sees no GPU here", "Use --device cpu, or --address of a cluster with GPUs."
+        )
+    if gpus and config.device != "cpu":
+        return "cuda", gpus
     return "cpu", max(int(resources.get("CPU", 1)), 1)
 
 

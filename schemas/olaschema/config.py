@@ -96,7 +96,8 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
         elif item["type"] == "missing":
             lines.append(f"the setting {name} is missing")
         else:
-            lines.append(f"{name} = {item['input']!r}: {item['msg']}")
+            said = str(item["msg"]).removeprefix("Value error, ")
+            lines.append(f"{name} = {item['input']!r}: {said}" if name else said)
     return "; ".join(lines)
 
 

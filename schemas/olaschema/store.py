@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -248,7 +249,12 @@ class FeatureStore:
 
     def committed(self, teacher: str) -> list[int]:
         """Return the numbers of the committed shards of a teacher, ascending."""
-        return [int(n[:-5]) for n in self.place.names(f"receipts/{teacher}") if n.endswith(".json")]
+        folder = f"receipts/{teacher}"
+        names = self.place.names(folder)
+        stray = next((name for name in names if not re.fullmatch(r"\d{5,}\.json", name)), None)
+        if stray is not None:
+            raise DamagedStoreError(f"{self.place.path(folder)}/{stray} is no receipt of ours", "Take it out of there.")
+        return sorted(int(name[:-5]) for name in names)
 
     def statistics(self, teacher: str) -> ChannelStatistics:
         """Return channel statistics over all committed shards, merged in shard order."""

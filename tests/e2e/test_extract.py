@@ -149,10 +149,20 @@ def test_a_mended_image_of_another_size_is_taken_when_asked(corpus: Path, store:
     mended = digests(tmp_path / "s")
     differing = {name for name, digest in digests(store).items() if mended[name] != digest}
     assert differing == {"samples/0000-00000.parquet", "samples/0000.json"}, "the plan keeps the size it was made with"
+    assert olapipe(*arguments).exit_code == 0, "the features are of the image as it is now"
     (folder / "b.jpg").write_bytes(good + b"\0")
     refused = olapipe(*arguments)
     assert refused.exit_code == 1
     assert "features of another image would get its name" in " ".join(refused.output.split())
+
+
+def test_another_teacher_is_given_no_other_image(corpus: Path, store: Path, tmp_path: Path) -> None:
+    folder, out = _copies(corpus, store, tmp_path)
+    victim = next(path for path in sorted(folder.glob("*.png")))
+    before = victim.read_bytes()
+    victim.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    result = olapipe("extract", folder, "--out", out, "--teacher", "gen", "--checkpoint", f"gen={GOLDEN / 'gen'}")
+    assert "it is not the image that the features of depth were made from" in " ".join(result.output.split())
 
 
 def test_teachers_added_later_leave_the_others_as_they_are(corpus: Path, store: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from PIL import Image
 from pipeline_support import (
@@ -326,3 +327,11 @@ def test_no_usable_image_at_all_is_an_error(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "empty: 1" in result.stdout
     assert "Traceback" not in result.output
+
+
+def test_a_gpu_that_is_not_there_and_a_limit_that_is_none(tmp_path: Path) -> None:
+    write_images(tmp_path / "c", "a.png")
+    arguments = depth_arguments(tmp_path / "c", tmp_path / "s")
+    if not torch.cuda.is_available():
+        _refused(olapipe(*arguments, "--device", "cuda"), "no GPU", "--device cpu", code=2)
+    _refused(olapipe(*arguments, "--max-megapixels", "inf"), "max_megapixels", code=2)

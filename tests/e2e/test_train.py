@@ -404,6 +404,14 @@ def test_skipped_images_are_recorded_and_text_alone_trains(student: Path, tmp_pa
     assert start_line["targets"]["depth"] == {"valid": 11, "missing": {}}
 
 
+def test_a_batch_without_one_usable_sample_stops_the_run(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c", texts=0)
+    for key in corpus.keys[1:]:
+        (corpus.images / key).unlink()
+    with pytest.raises(TrainingError, match=r"not one sample of the batch of .* could be used"):
+        run(settings(corpus, student, tmp_path / "out"))
+
+
 def test_the_floor_is_what_the_mean_training_map_would_get(
     chosen: Callable[..., dict[str, Any]], corpus: Corpus, tmp_path: Path
 ) -> None:

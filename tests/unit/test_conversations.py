@@ -204,3 +204,17 @@ def test_unusable_files_are_refused(text: str, message: str, tmp_path: Path) -> 
     path.write_text(text, encoding="utf-8")
     with pytest.raises(CorpusError, match=message):
         Conversations.read(path)
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.JSONL"])
+def test_a_byte_order_mark_and_an_extension_in_capitals_are_read(tmp_path: Path, name: str) -> None:
+    text = json.dumps(conversation(None, "fine"))
+    (tmp_path / name).write_text(text if "L" in name else f"[{text}]", encoding="utf-8-sig")
+    assert len(Conversations.read(tmp_path / name)) == 1
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.jsonl"])
+def test_nesting_without_end_is_an_error_of_the_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(CorpusError, match="not valid JSON"):
+        Conversations.read(tmp_path / name)

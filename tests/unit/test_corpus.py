@@ -194,6 +194,7 @@ def test_a_file_of_another_size_than_planned_is_refused_by_name(tmp_path: Path) 
     planned = {sample.key: sample.size for sample in store.samples()}
     key = sorted(planned)[1]
     entries = [Entry(name, size + (name == key)) for name, size in planned.items()]
+    (tmp_path / key).write_bytes(b"another image")
     with pytest.raises(StoreError, match=f"{key} had {planned[key]} bytes") as caught:
         compare(Listing(tmp_path, entries, 0, 0), store)
     assert "another --out" in caught.value.remedy
@@ -221,3 +222,14 @@ def test_bytes_that_cannot_be_read_have_a_reason(tmp_path: Path, name: str, size
 def test_a_file_that_was_missing_when_planned_may_have_come(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"12345")
     assert read_image(tmp_path, SampleRow(row=0, key="a.png", uri="a.png", size=-1), 1000) == b"12345"
+
+
+def test_nesting_without_end_a_mark_and_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(CorpusError, match="line 1 is not JSON"):
+        list_corpus(tmp_path / "deep.jsonl", tmp_path)
+    (tmp_path / "mark.json").write_text('[{"image": "a.png"}]', encoding="utf-8-sig")
+    assert [entry.key for entry in list_corpus(tmp_path / "mark.json", tmp_path).entries] == ["a.png"]
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(CorpusError, match="is a pipe or a device"):
+        list_corpus(tmp_path / "pipe.json", tmp_path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -342,3 +343,23 @@ def test_a_view_that_differs_is_refused_in_words_or_allowed() -> None:
     assert len(allowed) == 2
     # one vector per image only needs the student to see all of it
     assert require_views([fingerprints[1]], View(kind="pad"), allow=False) == []
+
+
+def test_a_receipt_that_vanishes_during_the_run_is_an_error_not_a_missing_feature(
+    corpus: Corpus, student: Path
+) -> None:
+    samples = stream(corpus, student, committed={"depth": frozenset((0, 1, 2))})
+    assert isinstance(samples[0], Sample)
+    (corpus.store / "receipts/depth/00001.json").unlink()
+    found = samples[5]
+    assert isinstance(found, Fault)
+    assert "the receipt of depth shard 1 is gone since the run began" in str(found.error)
+
+
+def test_a_pipe_in_place_of_an_image_is_skipped_not_waited_for(corpus: Corpus, student: Path) -> None:
+    pipe = corpus.images / corpus.keys[8]
+    pipe.unlink()
+    os.mkfifo(pipe)
+    skipped = stream(corpus, student)[8]
+    assert isinstance(skipped, Skipped)
+    assert (skipped.reason, skipped.name) == ("unreadable", corpus.keys[8])

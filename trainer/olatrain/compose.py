@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -353,10 +354,16 @@ def _image_processor(vision: Path, size: int, view: str) -> PilBackend:
     raise ConfigError(f"view {view!r} is unknown", "Choose squash, crop or pad.")
 
 
+# What transformers lets through for a damaged file, the last one for a .bin that is none.
+_LOADING_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError, UnpicklingError,
+)  # fmt: skip
+
+
 @contextmanager
 def _loading(folder: Path, flag: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except _LOADING_ERRORS as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{folder} cannot be loaded: {first}", f"Check the folder given ({flag}).") from error

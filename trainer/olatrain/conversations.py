@@ -208,14 +208,16 @@ def _encode(conversation: Conversation) -> bytes:
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
     remedy = "Give a JSON list of conversations, or a .jsonl file with one per line."
     try:
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
+        if path.exists() and not path.is_file():
+            raise CorpusError(f"{path} is no file", remedy)
+        if path.suffix.lower() == ".jsonl":
+            with path.open(encoding="utf-8-sig") as file:
                 yield from enumerate(json.loads(line) for line in file if line.strip())
             return
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}", remedy) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{path} is not valid JSON: {error}", remedy) from error
     if not isinstance(data, list):
         raise CorpusError(f"{path} holds a {type(data).__name__}, not a list", remedy)

@@ -110,7 +110,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     start = load_start(config) if config.probe is None else None
     if start is not None:
         notes += start.describe({name: teacher.layers for name, teacher in config.teachers.items()})
-    source = _source(config, tokens, processor, found)
+    source = _source(config, store, tokens, processor, found)
     shuffled = cyclic_partners(listing.rows[listing.rows >= 0], seed=config.seed)
     partners = shuffled if config.target_control == "shuffle" else None
     train_source = Source(**{**source, "partners": partners})
@@ -161,7 +161,7 @@ def _pin(config: TrainConfig, records: dict[str, TeacherRecord]) -> TrainConfig:
 
 
 def _source(
-    config: TrainConfig, tokens: TaskTokens, processor: Any, fingerprints: dict[str, Fingerprint]
+    config: TrainConfig, store: FeatureStore, tokens: TaskTokens, processor: Any, fingerprints: dict[str, Fingerprint]
 ) -> dict[str, Any]:
     template = processor.chat_template if isinstance(processor.chat_template, str) else None
     return {
@@ -172,6 +172,7 @@ def _source(
         "image_processor": processor.image_processor,
         "exif": student_exif(fingerprints.values()),
         "max_pixels": config.max_pixels,
+        "committed": {name: frozenset(store.committed(name)) for name in config.teachers},
     }
 
 

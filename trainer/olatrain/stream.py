@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from olaschema.errors import ImageError, OlaError, StoreError
+from olaschema.files import read_regular
 from olaschema.images import decode_image
 from olaschema.manifest import RowReceipt
 from olaschema.precision import ArrayFormat, Stored
@@ -45,6 +46,8 @@ class Source:
     max_pixels: int
     partners: Mapping[int, int] | None = None
     """Row whose features an image is given instead of its own: the `shuffle` control."""
+    committed: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """Shards by teacher that had a receipt when the run began: one that is gone since is no missing feature."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         self._window = window
         self._order = lru_cache(maxsize=2)(self._make_order)
         self._readers: dict[str, FeatureReader] | None = None
+        self._rows_per_shard = 0
 
     def __len__(self) -> int:
         return len(self._listing)
@@ -179,35 +183,40 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
             readers = self._open()
             statuses = {t: reader.status(row) if row >= 0 else None for t, reader in readers.items()}
             pixels = self._pixels(conversation.key, statuses)
-            features = {t: self._feature(reader, row) for t, reader in readers.items()}
+            features = {t: self._feature(t, reader, row) for t, reader in readers.items()}
         return Sample(position, conversation.key, row, prompt.input_ids, prompt.labels, pixels, features, prompt.cut)
 
     def _open(self) -> dict[str, FeatureReader]:
         if self._readers is None:
             store = FeatureStore.open(self._source.store)
+            self._rows_per_shard = store.rows_per_shard
             self._readers = {teacher: FeatureReader(store, teacher) for teacher in self._source.teachers}
         return self._readers
 
     def _pixels(self, key: str, statuses: Mapping[str, RowReceipt | None]) -> Tensor:
         path = self._source.images / key
         try:
-            data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise ImageError("missing", f"{key}: no such file under {self._source.images}") from error
-        except OSError as error:
-            raise ImageError("unreadable", f"{key}: {error.strerror}") from error
+            data = read_regular(path)
+        except ImageError as error:
+            raise ImageError(error.reason, f"{key}: {error.problem}") from error
         _require_same(data, key, statuses)
         decoded = decode_image(data, name=key, max_pixels=self._source.max_pixels)
         image = decoded.oriented(exif=self._source.exif)
         pixels: Tensor = self._source.image_processor(images=image, return_tensors="pt")["pixel_values"]
         return pixels[0]
 
-    def _feature(self, reader: FeatureReader, row: int) -> Stored | None:
+    def _feature(self, teacher: str, reader: FeatureReader, row: int) -> Stored | None:
         if row < 0:
             return None
         if self._source.partners is not None:
             row = self._source.partners[row]
         status = reader.status(row)
+        shard = row // self._rows_per_shard
+        if status is None and shard in self._source.committed.get(teacher, ()):
+            raise StoreError(
+                f"{self._source.store}: the receipt of {teacher} shard {shard} is gone since the run began",
+                "Extract that shard again, then run the same command again.",
+            )
         return reader.read(row) if status is not None and status.status == "ok" else None
 
 

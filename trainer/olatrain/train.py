@@ -19,7 +19,7 @@ from olatrain.setup import Run, locked, set_up
 from olatrain.signals import Stopped, StopRequest
 from olatrain.step import run_batch
 from olatrain.stream import Batch, Fault, SampleStream, make_loader
-from olatrain.watch import Watch, record_skips, summary
+from olatrain.watch import SKIPPED, Watch, record_skips, summary
 
 _SHOWN_KEYS = 8
 
@@ -119,6 +119,11 @@ def _next(batches: Any) -> Batch:
 
 def _check(run: Run, totals: dict[str, float], norm: float, position: int) -> None:
     """Stop before the weights change: a loss that is not finite, or exactly zero where there is something to learn."""
+    if not totals["samples"]:
+        raise TrainingError(
+            f"not one sample of the batch of {_names(run, position)} could be used",
+            f"The reasons are in {run.config.out / SKIPPED}; check --images, then run the same command again.",
+        )
     layers = [f"{name}.{layer}" for name, teacher in run.config.teachers.items() for layer in teacher.layers]
     parts = ["loss", "text", *(f"{layer}.{part}" for layer in layers for part in ("smooth_l1", "contrastive"))]
     wrong = [name for name in parts if not math.isfinite(totals[name])]
