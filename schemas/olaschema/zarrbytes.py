@@ -17,6 +17,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
+from olaschema.digest import stamp
 from olaschema.layout import chunk_rows
 from olaschema.manifest import Fingerprint, Precision, StoreRecord, TeacherRecord
 from olaschema.precision import DTYPES
@@ -38,13 +39,24 @@ def values_document(fingerprint: Fingerprint, precision: Precision, rows_per_sha
     """`zarr.json` of a teacher's values, an array of `shards * rows_per_shard` rows."""
     store = MemoryStore()
     _create_values(store, fingerprint.shape, precision, rows_per_shard, shards)
-    return _get(store, "zarr.json")
+    return _stamped(_get(store, "zarr.json"))
 
 
 def encode_shard(values: np.ndarray, precision: Precision) -> bytes:
     """Encode the values `(rows_per_shard, H, W, C)` or `(rows_per_shard, C)` of one shard as its Zarr object."""
     store = MemoryStore()
     array = _create_values(store, values.shape[1:], precision, values.shape[0], 1)
+    array[...] = values
+    return _get(store, "c/0" + "/0" * (values.ndim - 1))
+
+
+def encode_like(document: bytes, values: np.ndarray) -> bytes:
+    """Encode the values of one shard as an array whose `zarr.json` is `document` does, whatever its dtype and codecs."""
+    metadata = json.loads(document)
+    metadata["shape"] = list(values.shape)
+    store = MemoryStore()
+    sync(store.set("zarr.json", default_buffer_prototype().buffer.from_bytes(json.dumps(metadata).encode())))
+    array = zarr.open_array(store, mode="r+", config={"write_empty_chunks": True})
     array[...] = values
     return _get(store, "c/0" + "/0" * (values.ndim - 1))
 
@@ -72,9 +84,13 @@ def _create_values(
 def _group_document(attributes: dict[str, Any]) -> bytes:
     store = MemoryStore()
     zarr.create_group(store, attributes=attributes)
+    return _stamped(_get(store, "zarr.json"))
+
+
+def _stamped(data: bytes) -> bytes:
     # zarr keeps attributes in the order given; sorted keys make equal content equal bytes
-    document = json.loads(_get(store, "zarr.json"))
-    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    document = json.loads(data)
+    return stamp(document, document.setdefault("attributes", {}).setdefault("ola", {}))
 
 
 def _get(store: MemoryStore, key: str) -> bytes:
