@@ -317,22 +317,14 @@ class Generation(Frozen):
     parts: dict[str, FileReceipt]
 
 
-class ReceiptsDigest(Frozen):
-    """All receipts of a complete teacher: those of shards 0 to `count` - 1."""
-
-    count: int
-    sha256: str
-    """Of one line `SHA-256 of the receipt's file, newline` for each, in shard order."""
-
-
 class StoreManifest(Frozen):
     """What metadata a finished store has: tells a lost or exchanged document from one that was never written."""
 
     format: Literal[1] = FORMAT_VERSION
     files: dict[str, FileReceipt]
     """Documents outside `receipts/`. Empty while a run changes the store."""
-    receipts: dict[str, ReceiptsDigest]
-    """By teacher; a teacher whose shards are not all committed is missing."""
+    receipts: dict[str, tuple[str, ...]]
+    """By teacher the SHA-256 of each receipt's file, in shard order; a teacher that is not complete is missing."""
 
 
 class StoreRecord(Frozen):

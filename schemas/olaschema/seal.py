@@ -1,8 +1,9 @@
 """The root manifest: what metadata a finished store has.
 
-Each document shows by its own digest that it was not changed; only a list of them shows that one is lost, or was put back
-from an older copy. A run takes its teachers off the list before it changes anything and puts them on it when it has
-finished, so the list is a function of the finished store, whatever happened on the way. Callers hold the lock `plan`.
+Each document shows by its own digest that it was not changed; only a list of them shows that one is lost, or was put
+back from an older copy. A run takes its teachers off the list before it changes anything and puts them on it when it
+has finished, so the list is a function of the finished store, whatever happened on the way. Callers hold the lock
+`plan`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from olaschema.digest import sealed
 from olaschema.errors import DamagedStoreError
 from olaschema.layout import receipt_file
-from olaschema.manifest import FileReceipt, ReceiptsDigest, StoreManifest
+from olaschema.manifest import FileReceipt, StoreManifest
 from olaschema.store import FeatureStore, read_document
 
 MANIFEST = "manifest.json"
@@ -51,7 +52,7 @@ def seal(store: FeatureStore, teachers: Iterable[str]) -> None:
     for name in teachers:
         shards = store.shard_count()
         if name not in receipts and store.committed(name) == list(range(shards)):
-            receipts[name] = receipts_digest(store, name, shards)
+            receipts[name] = tuple(receipt_digest(store, name, shard) for shard in range(shards))
     files = manifest.files or {name: _promise(store.place.read(name)) for name in documents(store)}
     data = sealed(StoreManifest(files=files, receipts=receipts))
     if not store.place.exists(MANIFEST) or store.place.read(MANIFEST) != data:
@@ -68,13 +69,9 @@ def documents(store: FeatureStore) -> list[str]:
     return names
 
 
-def receipts_digest(store: FeatureStore, teacher: str, count: int) -> ReceiptsDigest:
-    """Return what the manifest says of the receipts of the first `count` shards; raises StoreError if one is missing."""
-    digest = hashlib.sha256()
-    for shard in range(count):
-        data = store.place.read(receipt_file(teacher, shard))
-        digest.update(hashlib.sha256(data).hexdigest().encode() + b"\n")
-    return ReceiptsDigest(count=count, sha256=digest.hexdigest())
+def receipt_digest(store: FeatureStore, teacher: str, shard: int) -> str:
+    """Return the SHA-256 of a receipt's file; raises StoreError if it is missing."""
+    return hashlib.sha256(store.place.read(receipt_file(teacher, shard))).hexdigest()
 
 
 def _promise(data: bytes) -> FileReceipt:

@@ -228,6 +228,16 @@ class FeatureStore:
             )
         return read_document(TeacherRecord, self.place, f"{name}/zarr.json")
 
+    def arrays(self, teacher: str) -> dict[str, bytes]:
+        """Return the `zarr.json` of each array of a teacher by the array's name; raises DamagedStoreError."""
+        found = {}
+        for path in sorted(self.place.path(teacher).glob("*/zarr.json")):
+            name = f"{teacher}/{path.parent.name}/zarr.json"
+            data, ours = _ours(self.place, name)
+            _intact(self.place, name, data, ours)
+            found[path.parent.name] = data
+        return found
+
     def put_teacher(self, record: TeacherRecord) -> None:
         """Make a teacher's group and array, or grow its array to the planned rows.
 

@@ -51,7 +51,7 @@ def encode_shard(values: np.ndarray, precision: Precision) -> bytes:
 
 
 def encode_like(document: bytes, values: np.ndarray) -> bytes:
-    """Encode the values of one shard as an array whose `zarr.json` is `document` does, whatever its dtype and codecs."""
+    """Encode the values of one shard as the array whose `zarr.json` is `document` does, whatever dtype and codecs."""
     metadata = json.loads(document)
     metadata["shape"] = list(values.shape)
     store = MemoryStore()
