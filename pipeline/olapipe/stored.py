@@ -43,7 +43,10 @@ def committed_receipt(store: FeatureStore, teacher: str, shard: int) -> Receipt:
 
 @dataclass
 class StoredArray:
-    """One shard of one array: `data` are the bytes of its file, `document` is the array's `zarr.json`."""
+    """One shard of one array: `data` are the bytes of its file, `document` is the array's `zarr.json`.
+
+    Raises one of UNREADABLE where the bytes cannot be a shard.
+    """
 
     document: bytes
     data: bytes
@@ -58,6 +61,9 @@ class StoredArray:
         store = MemoryStore({"zarr.json": buffer(json.dumps(metadata).encode()), key: buffer(self.data)})
         self._array: Any = zarr.open_array(store, mode="r")
         self.chunk_rows = int(self._array.chunks[0])
+        if len(self.data) < 16 * (self.rows // self.chunk_rows) + 4:
+            # zarr takes an empty object for a missing one, and reads the fill value
+            raise ValueError(f"{len(self.data)} bytes are too few for the index of a shard")
 
     @property
     def fill(self) -> Any:

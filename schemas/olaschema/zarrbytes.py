@@ -56,8 +56,8 @@ def encode_like(document: bytes, values: np.ndarray) -> bytes:
     metadata["shape"] = list(values.shape)
     store = MemoryStore()
     sync(store.set("zarr.json", default_buffer_prototype().buffer.from_bytes(json.dumps(metadata).encode())))
-    array = zarr.open_array(store, mode="r+", config={"write_empty_chunks": True})
-    array[...] = values
+    with zarr.config.set({"array.write_empty_chunks": True}):  # it is no part of the document
+        zarr.open_array(store, mode="r+")[...] = values
     return _get(store, "c/0" + "/0" * (values.ndim - 1))
 
 

@@ -1,0 +1,101 @@
+"""Shards as arrays: decoding of every tier by an independent computation, and writing one again byte by byte."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import zarr
+from store_support import fingerprint
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
+
+from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, decode, error_bound
+from olaschema.layout import shard_file
+from olaschema.zarrbytes import encode_like, encode_shard, values_document
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+@pytest.mark.parametrize("blank", [(), (1,), (0, 1, 2, 3)])
+def test_a_shard_is_written_again_to_the_same_bytes(precision: str, blank: tuple[int, ...]) -> None:
+    meaning = fingerprint(grid=(24, 24), channels=600)  # a chunk for each row
+    document = values_document(meaning, precision, 4, 9)  # type: ignore[arg-type]
+    values = np.random.default_rng(0).normal(size=(4, 24, 24, 600)).astype(precision)
+    values[list(blank)] = np.nan
+    data = encode_shard(values, precision)  # type: ignore[arg-type]
+    assert encode_like(document, values) == data
+    stored = StoredArray(document, data, 4)
+    assert stored.chunk_rows == 1
+    np.testing.assert_array_equal(stored.whole(), values)
+    np.testing.assert_array_equal(stored.slice(2, 3), values[2:3])
+    assert stored.blank(values).tolist() == [row in blank for row in range(4)]
+    assert array_shard_file("depth", "values", 7, document) == shard_file("depth", 7, 4)
+
+
+def test_an_array_of_integers_is_written_again_with_its_own_fill_value() -> None:
+    store = MemoryStore()
+    array = zarr.create_array(
+        store, shape=(8, 3), chunks=(2, 3), shards=(4, 3), dtype="i1", fill_value=0,
+        serializer=BytesCodec(endian=None), compressors=[ZstdCodec(level=3), Crc32cCodec()],
+        config={"write_empty_chunks": True},
+    )  # fmt: skip
+    values = np.arange(-6, 6, dtype=np.int8).reshape(4, 3)
+    values[2:] = 0
+    array[4:] = values
+    get = lambda key: sync(store.get(key, default_buffer_prototype())).to_bytes()  # type: ignore[union-attr]  # noqa: E731
+    assert encode_like(get("zarr.json"), values) == get("c/1/0")
+    stored = StoredArray(get("zarr.json"), get("c/1/0"), 4)
+    assert stored.fill == 0
+    assert stored.blank(values).tolist() == [False, False, True, True]
+
+
+def test_damaged_bytes_raise_what_is_caught() -> None:
+    document = values_document(fingerprint(), "float16", 4, 1)
+    data = encode_shard(np.ones((4, 3, 3, 5), np.float16), "float16")
+    for offset in range(len(data)):
+        damaged = bytearray(data)
+        damaged[offset] ^= 0x10
+        with pytest.raises(UNREADABLE):
+            StoredArray(document, bytes(damaged), 4).whole()
+    for length in (0, 1, len(data) - 1):
+        with pytest.raises(UNREADABLE):
+            StoredArray(document, data[:length], 4).whole()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 63, 64, 65, 129])
+def test_integers_times_the_scale_of_their_group(channels: int) -> None:
+    rng = np.random.default_rng(channels)
+    groups = (channels + 63) // 64
+    scale = rng.uniform(0.01, 2, size=(2, 3, groups)).astype(np.float16)
+    integers = rng.integers(-7, 8, size=(2, 3, channels))
+    expected = np.zeros((2, 3, channels), np.float64)
+    packed = np.zeros((2, 3, (channels + 1) // 2), np.uint8)
+    for place in np.ndindex(2, 3):
+        for channel in range(channels):
+            expected[(*place, channel)] = integers[(*place, channel)] * float(scale[(*place, channel // 64)])
+            # even channels in the low half of the byte, odd ones in the high half, two's complement
+            packed[(*place, channel // 2)] |= (int(integers[(*place, channel)]) % 16) << (4 * (channel % 2))
+    for values in (integers.astype(np.int8), packed):
+        np.testing.assert_array_equal(decode({"values": values, "scale": scale}, channels), expected)
+    bound = error_bound({"values": packed, "scale": scale}, channels)
+    assert bound.shape == expected.shape
+    for place in np.ndindex(2, 3):
+        for channel in range(channels):
+            half = float(scale[(*place, channel // 64)]) / 2
+            assert half < bound[(*place, channel)] < half * 1.01
+
+
+def test_the_bound_holds_for_floats() -> None:
+    exact = np.concatenate([np.random.default_rng(0).normal(size=5000), np.logspace(-9, 4, 2000)])
+    values = exact.astype(np.float16)
+    assert (np.abs(values - exact) <= error_bound({"values": values}, 1) * (1 + 2**-10)).all()
+    assert not error_bound({"values": values.astype(np.float32)}, 1).any()
+
+
+def test_the_document_names_the_dimensions() -> None:
+    document = values_document(fingerprint(grid=None), "float32", 4, 2)
+    assert json.loads(document)["shape"] == [8, 5]
+    assert array_shard_file("gen", "scale", 3, document) == "gen/scale/c/3/0"
