@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
+
 from olapipe.corpus import PROBLEMS
 from olapipe.report import visible
 from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, committed_receipt, decode
@@ -129,8 +131,10 @@ def _erase(store: FeatureStore, teacher: str, row: int) -> None:
             promised = receipt.files.get(name)
             if promised is None or hashlib.sha256(data).hexdigest() != promised.sha256:
                 # what an interrupted call has left has just this row blank
-                full = [place == index or seen.status != "ok" for place, seen in enumerate(receipt.rows)]
-                if stored.blank(values).tolist() != full:
+                empty = np.asarray([place == index or seen.status != "ok" for place, seen in enumerate(receipt.rows)])
+                blank = stored.blank(values)
+                # integers may all be 0 in a row with a feature too; NaN is in none
+                if not blank[empty].all() or (np.isnan(stored.fill) and blank[~empty].any()):
                     raise _damaged(store, name)
             values[index] = stored.fill
             arrays[array] = values
