@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from olaschema.manifest import (
     TeacherRecord,
     View,
 )
-from olaschema.precision import DTYPES
+from olaschema.precision import blank, decode, encode
 from olaschema.store import FeatureStore
 
+DOCS = (Path(__file__).parents[1] / "docs" / "store-format.md").read_text(encoding="utf-8")
 EXECUTION = Execution(device="cpu", torch="2.13.0", batch_size=4, threads=1)
 
 
@@ -68,20 +70,42 @@ def images(count: int, start: int = 0) -> list[SampleRow]:
 def fill_shard(
     store: FeatureStore, teacher: TeacherRecord, shard: int, features: np.ndarray, *, failed: tuple[int, ...] = ()
 ) -> np.ndarray:
-    """Commit float32 `features` (n, ...) as the first rows of a shard; returns the stored values, NaN where none."""
+    """Commit float32 `features` (n, ...) as the first rows of a shard; returns the decoded rows, NaN where none."""
     rows_per_shard = store.rows_per_shard
-    values = np.full((rows_per_shard, *teacher.fingerprint.shape), np.nan, DTYPES[teacher.precision])
+    stored = blank(rows_per_shard, teacher.fingerprint.shape, teacher.precision)
     rows = [RowReceipt(status="absent")] * rows_per_shard
     statistics = ChannelStatistics(teacher.fingerprint.channels)
     for i, feature in enumerate(features):
         if i in failed:
             rows[i] = RowReceipt(status="failed", reason="truncated", detail="cut short")
             continue
-        values[i] = feature
+        stored[i] = encode(feature, teacher.precision)
         rows[i] = RowReceipt(status="ok", sha256=f"{i:064x}", width=8, height=6)
         statistics.update(feature[None])
-    store.commit_shard(teacher, shard, values, rows, statistics, EXECUTION)
-    return values
+    store.commit_shard(teacher, shard, stored, rows, statistics, EXECUTION)
+    return decode(stored, teacher.fingerprint.channels)
+
+
+def decoding(docs: str, precision: str) -> Callable[..., np.ndarray]:
+    """The decoding that the table in docs/store-format.md gives for a precision, to be called with the arrays."""
+    (line,) = [line for line in docs.splitlines() if line.startswith(f"| `{precision}`")]
+    code = compile(line.split("|")[3].strip().strip("`"), "docs/store-format.md", "eval")
+
+    def decode(*, channels: int, **arrays: np.ndarray) -> np.ndarray:
+        feature: np.ndarray = eval(code, {"np": np, "C": channels}, arrays)  # noqa: S307
+        return feature
+
+    return decode
+
+
+def fixture_features(row: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 feature of a row of the stores under `fixtures/`: exact numbers, an outlier channel, a zero token."""
+    places = np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
+    values = ((places * 1103515245 + row * 40503 + 12345) % 4096 - 2048) / 256
+    values[..., 3] *= 100
+    if len(shape) == 3:
+        values[0, 0] = 0
+    return values.astype(np.float32)
 
 
 def make_store(
@@ -93,7 +117,7 @@ def make_store(
     seed: int = 0,
     **changes: object,
 ) -> tuple[FeatureStore, TeacherRecord, np.ndarray]:
-    """A store of random features; returns it, the teacher's record and all values (shards * rows, ...)."""
+    """A store of random features; returns it, the teacher's record and all decoded rows (shards * rows, ...)."""
     store = FeatureStore.create(root, rows_per_shard=rows_per_shard)
     store.add_generation(images(count))
     teacher = record(precision, **changes)

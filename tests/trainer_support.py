@@ -25,12 +25,14 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from olaschema.config import load_config
 from olaschema.manifest import ChannelStatistics, RowReceipt, SampleRow, TeacherRecord
-from olaschema.precision import DTYPES
+from olaschema.precision import blank, encode
 from olaschema.store import FeatureStore
 from olatrain.compose import compose
 from olatrain.config import TrainConfig
@@ -81,33 +83,48 @@ def byte_tokenizer(
 
 
 def make_student(
-    root: Path, *, teachers: Sequence[str] = ("gen", "depth"), view: Any = "squash", template: str | None = LLAMA
+    root: Path,
+    *,
+    teachers: Sequence[str] = ("gen", "depth"),
+    view: Any = "squash",
+    template: str | None = LLAMA,
+    tied: bool = False,
+    phi3: bool = False,
+    task_tokens: int = 2,
 ) -> Path:
     """Compose a LLaVA of 3 layers and 16 channels; an image is 4 tokens, a teacher has 2 task tokens."""
     torch.manual_seed(7)
     tokenizer = byte_tokenizer(template)
-    llm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=512,
-            initializer_range=0.2,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=2,
-        )
-    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "tie_word_embeddings": tied,
+    }
+    llm = Phi3ForCausalLM(Phi3Config(**sizes)) if phi3 else LlamaForCausalLM(LlamaConfig(**sizes))
     llm.save_pretrained(root / "llm")
     tokenizer.save_pretrained(root / "llm")
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
     CLIPVisionModel(vision).save_pretrained(root / "vision")
-    compose(root / "llm", root / "vision", root / "student", teachers=teachers, tokens_per_teacher=2, view=view, seed=3)
+    compose(
+        root / "llm",
+        root / "vision",
+        root / "student",
+        teachers=teachers,
+        tokens_per_teacher=task_tokens,
+        view=view,
+        seed=3,
+    )
     return root / "student"
 
 
@@ -170,7 +187,7 @@ def make_store(
     for name, teacher in (teachers or records()).items():
         store.put_teacher(teacher)
         for shard in range(store.shard_count()):
-            values = np.full((rows_per_shard, *teacher.fingerprint.shape), np.nan, DTYPES[teacher.precision])
+            stored = blank(rows_per_shard, teacher.fingerprint.shape, teacher.precision)
             rows = [RowReceipt(status="absent")] * rows_per_shard
             statistics = ChannelStatistics(teacher.fingerprint.channels)
             for place, sample in enumerate(store.shard_samples(shard)):
@@ -179,10 +196,12 @@ def make_store(
                 if failed.get(sample.key) == name:
                     rows[place] = RowReceipt(status="failed", sha256=digest, reason="not-finite", detail="NaN")
                     continue
-                values[place] = np.inf if sample.key in spoiled else feature
+                stored[place] = encode(feature, teacher.precision)
+                if sample.key in spoiled:
+                    stored.values[place] = np.inf
                 rows[place] = RowReceipt(status="ok", sha256=digest, width=24, height=20)
                 statistics.update(feature[None])
-            store.commit_shard(teacher, shard, values, rows, statistics, EXECUTION)
+            store.commit_shard(teacher, shard, stored, rows, statistics, EXECUTION)
     return store
 
 

@@ -26,7 +26,7 @@ import photographs
 TEACHERS = ("depth", "seg", "gen")
 # Six decoder blocks: the published layers of a 32-block model (depth 18, 20; seg 10, 18; gen 12, 20), scaled
 LAYERS = {"depth": [3, 4], "seg": [2, 3], "gen": [2, 4]}
-STEPS = 60
+STEPS = 40
 BATCH = 16
 
 
@@ -122,15 +122,14 @@ def train_config(out: Path) -> dict[str, Any]:
         "images": f"{out}/corpus/images",
         "out": f"{out}/run",
         "teachers": {name: {"layers": layers} for name, layers in LAYERS.items()},
-        "evaluation": {"conversations": f"{out}/corpus/heldout.json", "every": STEPS // 6},
+        "evaluation": {"conversations": f"{out}/corpus/heldout.json", "every": STEPS // 4},
         "steps": STEPS,
         "batch": BATCH,
         "lr": 1e-3,
         "nproc": 2,
         "workers": 0,
         "checkpoint_every": STEPS // 2,
-        "log_every": 20,
-        # the teacher `gen` sees the centre crop, which a squashed view contains; depth and seg are squashed too
+        "log_every": 10,
     }
 
 
@@ -187,13 +186,13 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(TEACHERS), figsize=(12, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(TEACHERS), figsize=(12, 4), layout="constrained")
     for axis, name in zip(axes, TEACHERS, strict=True):
         for run, label in (("run", "real features"), ("shuffled", "features shuffled across images")):
             axis.plot(curves[run][name]["step"], curves[run][name]["loss"], marker=".", label=label)
         axis.axhline(curves["run"][name]["floor"][-1], color="grey", linestyle="--", label="mean map")
         axis.set(title=name, xlabel="step", ylabel="smooth-L1, held-out photographs")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -39,11 +39,12 @@ def extract_command(
     ] = None,
     images: Annotated[str | None, typer.Option(help="Folder that the paths in a JSON corpus start from.")] = None,
     preset: Annotated[str | None, typer.Option(help="default, or ola-vlm for the published targets.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float16 (default) or float32.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float16 (default), float32, int8 or int4.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Rows per shard of a new store (256).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass (8).")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes (one per GPU, else per CPU).")] = None,
     device: Annotated[str | None, typer.Option(help="auto (default), cpu or cuda.")] = None,
+    compile: Annotated[bool | None, typer.Option("--compile", help="Run the teachers through torch.compile.")] = None,
     max_megapixels: Annotated[float | None, typer.Option(help="Larger images are refused (100).")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; by default Ray is started here.")] = None,
     retry_failed: Annotated[
@@ -74,6 +75,7 @@ def extract_command(
             "batch_size": batch_size,
             "workers": workers,
             "device": device,
+            "compile": compile,
             "max_megapixels": max_megapixels,
             "address": address,
             "retry_failed": retry_failed,
@@ -254,24 +256,14 @@ def teachers_command() -> None:
         from rich.table import Table
         from rich.text import Text
 
-        from olapipe.report import size
+        from olapipe.report import TEACHER_COLUMNS, teacher_cells
         from olapipe.teachers import registry
 
         table = Table()
-        for column in ("teacher", "published checkpoint", "licence", "grid", "channels", "float16", "what it sees"):
-            table.add_column(column, justify="right" if column in ("channels", "float16") else "left", overflow="fold")
+        for name, is_number in TEACHER_COLUMNS.items():
+            table.add_column(name, justify="right" if is_number else "left", overflow="fold")
         for info in registry.available().values():
-            height, width = info.grid or (1, 1)
-            cells = (
-                info.name,
-                info.published,
-                info.licence,
-                f"{height} × {width}" if info.grid else "one vector",
-                str(info.channels),
-                size(height * width * info.channels * 2),
-                info.about,
-            )
-            table.add_row(*map(Text, cells))
+            table.add_row(*map(Text, teacher_cells(info)))
         _console().print(table)
 
 
@@ -325,7 +317,7 @@ def _ask(question: str) -> None:
 
 def _console() -> Console:
     # narrow pipes and files would wrap the tables
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _errors() -> Console:

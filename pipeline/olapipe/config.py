@@ -40,6 +40,8 @@ class ExtractConfig(BaseModel):
     """Threads of a worker that read, decode and preprocess images."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compute_dtype: ComputeDtype = "float32"
+    compile: bool = False
+    """Run the teachers through torch.compile: faster after a slow start; gives other bits, which receipts record."""
     max_megapixels: Annotated[float, Field(gt=0)] = 100.0
     address: str | None = None
     """A running Ray cluster; by default Ray is started here, for this command only."""

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from olapipe.corpus import read_image
+from olapipe.quantise import quantise
 from olapipe.teachers.base import Teacher
-from olaschema import precision
 from olaschema.errors import CorpusError, ImageError, TeacherError
 from olaschema.images import DEFAULT_MAX_PIXELS, decode_image
 from olaschema.manifest import ChannelStatistics, Execution, Receipt, RowReceipt, SampleRow, TeacherRecord
+from olaschema.precision import blank, require_storable
 from olaschema.store import FeatureStore
 
 LOG = "shards.jsonl"
@@ -64,21 +65,26 @@ class _Output:
     """What becomes of one shard under one teacher."""
 
     def __init__(self, record: TeacherRecord, rows_per_shard: int) -> None:
-        shape = (rows_per_shard, *record.fingerprint.shape)
         self.record = record
-        self.values = np.full(shape, np.nan, precision.DTYPES[record.precision])
+        self.stored = blank(rows_per_shard, record.fingerprint.shape, record.precision)
         self.rows = [RowReceipt(status="absent")] * rows_per_shard
         self.statistics = ChannelStatistics(record.fingerprint.channels)
         self.batch: list[tuple[int, SampleRow, _Row]] = []
 
 
-def execution(device: str, batch_size: int) -> Execution:
+def execution(device: str, batch_size: int, *, compiled: bool = False) -> Execution:
     """Describe what byte identity is conditional on; `device` is a torch device."""
     if torch.device(device).type == "cuda":
         model = torch.cuda.get_device_name(torch.device(device))
     else:
         model = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    return Execution(device=model, torch=str(torch.__version__), batch_size=batch_size, threads=torch.get_num_threads())
+    return Execution(
+        device=model,
+        torch=str(torch.__version__),
+        batch_size=batch_size,
+        compile=compiled,
+        threads=torch.get_num_threads(),
+    )
 
 
 class ShardEncoder:
@@ -153,7 +159,7 @@ class ShardEncoder:
             since = time.perf_counter()
             output = outputs.pop(name)
             receipts[name] = self.store.commit_shard(
-                output.record, shard, output.values, output.rows, output.statistics, self.execution, replace=replace
+                output.record, shard, output.stored, output.rows, output.statistics, self.execution, replace=replace
             )
             seconds["commit"] += time.perf_counter() - since
         self._log(shard, receipts, seconds | {"wall": time.perf_counter() - started})
@@ -198,30 +204,33 @@ class ShardEncoder:
 
     def _encode_batch(self, name: str, output: _Output) -> None:
         pixels_bchw = torch.from_numpy(np.stack([row.pixels.pop(name) for _, _, row in output.batch]))
+        # A row that has pixels was read, so it has a digest too.
+        digests = [row.sha256 for _, _, row in output.batch if row.sha256 is not None]
         try:
-            encoded = self.teachers[name].encode(pixels_bchw)
+            encoded = self.teachers[name].encode_images(pixels_bchw, digests)
         except torch.OutOfMemoryError as error:
             raise TeacherError(
                 f"{name}: {len(output.batch)} images at a time do not fit the device's memory",
                 f"Use a --batch-size below {self.limits.batch_size}.",
             ) from error
-        features = encoded.cpu().numpy()
+        features = encoded.cpu().numpy()  # as computed, for the checks and the statistics
         expected = (len(output.batch), *output.record.fingerprint.shape)
         if features.shape != expected or features.dtype != np.float32:
             raise TeacherError(
                 f"{name}: the teacher returned {features.dtype} {features.shape}, its record says float32 {expected}",
                 "This is a defect of the teacher's code.",
             )
+        stored = quantise(encoded, output.record.precision)
         good = []
-        for feature, (index, sample, row) in zip(features, output.batch, strict=True):
+        for place, (index, sample, row) in enumerate(output.batch):
             try:
-                precision.require_storable(feature, output.record.precision, name=sample.key)
+                require_storable(features[place], output.record.precision, name=sample.key)
             except ImageError as error:
                 output.rows[index] = row.receipt(sample, error)
                 continue
-            output.values[index] = precision.encode(feature, output.record.precision)
+            output.stored[index] = stored[place]
             output.rows[index] = row.receipt(sample, None)
-            good.append(feature)
+            good.append(features[place])
         if good:
             output.statistics.update(np.stack(good))
         output.batch.clear()

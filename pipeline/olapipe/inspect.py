@@ -15,7 +15,9 @@ from rich.text import Text
 from olapipe.report import TeacherSummary, print_failures, size, summarise, visible
 from olaschema.errors import ImageError, StoreError
 from olaschema.keys import normalise_key, tombstone
+from olaschema.layout import array_document
 from olaschema.manifest import RowReceipt, SampleRow
+from olaschema.precision import array_formats
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
@@ -34,17 +36,15 @@ def describe(summary: TeacherSummary, store: FeatureStore) -> dict[str, Any]:
     """Return all that `inspect` tells of one teacher, as plain JSON values."""
     record = summary.record
     fingerprint = record.fingerprint
-    array = json.loads(store.place.read(f"{fingerprint.teacher}/values/zarr.json"))
+    arrays = {
+        name: _array(store, fingerprint.teacher, name, summary.array_bytes.get(name, 0))
+        for name in array_formats(fingerprint.shape, record.precision)
+    }
     reasons: dict[str, int] = {}
     for failure in summary.failures:
         reasons[failure.reason] = reasons.get(failure.reason, 0) + 1
     return {
-        "array": {
-            "path": f"{fingerprint.teacher}/values",
-            "shape": array["shape"],
-            "dtype": array["data_type"],
-            "shard": array["chunk_grid"]["configuration"]["chunk_shape"],
-        },
+        "arrays": arrays,
         "images": {
             "planned": summary.planned,
             "ok": summary.ok,
@@ -62,6 +62,19 @@ def describe(summary: TeacherSummary, store: FeatureStore) -> dict[str, Any]:
         "source": record.source,
         "licence": record.licence,
         "libraries": record.libraries,
+    }
+
+
+def _array(store: FeatureStore, teacher: str, name: str, stored: int) -> dict[str, Any]:
+    """Describe one array: `bytes` is what its committed shards take on disk."""
+    document = array_document(teacher, name)
+    array = json.loads(store.place.read(document))
+    return {
+        "path": document.removesuffix("/zarr.json"),
+        "shape": array["shape"],
+        "dtype": array["data_type"],
+        "shard": array["chunk_grid"]["configuration"]["chunk_shape"],
+        "bytes": stored,
     }
 
 
@@ -126,14 +139,16 @@ def _channel(name: str, form: str) -> Any:
 
 
 _ARRAY_ROWS = {
-    "shape": lambda t: _times(t["array"]["shape"]),
-    "stored as": lambda t: t["array"]["dtype"],
+    "shape": lambda t: _times(t["arrays"]["values"]["shape"]),
+    "precision": lambda t: t["precision"],
+    "stored as": lambda t: " + ".join(array["dtype"] for array in t["arrays"].values()),
     "images with features": lambda t: str(t["images"]["ok"]),
     "failed": lambda t: str(t["images"]["failed"]),
     "not extracted yet": lambda t: str(t["images"]["waiting"]),
     "shards": lambda t: f"{t['shards']['committed']} of {t['shards']['planned']}",
     "rows without an image": lambda t: str(t["absent_rows"]),
     "bytes": lambda t: size(t["bytes"]["stored"]),
+    "bytes of the scales": lambda t: size(t["arrays"]["scale"]["bytes"]) if "scale" in t["arrays"] else "–",
     "× smaller than float32": lambda t: f"{t['bytes']['ratio']:.2f}" if t["bytes"]["ratio"] else "–",
 }
 _CHANNEL_ROWS = {
@@ -183,7 +198,7 @@ def find(store: FeatureStore, key: str) -> ImageStatus:
         reader = FeatureReader(store, name)
         status[name] = receipt = reader.status(sample.row)
         if receipt is not None and receipt.status == "ok":
-            values = reader.read(sample.row).astype(np.float64)
+            values = reader.feature(sample.row).astype(np.float64)
             numbers = {"mean": values.mean(), "std": values.std(), "minimum": values.min(), "maximum": values.max()}
             features[name] = {label: float(number) for label, number in numbers.items()}
     return ImageStatus(sample, status, features)

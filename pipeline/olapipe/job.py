@@ -97,7 +97,7 @@ class ShardWorker:
                 remedy="Every machine of the job must hold the same checkpoints under the same paths.",
             )
         limits = Limits(self._config.batch_size, self._config.max_pixels, self._config.decoders)
-        how = execution(self._device, self._config.batch_size)
+        how = execution(self._device, self._config.batch_size, compiled=self._config.compile)
         return ShardEncoder(store, self._root, self._teachers, records, limits, how)
 
 

@@ -10,6 +10,8 @@ from olapipe.teachers.base import Teacher, TeacherSettings
 from olaschema.manifest import Precision, TeacherRecord
 
 _RECORDED = ("torch", "transformers", "pillow", "numpy", "zarr")
+# recorded only for the teachers whose features they compute
+_RECORDED_FOR = {"sd-vae": ("diffusers",), "sd-unet": ("diffusers",)}
 
 
 def load_teachers(config: ExtractConfig, device: str) -> dict[str, Teacher]:
@@ -22,6 +24,7 @@ def load_teachers(config: ExtractConfig, device: str) -> dict[str, Teacher]:
                 preset=config.preset,
                 device=device,
                 compute_dtype=config.compute_dtype,
+                compile=config.compile,
                 options=config.options.get(name, {}),
             ),
         )
@@ -31,10 +34,11 @@ def load_teachers(config: ExtractConfig, device: str) -> dict[str, Teacher]:
 
 def teacher_record(teacher: Teacher, precision: Precision) -> TeacherRecord:
     """Return what a store records of a teacher."""
+    libraries = (*_RECORDED, *_RECORDED_FOR.get(teacher.name, ()))
     return TeacherRecord(
         fingerprint=teacher.fingerprint,
         precision=precision,
         source=teacher.source,
         licence=teacher.licence,
-        libraries={name: importlib.metadata.version(name) for name in _RECORDED},
+        libraries={name: importlib.metadata.version(name) for name in libraries},
     )

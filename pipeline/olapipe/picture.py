@@ -15,7 +15,6 @@ from olapipe.report import visible
 from olaschema.errors import StoreError
 from olaschema.images import decode_image
 from olaschema.manifest import Fingerprint, RowReceipt, SampleRow
-from olaschema.precision import decode
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
@@ -82,14 +81,14 @@ def save_picture(store: FeatureStore, sample: SampleRow, images: Path, out: Path
     upright = any(reader.fingerprint.preprocessing.exif for reader in readers.values()) or not readers
     photograph = _photograph(sample, images, [receipt for receipt in receipts.values() if receipt], upright=upright)
     width = round(min(max(photograph.width / photograph.height * _HEIGHT, 1), _WIDEST))
-    panels = [(f"{visible(sample.key)}, {photograph.width} × {photograph.height}", photograph.resize((width, _HEIGHT)))]
+    panels = [(f"{visible(sample.key)}, {photograph.width} x {photograph.height}", photograph.resize((width, _HEIGHT)))]
     for name, reader in readers.items():
         receipt = receipts[name]
         if receipt is None or receipt.status != "ok":
             reason = "not extracted" if receipt is None else str(receipt.reason)
             panels.append((f"{name}: {reason}", Image.new("RGB", (_HEIGHT, _HEIGHT), (224, 224, 224))))
         else:
-            values = decode(reader.read(sample.row))
+            values = reader.feature(sample.row)
             panels.append((_label(reader.fingerprint), _panel(values, reader.fingerprint, width)))
     _save(_side_by_side(panels), out)
 
@@ -118,7 +117,7 @@ def _panel(values: np.ndarray, fingerprint: Fingerprint, width: int) -> Image.Im
 def _label(fingerprint: Fingerprint) -> str:
     view = fingerprint.preprocessing.view
     seen = {"squash": "whole image", "pad": "padded", "crop": "centre crop"}[view.kind]
-    shape = " × ".join(map(str, fingerprint.shape))
+    shape = " x ".join(map(str, fingerprint.shape))
     return f"{fingerprint.teacher} {shape}, {seen}"
 
 

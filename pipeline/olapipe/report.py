@@ -6,14 +6,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olapipe.teachers.info import TeacherInfo
+from olaschema import precision
 from olaschema.errors import OlaError
-from olaschema.manifest import ChannelStatistics, TeacherRecord
+from olaschema.manifest import ChannelStatistics, Precision, TeacherRecord
 from olaschema.store import FeatureStore
 
 _NAMED = 5
@@ -41,7 +44,8 @@ class TeacherSummary:
     failed: int = 0
     absent: int = 0
     committed: int = 0
-    stored_bytes: int = 0
+    array_bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes of the committed shards by array: `values`, and `scale` beside integers."""
     statistics: ChannelStatistics = field(default_factory=lambda: ChannelStatistics(1))
     failures: list[Failure] = field(default_factory=list)
 
@@ -49,6 +53,11 @@ class TeacherSummary:
     def waiting(self) -> int:
         """Planned images whose shard is not committed."""
         return self.planned - self.ok - self.failed
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the committed shards, all arrays together."""
+        return sum(self.array_bytes.values())
 
     @property
     def float32_bytes(self) -> int:
@@ -76,7 +85,9 @@ def summarise(store: FeatureStore, teacher: str) -> TeacherSummary:
         summary.ok += receipt.ok
         summary.failed += receipt.failed
         summary.absent += len(receipt.rows) - receipt.ok - receipt.failed
-        summary.stored_bytes += sum(file.bytes for file in receipt.files.values())
+        for path, file in receipt.files.items():
+            array = path.removeprefix(f"{teacher}/").split("/")[0]
+            summary.array_bytes[array] = summary.array_bytes.get(array, 0) + file.bytes
         summary.statistics.merge(ChannelStatistics.from_json(receipt.statistics, channels))
         if receipt.failed:
             samples = store.shard_samples(shard)
@@ -156,6 +167,41 @@ def _escape(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# What `olapipe teachers` and the table in docs/teachers.md show; True: a column of numbers.
+TEACHER_COLUMNS = {
+    "teacher": False,
+    "published checkpoint": False,
+    "licence": False,
+    "grid": False,
+    "channels": True,
+    **{f"{stored} per image": True for stored in PRECISIONS},
+    "good for": False,
+}
+
+
+def teacher_cells(info: TeacherInfo) -> tuple[str, ...]:
+    """Return the cells of one teacher under `TEACHER_COLUMNS`, uncompressed sizes; one that cannot be used says why."""
+    if info.problem:
+        return (info.name, *("–" for _ in range(len(TEACHER_COLUMNS) - 2)), f"cannot be used: {info.problem}")
+    of_checkpoint = info.channels == 0
+    height, width = info.grid or (1, 1)
+    shape = (height, width, info.channels) if info.grid else (info.channels,)
+    return (
+        info.name,
+        info.published or "yours",
+        info.licence,
+        "that of the checkpoint" if of_checkpoint else f"{height} × {width}" if info.grid else "one vector",
+        "–" if of_checkpoint else str(info.channels),
+        *("–" if of_checkpoint else size(_row_bytes(shape, stored)) for stored in PRECISIONS),
+        info.about,
+    )
+
+
+def _row_bytes(shape: tuple[int, ...], stored: Precision) -> int:
+    return sum(array.row_bytes for array in precision.array_formats(shape, stored).values())
 
 
 def size(count: int) -> str:

@@ -17,7 +17,7 @@ from olaschema.layout import receipt_file
 from olaschema.manifest import Generation, TeacherRecord
 from olaschema.seal import MANIFEST, read_manifest, receipt_digest
 from olaschema.store import FeatureStore
-from olaschema.zarrbytes import values_document
+from olaschema.zarrbytes import array_documents
 
 Result = TypeVar("Result")
 Mending = Literal["shard", "document", "manifest"]
@@ -300,7 +300,7 @@ class _Verifier:
 
 def implied_documents(record: TeacherRecord, rows_per_shard: int, shards: int) -> dict[str, bytes]:
     """Return what the `zarr.json` of each array of a teacher must be, by the array's name."""
-    return {"values": values_document(record.fingerprint, record.precision, rows_per_shard, shards)}
+    return array_documents(record.fingerprint, record.precision, rows_per_shard, shards)
 
 
 def damaged_shards(problems: Sequence[Problem]) -> dict[int, list[str]]:

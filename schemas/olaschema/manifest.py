@@ -14,7 +14,7 @@ from olaschema.errors import FingerprintError
 
 FORMAT_VERSION: Literal[1] = 1
 
-Precision = Literal["float32", "float16"]
+Precision = Literal["float32", "float16", "int8", "int4"]
 Scalar = str | int | float | bool
 
 

@@ -1,40 +1,173 @@
-"""Features to stored values and back. Decoding is one line of numpy per precision, given in docs/store-format.md."""
+"""Features to stored arrays and back. Decoding is one line of numpy per precision, given in docs/store-format.md.
+
+Integer precisions are symmetric, by token and group of 64 channels, so an outlier channel spoils only its group. The
+same arithmetic runs in torch where the teacher runs (`olapipe/quantise.py`) and where the student trains
+(`olatrain/scaling.py`); tests hold the three together bit by bit.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from olaschema.errors import ImageError
 from olaschema.manifest import Precision
 
-DTYPES: dict[Precision, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+GROUP = 64
+"""Channels that share a scale; the last group of a feature may be shorter."""
+
+LARGEST_Q: Mapping[Precision, int] = MappingProxyType({"int8": 127, "int4": 7})
+"""Largest integer of each integer precision; the smallest is its negative, so 0 is exact and signs are alike."""
+
+_LARGEST_HALF = 65504
+_DTYPES: Mapping[Precision, np.dtype] = MappingProxyType(
+    {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1"), "int4": np.dtype("u1")}
+)
+
+
+@dataclass(frozen=True)
+class ArrayFormat:
+    """One stored array of a teacher: its shape and dtype for one image, and what a row without a feature holds."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fill: float
+    last_axis: str
+    """What the last axis counts."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row before compression."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Features as they are stored, of one image or of several along the first axis.
+
+    `values` is float32, float16 or int8 `(..., C)`, or for int4 uint8 `(..., ceil(C/2))`: even channels in the low
+    half of a byte, odd ones in the high half, two's complement; where C is odd the last high half is 0. `scale` is
+    float16 `(..., ceil(C/64))` beside integers, else None.
+    """
+
+    values: np.ndarray
+    scale: np.ndarray | None = None
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by the name they have in the store."""
+        return {"values": self.values} if self.scale is None else {"values": self.values, "scale": self.scale}
+
+    def __getitem__(self, index: int) -> Stored:
+        return Stored(self.values[index], None if self.scale is None else self.scale[index])
+
+    def __setitem__(self, index: int, row: Stored) -> None:
+        for name, array in self.arrays.items():
+            array[index] = row.arrays[name]
+
+
+def array_formats(shape: tuple[int, ...], precision: Precision) -> dict[str, ArrayFormat]:
+    """Return the arrays, by name, that hold features of `shape`, (H, W, C) or (C,).
+
+    A row without a feature decodes to NaN: by its values, or by its scale where the values are integers.
+    """
+    *grid, channels = shape
+    dtype = _DTYPES[precision]
+    if precision not in LARGEST_Q:
+        return {"values": ArrayFormat(shape, dtype, float("nan"), "channel")}
+    last, axis = (-(-channels // 2), "channel_pair") if precision == "int4" else (channels, "channel")
+    return {
+        "values": ArrayFormat((*grid, last), dtype, 0, axis),
+        "scale": ArrayFormat((*grid, -(-channels // GROUP)), np.dtype("<f2"), float("nan"), "channel_group"),
+    }
+
+
+def blank(rows: int, shape: tuple[int, ...], precision: Precision) -> Stored:
+    """Return `rows` rows without a feature, to be filled."""
+    arrays = {
+        name: np.full((rows, *array.shape), array.fill, array.dtype)
+        for name, array in array_formats(shape, precision).items()
+    }
+    return Stored(**arrays)
 
 
 def require_storable(feature: np.ndarray, precision: Precision, *, name: str) -> None:
     """Raise ImageError unless one image's float32 feature survives `precision`.
 
-    Reasons: `not-finite` for NaN or infinity, `overflow` where |x| exceeds what the precision can hold.
+    Reasons: `not-finite` for NaN or infinity, `overflow` where |x| exceeds what the precision can hold: 65504 for
+    float16, 127 · 65504 for int8 and 7 · 65504 for int4, whose scale is a float16.
     """
     if not np.isfinite(feature).all():
         raise ImageError("not-finite", f"{name}: the teacher returned NaN or infinity")
+    if precision == "float32":
+        return
     largest = float(np.abs(feature).max(initial=0.0))
-    # 65520 is the midpoint above the largest float16: from there on values round to infinity
-    if precision == "float16" and largest >= 65520.0:
+    limit = _LARGEST_HALF * LARGEST_Q.get(precision, 1)
+    # 65520 is the midpoint above the largest float16: from there on values round to infinity; scales are rounded up
+    if largest >= 65520.0 if precision == "float16" else largest > limit:
         raise ImageError(
             "overflow",
-            f"{name}: a feature value of {largest:.6g} does not fit float16 (largest: 65504)",
+            f"{name}: a feature value of {largest:.6g} does not fit {precision} (largest: {limit})",
             "Extract with --precision float32.",
         )
 
 
-def encode(features: np.ndarray, precision: Precision) -> np.ndarray:
-    """Round float32 features of any shape to stored values. Error: half a unit in the last place of the precision.
+def encode(features: np.ndarray, precision: Precision) -> Stored:
+    """Round float32 features `(..., C)` that `require_storable` accepts.
 
-    For float16 that is at most 2⁻¹¹ of |x|, and 2⁻²⁵ below the smallest normal 2⁻¹⁴.
+    Error of an element x, with M the largest |x| of its token's group of 64 channels:
+    float32: none. float16: at most 2⁻¹¹·|x|, and 2⁻²⁵ below the smallest normal 2⁻¹⁴.
+    int8: at most M/254·(1 + 2⁻⁹) + 2⁻²⁵. int4: at most M/14·(1 + 2⁻⁹) + 2⁻²⁵.
     """
-    return features.astype(DTYPES[precision])
+    if precision not in LARGEST_Q:
+        return Stored(features.astype(_DTYPES[precision]))
+    *grid, channels = features.shape
+    groups = -(-channels // GROUP)
+    padded = np.zeros((*grid, groups * GROUP), np.float32)
+    padded[..., :channels] = features
+    grouped = padded.reshape(*grid, groups, GROUP)
+    scale = _scale(np.abs(grouped).max(axis=-1), LARGEST_Q[precision])
+    # the scale is not below M/q (up to a rounding of M/q itself): the quotient rounds to at most q, nothing is clipped
+    quotients = np.rint(grouped / scale.astype(np.float32)[..., None])
+    integers = quotients.astype(np.int8).reshape(padded.shape)[..., : channels + channels % 2]
+    if precision == "int4":
+        return Stored(_pack(integers), scale)
+    return Stored(np.ascontiguousarray(integers[..., :channels]), scale)
 
 
-def decode(values: np.ndarray) -> np.ndarray:
-    """Return stored float values as float32, exactly."""
-    return values.astype(np.float32)
+def _scale(largest: np.ndarray, largest_q: int) -> np.ndarray:
+    """Return largest/largest_q as float16, rounded up, at least 2⁻²⁴: a scale of 0 would lose the whole group."""
+    exact = largest / np.float32(largest_q)
+    nearest = exact.astype(np.float16)
+    # positive floats are ordered like their bits: one more is the next float16, and 1 is the smallest above 0
+    bits = nearest.view(np.uint16) + (nearest.astype(np.float32) < exact)
+    scale: np.ndarray = np.maximum(bits, 1).astype("<u2").view("<f2")
+    return scale
+
+
+def _pack(integers: np.ndarray) -> np.ndarray:
+    halves = integers.view(np.uint8) & np.uint8(15)
+    packed: np.ndarray = halves[..., 0::2] | (halves[..., 1::2] << np.uint8(4))
+    return packed
+
+
+def decode(stored: Stored, channels: int) -> np.ndarray:
+    """Return stored features of one image or several as float32 `(..., channels)`.
+
+    Exactly what is stored: an integer times its scale needs at most 18 bits.
+    """
+    if stored.scale is None:
+        return stored.values.astype(np.float32)
+    integers = _unpack(stored.values) if stored.values.dtype == np.uint8 else stored.values
+    scale = np.repeat(stored.scale.astype(np.float32), GROUP, axis=-1)
+    feature: np.ndarray = integers[..., :channels] * scale[..., :channels]
+    return feature
+
+
+def _unpack(packed: np.ndarray) -> np.ndarray:
+    """Return the signed halves of the bytes `(..., n)` as int8 `(..., 2n)`; the shift right keeps the sign."""
+    halves = np.stack([packed << np.uint8(4), packed], axis=-1).view(np.int8) >> np.int8(4)
+    return halves.reshape(*packed.shape[:-1], -1)

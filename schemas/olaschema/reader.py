@@ -6,7 +6,6 @@ DataLoader workers that were forked, and it names the shard and row of any damag
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from numcodecs.zstd import Zstd
 from olaschema.errors import DamagedStoreError, StoreError
 from olaschema.layout import chunk_rows, shard_file
 from olaschema.manifest import Receipt, RowReceipt
-from olaschema.precision import DTYPES
+from olaschema.precision import ArrayFormat, Stored, array_formats, decode
 from olaschema.store import FeatureStore
 
 _INDEX_ENTRY = np.dtype([("offset", "<u8"), ("size", "<u8")])
@@ -25,9 +24,24 @@ _KEPT_SHARDS = 64
 
 
 @dataclass(frozen=True)
+class _Array:
+    """One stored array: where its rows are in its shard files."""
+
+    name: str
+    format: ArrayFormat
+    chunk_rows: int
+    chunks: int
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk_rows * self.format.row_bytes
+
+
+@dataclass(frozen=True)
 class _OpenShard:
     receipt: Receipt
-    index: np.ndarray
+    indices: dict[str, np.ndarray]
+    """By array: offset and size of each inner chunk."""
 
 
 class FeatureReader:
@@ -40,11 +54,9 @@ class FeatureReader:
         self._teacher = teacher
         self._digest = self.fingerprint.digest()
         self._had_receipts = self._has_receipts()
-        self._dtype = DTYPES[self.record.precision]
-        self._shape = self.fingerprint.shape
-        self._row_bytes = math.prod(self._shape) * self._dtype.itemsize
-        self._chunk_rows = chunk_rows(self._row_bytes, store.rows_per_shard)
-        self._chunks = store.rows_per_shard // self._chunk_rows
+        formats = array_formats(self.fingerprint.shape, self.record.precision)
+        rows = chunk_rows(formats["values"].row_bytes, store.rows_per_shard)
+        self._arrays = [_Array(name, found, rows, store.rows_per_shard // rows) for name, found in formats.items()]
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._zstd = Zstd()
 
@@ -54,8 +66,8 @@ class FeatureReader:
         opened = self._opened(shard)
         return opened.receipt.rows[index] if opened else None
 
-    def read(self, row: int) -> np.ndarray:
-        """Return the stored values of one row, `(H, W, C)` or `(C,)` in the stored dtype.
+    def read(self, row: int) -> Stored:
+        """Return one row as it is stored: values, and beside integers their scale.
 
         Raises StoreError if the row has no feature, DamagedStoreError if its bytes are not those committed.
         """
@@ -63,11 +75,21 @@ class FeatureReader:
         opened = self._opened(shard)
         if opened is None or opened.receipt.rows[index].status != "ok":
             raise StoreError(f"{self._store.root}: row {row} has no {self._teacher} feature")
-        chunk, within = divmod(index, self._chunk_rows)
-        raw = self._chunk(shard, row, opened.index[chunk])
-        values = np.frombuffer(raw, dtype=self._dtype).reshape(self._chunk_rows, *self._shape)
+        return Stored(**{array.name: self._row(array, opened, shard, row, index) for array in self._arrays})
+
+    def feature(self, row: int) -> np.ndarray:
+        """Return one row's feature, `(H, W, C)` or `(C,)` float32; raises as `read` does."""
+        return decode(self.read(row), self.fingerprint.channels)
+
+    def _row(self, array: _Array, opened: _OpenShard, shard: int, row: int, index: int) -> np.ndarray:
+        chunk, within = divmod(index, array.chunk_rows)
+        raw = self._chunk(array, shard, row, opened.indices[array.name][chunk])
+        values = np.frombuffer(raw, dtype=array.format.dtype).reshape(array.chunk_rows, *array.format.shape)
         row_values: np.ndarray = values[within].copy()
         return row_values
+
+    def _file(self, array: _Array, shard: int) -> str:
+        return shard_file(self._teacher, shard, len(array.format.shape) + 1, array.name)
 
     def _opened(self, shard: int) -> _OpenShard | None:
         if shard in self._open:
@@ -82,15 +104,17 @@ class FeatureReader:
                 f"{self._store.root}: the receipt of {self._teacher} shard {shard} does not belong to this store",
                 "Extract that shard again.",
             )
-        self._open[shard] = _OpenShard(receipt, self._read_index(shard, receipt))
+        self._open[shard] = _OpenShard(
+            receipt, {array.name: self._read_index(array, shard, receipt) for array in self._arrays}
+        )
         if len(self._open) > _KEPT_SHARDS:
             self._open.popitem(last=False)
         return self._open[shard]
 
-    def _read_index(self, shard: int, receipt: Receipt) -> np.ndarray:
-        name = shard_file(self._teacher, shard, len(self._shape) + 1)
+    def _read_index(self, array: _Array, shard: int, receipt: Receipt) -> np.ndarray:
+        name = self._file(array, shard)
         path = self._store.place.path(name)
-        length = self._chunks * _INDEX_ENTRY.itemsize
+        length = array.chunks * _INDEX_ENTRY.itemsize
         try:
             with path.open("rb") as file:
                 size = file.seek(0, 2)
@@ -105,8 +129,8 @@ class FeatureReader:
             raise self._damage(shard, f"{path}: the shard index fails its checksum")
         return np.frombuffer(data[:length], dtype=_INDEX_ENTRY)
 
-    def _chunk(self, shard: int, row: int, entry: np.void) -> bytes:
-        path = self._store.place.path(shard_file(self._teacher, shard, len(self._shape) + 1))
+    def _chunk(self, array: _Array, shard: int, row: int, entry: np.void) -> bytes:
+        path = self._store.place.path(self._file(array, shard))
         try:
             with path.open("rb") as file:
                 file.seek(int(entry["offset"]))
@@ -116,7 +140,7 @@ class FeatureReader:
         if len(data) < 4 or _crc32c(data[:-4]) != data[-4:]:
             raise self._damage(shard, f"{path}: row {row} fails its checksum")
         raw = bytes(self._zstd.decode(data[:-4]))
-        if len(raw) != self._chunk_rows * self._row_bytes:
+        if len(raw) != array.chunk_bytes:
             raise self._damage(shard, f"{path}: row {row} decodes to {len(raw)} bytes")
         return raw
 

@@ -13,14 +13,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from olaschema.digest import FIELD, intact, sealed
 from olaschema.errors import DamagedStoreError, StoreError
-from olaschema.layout import receipt_file, shard_file, shard_lock
+from olaschema.layout import array_document, receipt_file, shard_file, shard_lock
 from olaschema.manifest import (
     FORMAT_VERSION,
     ChannelStatistics,
@@ -35,6 +34,7 @@ from olaschema.manifest import (
     TeacherRecord,
 )
 from olaschema.place import LocalPlace
+from olaschema.precision import Stored
 
 DEFAULT_ROWS_PER_SHARD = 256
 _PART_ROWS = 1 << 16
@@ -239,11 +239,11 @@ class FeatureStore:
         return found
 
     def put_teacher(self, record: TeacherRecord) -> None:
-        """Make a teacher's group and array, or grow its array to the planned rows.
+        """Make a teacher's group and arrays, or grow its arrays to the planned rows.
 
         Raises FingerprintError if the store holds features of another meaning, StoreError for another precision.
         """
-        from olaschema.zarrbytes import teacher_document, values_document
+        from olaschema.zarrbytes import array_documents, teacher_document
 
         name = record.fingerprint.teacher
         if self.place.exists(f"{name}/zarr.json"):
@@ -257,10 +257,9 @@ class FeatureStore:
                     f"{self.root}: {name} is stored as {present.precision}, {record.precision} was asked for",
                     remedy,
                 )
-        document = values_document(record.fingerprint, record.precision, self.rows_per_shard, self.shard_count())
-        values = f"{name}/values/zarr.json"
-        if not self.place.exists(values) or self.place.read(values) != document:
-            self.place.publish(values, document)
+        documents = array_documents(record.fingerprint, record.precision, self.rows_per_shard, self.shard_count())
+        for array, document in documents.items():
+            self._publish_unless_there(array_document(name, array), document)
         if not self.place.exists(f"{name}/zarr.json"):
             self.place.publish(f"{name}/zarr.json", teacher_document(record))
 
@@ -289,30 +288,36 @@ class FeatureStore:
         self,
         record: TeacherRecord,
         shard: int,
-        values: np.ndarray,
+        stored: Stored,
         rows: list[RowReceipt],
         statistics: ChannelStatistics,
         execution: Execution,
         *,
         replace: bool = False,
     ) -> Receipt:
-        """Publish the values `(rows_per_shard, *shape)` of one shard, then its receipt.
+        """Publish the stored arrays `(rows_per_shard, ...)` of one shard, then its receipt.
 
         A shard that is committed already stays as it is, unless `replace`: its receipt is returned, so a writer
-        presumed dead changes nothing. Rows that are not `ok` must hold NaN.
+        presumed dead changes nothing. Rows that are not `ok` must decode to NaN (`precision.blank`). Raises StoreError
+        for arrays of another precision or shape than the record's.
         """
         from olaschema.zarrbytes import encode_shard
 
         teacher = record.fingerprint.teacher
-        data = encode_shard(values, record.precision)
-        name = shard_file(teacher, shard, values.ndim)
+        objects = {
+            shard_file(teacher, shard, stored.values.ndim, array): data
+            for array, data in encode_shard(stored, record.fingerprint, record.precision).items()
+        }
         receipt = Receipt(
             teacher=teacher,
             shard=shard,
             revision=sum(row.reason == "forgotten" for row in rows),
             fingerprint=record.fingerprint.digest(),
             rows=tuple(rows),
-            files={name: FileReceipt(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())},
+            files={
+                name: FileReceipt(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+                for name, data in objects.items()
+            },
             statistics=statistics.to_json(),
             execution=execution,
         )
@@ -322,10 +327,14 @@ class FeatureStore:
                 return present
             if present is not None:  # never a receipt that promises bytes which are being replaced
                 self.place.path(receipt_file(teacher, shard)).unlink()
-            if not (self.place.exists(name) and self.place.read(name) == data):
-                self.place.publish(name, data)
+            for name, data in objects.items():
+                self._publish_unless_there(name, data)
             self.place.publish(receipt_file(teacher, shard), sealed(receipt))
         return receipt
+
+    def _publish_unless_there(self, name: str, data: bytes) -> None:
+        if not (self.place.exists(name) and self.place.read(name) == data):
+            self.place.publish(name, data)
 
 
 def _rows(table: pa.Table) -> Iterator[SampleRow]:

@@ -1,7 +1,7 @@
 """The Zarr layout as bytes: metadata documents and whole shards, made by zarr itself in memory.
 
 A Zarr shard's bytes do not depend on its place in the array, so a shard is encoded as an array of one shard
-and its single object is published as `values/c/SHARD/0/0/0`.
+and its single object is published as `values/c/SHARD/0/0/0` or `scale/c/SHARD/0/0/0`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from olaschema.digest import stamp
+from olaschema.errors import StoreError
 from olaschema.layout import chunk_rows
 from olaschema.manifest import Fingerprint, Precision, StoreRecord, TeacherRecord
-from olaschema.precision import DTYPES
+from olaschema.precision import ArrayFormat, Stored, array_formats
 
 ZSTD_LEVEL = 3
 
@@ -35,19 +36,41 @@ def teacher_document(record: TeacherRecord) -> bytes:
     return _group_document({"ola": record.model_dump(mode="json")})
 
 
-def values_document(fingerprint: Fingerprint, precision: Precision, rows_per_shard: int, shards: int) -> bytes:
-    """`zarr.json` of a teacher's values, an array of `shards * rows_per_shard` rows."""
-    store = MemoryStore()
-    _create_values(store, fingerprint.shape, precision, rows_per_shard, shards)
-    return _stamped(_get(store, "zarr.json"))
+def array_documents(
+    fingerprint: Fingerprint, precision: Precision, rows_per_shard: int, shards: int
+) -> dict[str, bytes]:
+    """`zarr.json` of each of a teacher's arrays by name, arrays of `shards * rows_per_shard` rows."""
+    found = {}
+    formats = array_formats(fingerprint.shape, precision)
+    chunk = chunk_rows(formats["values"].row_bytes, rows_per_shard)
+    for name, array in formats.items():
+        store = MemoryStore()
+        _create_array(store, array, chunk, rows_per_shard, shards)
+        found[name] = _stamped(_get(store, "zarr.json"))
+    return found
 
 
-def encode_shard(values: np.ndarray, precision: Precision) -> bytes:
-    """Encode the values `(rows_per_shard, H, W, C)` or `(rows_per_shard, C)` of one shard as its Zarr object."""
-    store = MemoryStore()
-    array = _create_values(store, values.shape[1:], precision, values.shape[0], 1)
-    array[...] = values
-    return _get(store, "c/0" + "/0" * (values.ndim - 1))
+def encode_shard(stored: Stored, fingerprint: Fingerprint, precision: Precision) -> dict[str, bytes]:
+    """Encode one shard's rows as the Zarr object of each array, by name.
+
+    Raises StoreError unless the arrays are those of `precision`: zarr would convert others without a word.
+    """
+    formats = array_formats(fingerprint.shape, precision)
+    rows = len(stored.values)
+    given = {name: (array.shape, array.dtype) for name, array in stored.arrays.items()}
+    wanted = {name: ((rows, *array.shape), array.dtype) for name, array in formats.items()}
+    if given != wanted:
+        raise StoreError(
+            f"{fingerprint.teacher}: {_listed(given)} cannot be stored as {precision}, which is {_listed(wanted)}",
+            "Encode the features with the precision that the store holds.",
+        )
+    chunk = chunk_rows(formats["values"].row_bytes, rows)
+    found = {}
+    for name, array in formats.items():
+        store = MemoryStore()
+        _create_array(store, array, chunk, rows, 1)[...] = stored.arrays[name]
+        found[name] = _get(store, "c/0" + "/0" * len(array.shape))
+    return found
 
 
 def encode_like(document: bytes, values: np.ndarray) -> bytes:
@@ -61,22 +84,24 @@ def encode_like(document: bytes, values: np.ndarray) -> bytes:
     return _get(store, "c/0" + "/0" * (values.ndim - 1))
 
 
-def _create_values(
-    store: MemoryStore, shape: tuple[int, ...], precision: Precision, rows_per_shard: int, shards: int
+def _listed(arrays: dict[str, tuple[tuple[int, ...], np.dtype]]) -> str:
+    return " and ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in arrays.items())
+
+
+def _create_array(
+    store: MemoryStore, array: ArrayFormat, rows_per_chunk: int, rows_per_shard: int, shards: int
 ) -> zarr.Array[Any]:
-    dtype = DTYPES[precision]
-    rows = chunk_rows(int(np.prod(shape)) * dtype.itemsize, rows_per_shard)
     return zarr.create_array(
         store,
-        shape=(shards * rows_per_shard, *shape),
-        dtype=dtype,
-        chunks=(rows, *shape),
-        shards=(rows_per_shard, *shape),
+        shape=(shards * rows_per_shard, *array.shape),
+        dtype=array.dtype,
+        chunks=(rows_per_chunk, *array.shape),
+        shards=(rows_per_shard, *array.shape),
         serializer=BytesCodec(endian="little"),
         compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
-        # a row without a feature reads as NaN, by any reader, and never as a plausible zero
-        fill_value=float("nan"),
-        dimension_names=("row", "height", "width", "channel") if len(shape) == 3 else ("row", "channel"),
+        # a row without a feature decodes to NaN, by any reader, and never to a plausible zero
+        fill_value=array.fill,
+        dimension_names=("row", *(("height", "width") if len(array.shape) == 3 else ()), array.last_axis),
         config={"write_empty_chunks": True},
     )
 

@@ -11,13 +11,16 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_support import EXECUTION, fill_shard, images, make_store, record
+from store_support import DOCS, EXECUTION, decoding, fill_shard, images, make_store, record
 
 from olaschema.errors import DamagedStoreError, FingerprintError, StoreError
 from olaschema.layout import chunk_rows, shard_file
-from olaschema.manifest import ChannelStatistics, RowReceipt
+from olaschema.manifest import ChannelStatistics, Precision, RowReceipt
+from olaschema.precision import Stored, encode
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
+
+TIERS = pytest.mark.parametrize("precision", ["float32", "float16", "int8", "int4"])
 
 
 def _files(root: Path) -> dict[str, str]:
@@ -28,13 +31,23 @@ def _files(root: Path) -> dict[str, str]:
     }
 
 
-@settings(max_examples=15, deadline=None)
+def _through_zarr(root: Path, teacher: str = "depth") -> dict[str, np.ndarray]:
+    return {name: array[:] for name, array in zarr.open_group(root, mode="r")[teacher].arrays()}
+
+
+def _decoded(arrays: dict[str, np.ndarray], channels: int) -> np.ndarray:
+    """By the line that the docs give for the precision, told by the dtype."""
+    dtype = str(arrays["values"].dtype)
+    return decoding(DOCS, {"uint8": "int4"}.get(dtype, dtype))(channels=channels, **arrays)
+
+
+@settings(max_examples=25, deadline=None)
 @given(
     grid=st.sampled_from([None, (1, 1), (3, 2), (24, 24)]),
     channels=st.sampled_from([1, 5, 64, 129]),
     rows=st.sampled_from([1, 3, 8]),
     count=st.integers(1, 17),
-    precision=st.sampled_from(["float16", "float32"]),
+    precision=st.sampled_from(["float16", "float32", "int8", "int4"]),
 )
 def test_our_reader_and_plain_zarr_agree(
     tmp_path_factory: pytest.TempPathFactory,
@@ -42,32 +55,35 @@ def test_our_reader_and_plain_zarr_agree(
     channels: int,
     rows: int,
     count: int,
-    precision: str,
+    precision: Precision,
 ) -> None:
     root = tmp_path_factory.mktemp("store") / "s"
-    _, _, values = make_store(
-        root,
-        count=count,
-        rows_per_shard=rows,
-        precision=precision,
-        grid=grid,
-        channels=channels,  # type: ignore[arg-type]
+    _, _, features = make_store(
+        root, count=count, rows_per_shard=rows, precision=precision, grid=grid, channels=channels
     )
-    through_zarr = zarr.open_group(root, mode="r")["depth/values"][:]
-    np.testing.assert_array_equal(through_zarr, values)
+    through_zarr = _through_zarr(root)
+    np.testing.assert_array_equal(_decoded(through_zarr, channels), features)
     reader = FeatureReader(FeatureStore.open(root), "depth")
     for row in range(count):
-        np.testing.assert_array_equal(reader.read(row), values[row])
-    assert np.isnan(through_zarr[count:]).all()
+        stored = reader.read(row).arrays
+        assert stored.keys() == through_zarr.keys()
+        for name, array in stored.items():
+            assert array.dtype == through_zarr[name].dtype
+            np.testing.assert_array_equal(array, through_zarr[name][row])
+        np.testing.assert_array_equal(reader.feature(row), features[row])
+    assert np.isnan(features[count:]).all()
 
 
-def test_rows_without_a_feature_are_nan_to_zarr_and_refused_by_us(tmp_path: Path) -> None:
+@TIERS
+def test_rows_without_a_feature_are_nan_to_zarr_and_refused_by_us(tmp_path: Path, precision: Precision) -> None:
     store = FeatureStore.create(tmp_path / "s", rows_per_shard=4)
     store.add_generation(images(6))
-    teacher = record()
+    teacher = record(precision)
     store.put_teacher(teacher)
     fill_shard(store, teacher, 0, np.ones((4, 3, 3, 5), np.float32), failed=(2,))
-    array = zarr.open_group(tmp_path / "s", mode="r")["depth/values"]
+    array = _decoded(_through_zarr(tmp_path / "s"), 5)
+    assert array.shape == (8, 3, 3, 5)
+    assert np.isfinite(array[[0, 1, 3]]).all()
     assert np.isnan(array[2]).all()  # failed
     assert np.isnan(array[4:]).all()  # shard not written yet
     reader = FeatureReader(store, "depth")
@@ -78,19 +94,22 @@ def test_rows_without_a_feature_are_nan_to_zarr_and_refused_by_us(tmp_path: Path
             reader.read(row)
 
 
-def test_growth_starts_at_a_shard_boundary_and_rewrites_nothing(tmp_path: Path) -> None:
+@TIERS
+def test_growth_starts_at_a_shard_boundary_and_rewrites_nothing(tmp_path: Path, precision: Precision) -> None:
     root = tmp_path / "s"
-    store, teacher, _ = make_store(root, count=6)
+    store, teacher, _ = make_store(root, count=6, precision=precision)
+    arrays = ["scale", "values"] if precision.startswith("int") else ["values"]
     before = _files(root)
     store.add_generation(images(3, start=6))
     store.put_teacher(teacher)
     fill_shard(store, teacher, 2, np.ones((3, 3, 3, 5), np.float32))
     after = _files(root)
-    assert {name for name in before if after[name] != before[name]} == {"depth/values/zarr.json"}  # its shape
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {f"depth/{name}/zarr.json" for name in arrays}  # their shapes
+    assert [zarr.open_group(root, mode="r")[f"depth/{name}"].shape[:3] for name in arrays] == [(12, 3, 3)] * len(arrays)
     assert [row.row for row in store.samples()] == [0, 1, 2, 3, 4, 5, 8, 9, 10]
     assert [row.key for row in store.shard_samples(2)] == ["0006.jpg", "0007.jpg", "0008.jpg"]
     assert [row.row for row in store.shard_samples(1)] == [4, 5]
-    assert zarr.open_group(root, mode="r")["depth/values"].shape == (12, 3, 3, 5)
 
 
 def test_plans_larger_than_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,23 +147,30 @@ def test_a_late_writer_changes_nothing(tmp_path: Path) -> None:
     first = store.receipt("depth", 0)
     late = np.zeros((4, 3, 3, 5), np.float16)
     rows = [RowReceipt(status="ok", sha256="f" * 64, width=1, height=1)] * 4
-    returned = store.commit_shard(teacher, 0, late, rows, ChannelStatistics(5), EXECUTION)
+    returned = store.commit_shard(teacher, 0, Stored(late), rows, ChannelStatistics(5), EXECUTION)
     assert returned == first
     assert _files(tmp_path / "s") == before
 
 
-def test_values_without_a_receipt_are_adopted_or_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "array"), [("float16", "values"), ("int8", "values"), ("int8", "scale"), ("int4", "scale")]
+)
+def test_arrays_without_a_receipt_are_adopted_or_replaced(tmp_path: Path, precision: Precision, array: str) -> None:
+    """Killed between two files of a shard, or within one, and run again: the bytes of an undisturbed run."""
     root = tmp_path / "s"
-    make_store(root)
+    make_store(root, precision=precision)
     before = _files(root)
-    path = root / shard_file("depth", 1, 4)
-    for damage in (b"", path.read_bytes()[:50] + b"?"):
+    path = root / shard_file("depth", 1, 4, array)
+    for damage in (b"", path.read_bytes()[:50] + b"?", None):
         (root / "receipts/depth/00001.json").unlink()
-        path.write_bytes(damage)
+        if damage is None:
+            path.unlink()
+        else:
+            path.write_bytes(damage)
         store = FeatureStore.open(root)
         rng = np.random.default_rng(0)
         rng.normal(size=(4, 3, 3, 5))
-        fill_shard(store, record(), 1, rng.normal(size=(2, 3, 3, 5)).astype(np.float32))
+        fill_shard(store, record(precision), 1, rng.normal(size=(2, 3, 3, 5)).astype(np.float32))
         assert _files(root) == before
 
 
@@ -154,6 +180,8 @@ def test_another_meaning_precision_or_shard_size_is_refused(tmp_path: Path) -> N
         store.put_teacher(record(weights="other"))
     with pytest.raises(StoreError, match="stored as float16, float32 was asked for"):
         store.put_teacher(record("float32"))
+    with pytest.raises(StoreError, match="stored as float16, int4 was asked for"):
+        store.put_teacher(record("int4"))
     with pytest.raises(StoreError, match="--shard-size 4"):
         FeatureStore.open(tmp_path / "s").create(tmp_path / "s", rows_per_shard=8)
 
@@ -188,16 +216,19 @@ def test_statistics_are_merged_over_shards(tmp_path: Path) -> None:
     np.testing.assert_allclose(stats.variance, ok.var(axis=0), rtol=1e-9)
 
 
-def test_every_flipped_bit_that_a_read_uses_is_found(tmp_path: Path) -> None:
-    store, _, _ = make_store(tmp_path / "s", channels=64, grid=(8, 8))
-    path = store.root / shard_file("depth", 0, 4)
+@pytest.mark.parametrize(
+    ("precision", "array"), [("float16", "values"), ("int8", "values"), ("int8", "scale"), ("int4", "scale")]
+)
+def test_every_flipped_bit_that_a_read_uses_is_found(tmp_path: Path, precision: Precision, array: str) -> None:
+    store, _, _ = make_store(tmp_path / "s", channels=64, grid=(8, 8), precision=precision)
+    path = store.root / shard_file("depth", 0, 4, array)
     original = path.read_bytes()
     rng = np.random.default_rng(1)
     for offset in rng.integers(0, len(original), 150):
         damaged = bytearray(original)
         damaged[offset] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
-        with pytest.raises(DamagedStoreError, match=r"depth/values/c/0"):
+        with pytest.raises(DamagedStoreError, match=rf"depth/{array}/c/0"):
             [FeatureReader(store, "depth").read(row) for row in range(4)]
     for length in (0, 1, 100, len(original) - 1):
         path.write_bytes(original[:length])
@@ -206,6 +237,26 @@ def test_every_flipped_bit_that_a_read_uses_is_found(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DamagedStoreError, match="cannot be read"):
         FeatureReader(store, "depth").read(0)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_the_receipt_promises_both_files(tmp_path: Path, precision: Precision) -> None:
+    store, _, _ = make_store(tmp_path / "s", precision=precision)
+    receipt = store.receipt("depth", 1)
+    assert receipt is not None
+    assert list(receipt.files) == ["depth/scale/c/1/0/0/0", "depth/values/c/1/0/0/0"]
+    for name, file in receipt.files.items():
+        data = (store.root / name).read_bytes()
+        assert (file.bytes, file.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_arrays_of_another_precision_are_never_converted(tmp_path: Path) -> None:
+    store, teacher, _ = make_store(tmp_path / "s", precision="int8")
+    rows = [RowReceipt(status="ok", sha256="f" * 64, width=1, height=1)] * 4
+    features = np.ones((4, 3, 3, 5), np.float32)
+    for wrong in (Stored(features), encode(features, "int4"), encode(features[..., :4], "int8")):
+        with pytest.raises(StoreError, match="cannot be stored as int8"):
+            store.commit_shard(teacher, 0, wrong, rows, ChannelStatistics(5), EXECUTION, replace=True)
 
 
 def test_metadata_that_is_damaged_is_named(tmp_path: Path) -> None:

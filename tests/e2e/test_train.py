@@ -415,7 +415,7 @@ def test_the_floor_is_what_the_mean_training_map_would_get(
     )  # fmt: skip
     run(values)
     reader = FeatureReader(FeatureStore.open(corpus.store), "depth")
-    rows = np.stack([reader.read(row).astype(np.float64).ravel() for row in range(9)])
+    rows = np.stack([reader.feature(row).astype(np.float64).ravel() for row in range(9)])
     mean = rows[:6].mean(axis=0)
     gap = np.abs(rows[6:] - mean)
     smooth = np.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean()

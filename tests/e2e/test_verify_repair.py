@@ -11,6 +11,7 @@ import pytest
 from pipeline_support import DEPTH, depth_arguments, digests, olapipe, ray_session, write_images
 
 from olaschema.manifest import ChannelStatistics
+from olaschema.precision import Stored
 from olaschema.store import FeatureStore
 from olaschema.zarrbytes import teacher_document
 
@@ -132,7 +133,7 @@ def test_live_finds_features_that_are_well_formed_and_wrong(store: Path, corpus:
     for row in values:
         statistics.update(row[None].astype(np.float32))
     (store / "manifest.json").unlink()
-    opened.commit_shard(told, 0, values, list(receipt.rows), statistics, receipt.execution, replace=True)
+    opened.commit_shard(told, 0, Stored(values), list(receipt.rows), statistics, receipt.execution, replace=True)
     assert olapipe("verify", store).exit_code == 0, "every digest is right"
     code, output = _verify(store, corpus, "--live", 6)
     assert code == 1

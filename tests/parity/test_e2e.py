@@ -3,97 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_support import CASES, GOLDEN, PUBLIC_IMAGE, Case, error, read, require_losses, run_case
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from olaschema.errors import ConfigError
 from olatrain.convert import ImportedOla, import_ola, published_name
-from olatrain.losses import LossReport, Targets, compute_losses, count
-from olatrain.tokens import Items, TaskTokens, locate
-
-GOLDEN = Path(os.environ.get("OLA_GOLDEN", Path(__file__).parents[1] / "golden"))
-CASES = sorted(path for path in GOLDEN.glob("e2e*") if path.is_dir())
-PUBLIC_IMAGE = -200
-PATCHES = 576
-
-
-@dataclass
-class Case:
-    expected: dict[str, Any]
-    outputs: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-    batch: dict[str, Tensor]
-
-
-def read(folder: Path) -> Case:
-    return Case(
-        json.loads((folder / "expected.json").read_text()),
-        load_file(folder / "outputs.safetensors"),
-        load_file(folder / "grads.safetensors"),
-        load_file(folder / "batch.safetensors"),
-    )
-
-
-def expand(case: Case, tokens: TaskTokens, pad_id: int) -> tuple[dict[str, Tensor], Tensor]:
-    """The public batch, whose image is one id, as a sequence of ids: 576 placeholders, then the task tokens."""
-    block = torch.tensor([tokens.image_id] * PATCHES + list(tokens.flat))
-    ids, labels, mask = [], [], []
-    for row, label, real in zip(
-        case.batch["input_ids"], case.batch["labels"], case.batch["attention_mask"], strict=True
-    ):
-        (at,) = (row == PUBLIC_IMAGE).nonzero().flatten().tolist()
-        row = torch.where(real == 1, row, pad_id)
-        ids.append(torch.cat((row[:at], block, row[at + 1 :])))
-        labels.append(torch.cat((label[:at], torch.full_like(block, -100), label[at + 1 :])))
-        mask.append(torch.cat((real[:at], torch.ones_like(block), real[at + 1 :])))
-    inputs = {
-        "input_ids": torch.stack(ids),
-        "attention_mask": torch.stack(mask).long(),
-        "pixel_values": case.batch["images_u8"].float() / 127.5 - 1,
-    }
-    return inputs, torch.stack(labels)
-
-
-def target(case: Case, teacher: str, shape: tuple[int, ...]) -> Targets:
-    values = case.batch[teacher]
-    if teacher == "seg":  # published as (C, H, W); ours, and the store's, are (H, W, C)
-        values = values.permute(0, 2, 3, 1)
-    values = values.reshape(len(values), *shape)
-    rows = torch.arange(len(values))
-    return Targets.local(values, torch.ones(len(values), dtype=torch.bool), rows)
+from olatrain.losses import LossReport
 
 
 def run(case: Case, ours: ImportedOla) -> tuple[LossReport, dict[tuple[str, int], Tensor], Tensor]:
-    inputs, labels = expand(case, ours.tokens, ours.pad_id)
-    items: Items = locate(ours.tokens, inputs["input_ids"], inputs["attention_mask"])
-    targets = {t: target(case, t, c.shape) for t, c in ours.bank.configs.items()}
-    output = ours.student(inputs)
-    predictions = ours.bank(output.taps, items, ours.student.latents)
-    report = compute_losses(
-        ours.losses,
-        count(labels, targets, ours.tokens.never_predicted),
-        logits=output.logits,
-        labels=labels,
-        never_predicted=ours.tokens.never_predicted,
-        predictions=predictions,
-        targets=targets,
-        logit_scales=ours.bank.logit_scales,
-    )
-    return report, predictions, output.logits
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    """Relative L2 error; the floor is for gradients that are 0, as the logit scale's in a batch of one."""
-    return ((ours.detach() - theirs).norm() / theirs.norm().clamp(min=1e-5)).item()
+    return run_case(case, ours.student, ours.bank, ours.losses, ours.pad_id)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda path: path.name)
@@ -116,19 +43,7 @@ def test_there_are_cases() -> None:
 
 def test_losses(result: Any) -> None:
     case, ours, report, *_ = result
-    assert report.loss.item() == pytest.approx(case.expected["loss"], rel=1e-4)
-    assert report.text.mean.item() == pytest.approx(case.expected["text_loss"], rel=1e-4)
-    assert (report.loss - report.text.mean).item() == pytest.approx(case.expected["emb_loss"], rel=1e-4)
-    for teacher, config in ours.bank.configs.items():
-        rows = case.expected["per_layer"][f"_forward_{teacher}"]
-        assert len(rows) == len(config.layers)
-        for layer, (total, *parts) in zip(config.layers, rows, strict=True):
-            smooth, contrastive = reversed(parts) if teacher == "gen" else parts
-            measured = report.smooth_l1[teacher, layer].mean.item()
-            weighted = ours.losses.contrastive * report.contrastive[teacher, layer].mean.item()
-            assert measured == pytest.approx(smooth, rel=1e-4), (teacher, layer)
-            assert weighted == pytest.approx(contrastive, rel=1e-4), (teacher, layer)
-            assert measured + weighted == pytest.approx(total, rel=1e-4), (teacher, layer)
+    require_losses(case, report, ours.bank, ours.losses)
 
 
 def test_predictions(result: Any) -> None:

@@ -165,9 +165,7 @@ MUTATIONS: list[tuple[str, str, Mutation]] = [
 
 
 @pytest.mark.parametrize(("kind", "what", "mutate"), MUTATIONS, ids=[f"{k}: {w}" for k, w, _ in MUTATIONS])
-def test_a_wrong_setting_would_be_seen(
-    kind: str, what: str, mutate: Mutation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_setting_would_be_seen(kind: str, what: str, mutate: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
     """The golden data can tell: with one thing wrong, every expected value is missed by far."""
     found = errors(COMMITTED / kind, **mutate(monkeypatch))
     assert min(found.values()) > 10 * BOUND, (what, found)

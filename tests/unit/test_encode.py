@@ -10,6 +10,7 @@ import torch
 import zarr
 from PIL import Image
 from pipeline_support import FakeTeacher, digests, write_images
+from store_support import DOCS, decoding
 
 from olapipe.corpus import list_corpus
 from olapipe.encode import Limits, ShardEncoder, execution
@@ -126,6 +127,11 @@ def test_statistics_are_those_of_the_good_rows(tmp_path: Path) -> None:
         (float("inf"), "float16", "not-finite"),
         (70_000.0, "float16", "overflow"),
         (70_000.0, "float32", None),
+        (float("nan"), "int8", "not-finite"),
+        (float("-inf"), "int4", "not-finite"),
+        (70_000.0, "int8", None),
+        (8_319_009.0, "int8", "overflow"),
+        (-458_529.0, "int4", "overflow"),
     ],
 )
 def test_a_feature_that_cannot_be_stored_fails_alone(
@@ -138,7 +144,35 @@ def test_a_feature_that_cannot_be_stored_fails_alone(
     rows = receipt["fake"].rows
     assert [row.reason for row in rows[:4]] == [None, reason, None, None]
     assert [row.status for row in rows[:4]] == ["ok", "failed" if reason else "ok", "ok", "ok"]
-    assert np.isnan(zarr.open_group(tmp_path / "s", mode="r")["fake/values"][1]).any() == (reason is not None)
+    if reason is not None:
+        assert "1.png" not in (rows[1].detail or ""), "the row names the image"
+    decoded = _decoded(tmp_path / "s", precision)
+    assert np.isnan(decoded[1]).any() == (reason is not None)
+    assert np.isfinite(decoded[[0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_integers_are_within_their_bound_of_the_teachers_features(tmp_path: Path, precision: Precision) -> None:
+    corpus = _corpus(tmp_path / "c", 5)
+    (corpus / "2.png").write_bytes(b"")
+    receipt = _encoder(tmp_path / "s", corpus, FakeTeacher(), precision=precision).encode(0, ["fake"], _ignore)["fake"]
+    assert sorted(receipt.files) == ["fake/scale/c/0/0/0/0", "fake/values/c/0/0/0/0"]
+    decoded = _decoded(tmp_path / "s", precision)
+    assert np.isnan(decoded[[2, 5, 6, 7]]).all()
+    for index in (0, 1, 3, 4):
+        expected = _expected(corpus / f"{index}.png")
+        bound = np.abs(expected).max(axis=-1, keepdims=True) / {"int8": 254, "int4": 14}[precision] * 1.002 + 2.0**-25
+        assert (np.abs(decoded[index] - expected) <= bound + 1e-6).all()
+        assert not (np.abs(decoded[index] - expected) <= bound / 50).all(), "it was rounded"
+    # statistics are those of the features as computed, not as stored
+    found = ChannelStatistics.from_json(receipt.statistics, 4)
+    good = np.stack([_expected(corpus / f"{index}.png") for index in (0, 1, 3, 4)]).reshape(-1, 4)
+    np.testing.assert_allclose(found.mean, good.astype(np.float64).mean(0), rtol=1e-6)
+
+
+def _decoded(root: Path, precision: Precision) -> np.ndarray:
+    arrays = {name: array[:] for name, array in zarr.open_group(root, mode="r")["fake"].arrays()}
+    return decoding(DOCS, precision)(channels=4, **arrays)
 
 
 def test_one_decode_serves_all_teachers_and_one_may_refuse_alone(

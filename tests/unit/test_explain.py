@@ -21,6 +21,7 @@ from olapipe.teachers.base import Preset, Teacher, TeacherSettings
 from olaschema.errors import ConfigError, ImageError, StoreError, TeacherError
 from olaschema.images import DecodedImage, decode_image
 from olaschema.manifest import ChannelStatistics, Preprocessing, RowReceipt, SampleRow, Step, TeacherRecord, View
+from olaschema.precision import Stored
 from olaschema.store import FeatureStore
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -147,7 +148,7 @@ def store(corpus: Path, tmp_path: Path, loaded: dict[tuple[str, Preset], Teacher
         if name == "gen":
             values[1] = np.nan
             rows[1] = RowReceipt(status="failed", reason="not-finite", sha256=rows[1].sha256)
-        store.commit_shard(made, 0, values, rows, ChannelStatistics(teacher.fingerprint.channels), EXECUTION)
+        store.commit_shard(made, 0, Stored(values), rows, ChannelStatistics(teacher.fingerprint.channels), EXECUTION)
     return store
 
 

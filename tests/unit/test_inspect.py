@@ -15,8 +15,11 @@ from rich.console import Console
 from store_support import EXECUTION, fill_shard, make_store, record
 
 from olapipe.picture import bars, pca_rgb
+from olapipe.preview.rows import find_sample, read_feature
 from olapipe.report import print_failures, size, summarise, visible
-from olaschema.manifest import ChannelStatistics, RowReceipt, SampleRow
+from olaschema.manifest import ChannelStatistics, Precision, RowReceipt, SampleRow
+from olaschema.precision import blank, encode
+from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
 
@@ -32,8 +35,9 @@ def test_json_tells_coverage_bytes_and_channels(tmp_path: Path) -> None:
     store.add_generation(SampleRow(row=0, key=f"new{i}.png", uri=f"new{i}.png", size=1) for i in range(3))
     store.put_teacher(teacher)
     found = _inspect(root)["teachers"]["depth"]  # type: ignore[index]
-    assert found["array"]["shape"] == [12, 3, 3, 5]
-    assert found["array"]["dtype"] == "float16"
+    assert list(found["arrays"]) == ["values"]
+    assert found["arrays"]["values"]["shape"] == [12, 3, 3, 5]
+    assert found["arrays"]["values"]["dtype"] == "float16"
     assert found["images"] == {"planned": 9, "ok": 6, "failed": 0, "waiting": 3}
     assert found["shards"] == {"planned": 3, "committed": 2}
     assert found["absent_rows"] == 2
@@ -48,6 +52,36 @@ def test_json_tells_coverage_bytes_and_channels(tmp_path: Path) -> None:
     assert channels["minimum"] == pytest.approx(flat.min(), rel=1e-3)
     assert channels["dead"] == 0
     assert found["fingerprint"]["digest"] == teacher.fingerprint.digest()
+
+
+@pytest.mark.parametrize(("precision", "dtype", "width"), [("int8", "int8", 130), ("int4", "uint8", 65)])
+def test_both_arrays_of_integers_are_described(tmp_path: Path, precision: Precision, dtype: str, width: int) -> None:
+    root = tmp_path / "s"
+    _, _, features = make_store(root, count=6, rows_per_shard=4, precision=precision, channels=130)
+    found = _inspect(root)["teachers"]["depth"]  # type: ignore[index]
+    assert found["precision"] == precision
+    stored = {
+        name: sum(path.stat().st_size for path in (root / "depth" / name / "c").rglob("*") if path.is_file())
+        for name in ("values", "scale")
+    }
+    assert found["arrays"] == {
+        "values": {
+            "path": "depth/values", "shape": [8, 3, 3, width], "dtype": dtype, "shard": [4, 3, 3, width],
+            "bytes": stored["values"],
+        },
+        "scale": {
+            "path": "depth/scale", "shape": [8, 3, 3, 3], "dtype": "float16", "shard": [4, 3, 3, 3],
+            "bytes": stored["scale"],
+        },
+    }  # fmt: skip
+    total = stored["values"] + stored["scale"]
+    assert found["bytes"] == {"stored": total, "float32": 6 * 9 * 130 * 4, "ratio": 6 * 9 * 130 * 4 / total}
+    shown = olapipe("inspect", root).stdout
+    assert f"{dtype} + float16" in shown
+    assert size(stored["scale"]) in shown
+    image = _inspect(root, "0005.jpg")["teachers"]["depth"]["features"]  # type: ignore[index]
+    assert image["mean"] == pytest.approx(float(features[5].astype(np.float64).mean()))
+    assert image["minimum"] == pytest.approx(float(features[5].min()))
 
 
 def test_dead_channels_and_failures_are_counted_by_reason(tmp_path: Path) -> None:
@@ -111,7 +145,7 @@ def test_what_cannot_be_inspected(
     assert "Traceback" not in result.output
 
 
-def _pictured(root: Path) -> Path:
+def _pictured(root: Path, precision: Precision = "float32") -> Path:
     """A store of one image of 40 × 20 with features of two teachers, one of them a vector."""
     data = image_bytes(0, (40, 20))
     (root / "i").mkdir()
@@ -119,14 +153,15 @@ def _pictured(root: Path) -> Path:
     store = FeatureStore.create(root / "s", rows_per_shard=2)
     store.add_generation([SampleRow(row=0, key="a.png", uri="a.png", size=len(data))])
     for name, shape in (("depth", (3, 3)), ("gen", None)):
-        teacher = record("float32", teacher=name, grid=shape)
+        teacher = record(precision, teacher=name, grid=shape)
         store.put_teacher(teacher)
-        values = np.full((2, *teacher.fingerprint.shape), np.nan, np.float32)
-        values[0] = np.random.default_rng(1).normal(size=teacher.fingerprint.shape)
+        stored = blank(2, teacher.fingerprint.shape, precision)
+        feature = np.random.default_rng(1).normal(size=teacher.fingerprint.shape).astype(np.float32)
+        stored[0] = encode(feature, precision)
         row = RowReceipt(status="ok", sha256=hashlib.sha256(data).hexdigest(), width=40, height=20)
         statistics = ChannelStatistics(5)
-        statistics.update(values[:1])
-        store.commit_shard(teacher, 0, values, [row, RowReceipt(status="absent")], statistics, EXECUTION)
+        statistics.update(feature[None])
+        store.commit_shard(teacher, 0, stored, [row, RowReceipt(status="absent")], statistics, EXECUTION)
     return root / "s"
 
 
@@ -145,6 +180,25 @@ def test_the_picture_shows_image_map_and_bars_side_by_side(tmp_path: Path) -> No
     cells = shown[30:366, 688 : 688 + 672].reshape(3, 112, 3, 224, 3)
     assert (cells == cells[:, :1, :, :1]).all()  # nine flat cells
     assert len(np.unique(cells[:, 0, :, 0].reshape(9, 3), axis=0)) > 3
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_the_picture_of_integers_is_that_of_the_features(tmp_path: Path, precision: Precision) -> None:
+    shown = {}
+    for tier in ("float32", precision):
+        (tmp_path / tier).mkdir()
+        store, out = _pictured(tmp_path / tier, tier), tmp_path / f"{tier}.png"
+        result = olapipe("inspect", store, "a.png", "--picture", out, "--images", tmp_path / tier / "i")
+        assert result.exit_code == 0, result.output
+        with Image.open(out) as picture:
+            shown[tier] = np.asarray(picture.convert("RGB")).astype(float)
+        assert read_feature(
+            FeatureStore.open(store),
+            FeatureReader(FeatureStore.open(store), "depth"),
+            find_sample(FeatureStore.open(store), "a.png"),
+        ).shape == (3, 3, 5)
+    assert shown[precision].shape == shown["float32"].shape
+    assert np.corrcoef(shown[precision].ravel(), shown["float32"].ravel())[0, 1] > 0.97
 
 
 def test_another_image_of_that_name_is_refused(tmp_path: Path) -> None:

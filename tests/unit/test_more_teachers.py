@@ -298,9 +298,7 @@ def test_who_preprocesses(name: str, folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", ["clip", "dinov2", "siglip", "internvit", "hf"])
 @pytest.mark.parametrize("size", [(90, 70), (33, 120), (56, 56), (5, 3)])
-def test_our_steps_are_those_of_the_pil_processors(
-    name: str, size: tuple[int, int], folders: dict[str, Path]
-) -> None:
+def test_our_steps_are_those_of_the_pil_processors(name: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
     theirs: Any = load(name, folders[name]).preprocessor
     given = {name: getattr(theirs, name) for name in ("arguments", "squash", "channel_order", "exif")}
     ours = OwnPreprocessor(module="", processor="olapipe", **given)

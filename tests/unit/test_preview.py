@@ -39,6 +39,7 @@ from olapipe.teachers.base import Teacher, TeacherSettings
 from olaschema.errors import FingerprintError, ImageError, OlaError, StoreError, TeacherError
 from olaschema.images import decode_image
 from olaschema.manifest import ChannelStatistics, RowReceipt, SampleRow, TeacherRecord
+from olaschema.precision import Stored
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
@@ -79,7 +80,7 @@ def store_of(root: Path, teachers: Sequence[Teacher], *, noise: float = 0.0, sou
             statistics.update(feature[None])
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             rows.append(RowReceipt(status="ok", sha256=digest, width=image.rgb.width, height=image.rgb.height))
-        store.commit_shard(made, 0, np.stack(values), rows, statistics, EXECUTION)
+        store.commit_shard(made, 0, Stored(np.stack(values)), rows, statistics, EXECUTION)
     return store
 
 
@@ -132,7 +133,7 @@ def depth_model() -> DepthAnythingForDepthEstimation:
 
 
 def stored(store: FeatureStore, teacher: str, key: str = KEY) -> np.ndarray:
-    return FeatureReader(store, teacher).read(find_sample(store, key).row)
+    return FeatureReader(store, teacher).feature(find_sample(store, key).row)
 
 
 def pixels_of(teacher: Teacher, key: str = KEY) -> np.ndarray:

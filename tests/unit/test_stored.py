@@ -15,23 +15,24 @@ from zarr.storage import MemoryStore
 
 from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, decode, error_bound
 from olaschema.layout import shard_file
-from olaschema.zarrbytes import encode_like, encode_shard, values_document
+from olaschema.precision import Stored, blank, encode
+from olaschema.zarrbytes import array_documents, encode_like, encode_shard
 
 
 @pytest.mark.parametrize("precision", ["float16", "float32"])
-@pytest.mark.parametrize("blank", [(), (1,), (0, 1, 2, 3)])
-def test_a_shard_is_written_again_to_the_same_bytes(precision: str, blank: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("empty", [(), (1,), (0, 1, 2, 3)])
+def test_a_shard_is_written_again_to_the_same_bytes(precision: str, empty: tuple[int, ...]) -> None:
     meaning = fingerprint(grid=(24, 24), channels=600)  # a chunk for each row
-    document = values_document(meaning, precision, 4, 9)  # type: ignore[arg-type]
+    document = array_documents(meaning, precision, 4, 9)["values"]  # type: ignore[arg-type]
     values = np.random.default_rng(0).normal(size=(4, 24, 24, 600)).astype(precision)
-    values[list(blank)] = np.nan
-    data = encode_shard(values, precision)  # type: ignore[arg-type]
+    values[list(empty)] = np.nan
+    data = encode_shard(Stored(values), meaning, precision)["values"]  # type: ignore[arg-type]
     assert encode_like(document, values) == data
     stored = StoredArray(document, data, 4)
     assert stored.chunk_rows == 1
     np.testing.assert_array_equal(stored.whole(), values)
     np.testing.assert_array_equal(stored.slice(2, 3), values[2:3])
-    assert stored.blank(values).tolist() == [row in blank for row in range(4)]
+    assert stored.blank(values).tolist() == [row in empty for row in range(4)]
     assert array_shard_file("depth", "values", 7, document) == shard_file("depth", 7, 4)
 
 
@@ -53,8 +54,8 @@ def test_an_array_of_integers_is_written_again_with_its_own_fill_value() -> None
 
 
 def test_damaged_bytes_raise_what_is_caught() -> None:
-    document = values_document(fingerprint(), "float16", 4, 1)
-    data = encode_shard(np.ones((4, 3, 3, 5), np.float16), "float16")
+    document = array_documents(fingerprint(), "float16", 4, 1)["values"]
+    data = encode_shard(Stored(np.ones((4, 3, 3, 5), np.float16)), fingerprint(), "float16")["values"]
     for offset in range(len(data)):
         damaged = bytearray(data)
         damaged[offset] ^= 0x10
@@ -96,6 +97,26 @@ def test_the_bound_holds_for_floats() -> None:
 
 
 def test_the_document_names_the_dimensions() -> None:
-    document = values_document(fingerprint(grid=None), "float32", 4, 2)
+    document = array_documents(fingerprint(grid=None), "float32", 4, 2)["values"]
     assert json.loads(document)["shape"] == [8, 5]
     assert array_shard_file("gen", "scale", 3, document) == "gen/scale/c/3/0"
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_integer_tiers_as_they_are_stored(precision: str) -> None:
+    meaning = fingerprint(grid=(2, 2), channels=70)
+    features = np.random.default_rng(3).normal(size=(4, 2, 2, 70)).astype(np.float32) * 5
+    stored = blank(4, meaning.shape, precision)  # type: ignore[arg-type]
+    for row in (0, 1, 3):
+        stored[row] = encode(features[row], precision)  # type: ignore[arg-type]
+    documents = array_documents(meaning, precision, 4, 1)  # type: ignore[arg-type]
+    objects = encode_shard(stored, meaning, precision)  # type: ignore[arg-type]
+    assert set(objects) == {"values", "scale"}
+    arrays = {name: StoredArray(documents[name], data, 4) for name, data in objects.items()}
+    wholes = {name: array.whole() for name, array in arrays.items()}
+    for name, array in arrays.items():
+        assert array.blank(wholes[name]).tolist() == [False, False, True, False]
+        assert encode_like(documents[name], wholes[name]) == objects[name]
+    kept = {name: whole[[0, 1, 3]] for name, whole in wholes.items()}
+    assert (np.abs(decode(kept, 70) - features[[0, 1, 3]]) <= error_bound(kept, 70)).all()
+    assert np.isnan(decode({name: whole[2:3] for name, whole in wholes.items()}, 70)).all()

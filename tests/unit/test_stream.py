@@ -23,7 +23,7 @@ from trainer_support import (
 
 from olaschema.errors import CorpusError, DamagedStoreError, OlaError, StoreError, ViewError
 from olaschema.manifest import View
-from olaschema.precision import DTYPES
+from olaschema.precision import array_formats
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.compose import load_processor
@@ -75,8 +75,7 @@ def collator(student: Path, micro_batch: int | None = None) -> Collator:
         tokens=TaskTokens.load(student),
         pad_id=2,
         micro_batch=micro_batch,
-        shapes={name: record.fingerprint.shape for name, record in records().items()},
-        dtypes={name: DTYPES[record.precision] for name, record in records().items()},
+        formats={name: array_formats(r.fingerprint.shape, r.precision) for name, r in records().items()},
     )
 
 
@@ -215,8 +214,8 @@ def test_features_join_by_key_and_keep_their_stored_values(corpus: Corpus, stude
         assert loaded.row == row
         feature = loaded.features["depth"]
         assert feature is not None
-        assert feature.dtype == np.float16
-        np.testing.assert_array_equal(feature, reader.read(row))
+        assert feature.values.dtype == np.float16
+        np.testing.assert_array_equal(feature.values, reader.read(row).values)
     text = samples[11]
     assert isinstance(text, Sample)
     assert (text.key, text.row, text.pixels, text.features) == (None, -1, None, {})
@@ -306,7 +305,7 @@ def test_shuffle_control_gives_each_image_anothers_features(corpus: Corpus, stud
     shuffled = stream(corpus, student, partners=partners)[0]
     assert isinstance(shuffled, Sample)
     other = FeatureReader(FeatureStore.open(corpus.store), "gen").read(partners[0])
-    np.testing.assert_array_equal(shuffled.features["gen"], other)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(shuffled.features["gen"].values, other.values)  # type: ignore[union-attr]
     assert shuffled.row == 0
 
 
@@ -315,7 +314,7 @@ def test_mean_map_is_the_mean_of_the_training_rows(corpus: Corpus) -> None:
     file = write_json(corpus.root / "few.json", [conversation(key, "x") for key in corpus.keys[1:4]])
     found = join(Conversations.read(file), store)
     means = mean_maps(corpus.store, {"depth": coverage(store, found, "depth")}, most=100)
-    rows = [FeatureReader(store, "depth").read(row).astype(np.float64) for row in (1, 2, 3)]
+    rows = [FeatureReader(store, "depth").feature(row).astype(np.float64) for row in (1, 2, 3)]
     np.testing.assert_allclose(means["depth"].numpy(), np.mean(rows, axis=0), rtol=1e-6)
     two = mean_maps(corpus.store, {"depth": coverage(store, found, "depth")}, most=2)
     np.testing.assert_allclose(two["depth"].numpy(), np.mean([rows[0], rows[1]], axis=0), rtol=1e-6)

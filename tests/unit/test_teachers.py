@@ -375,9 +375,7 @@ def test_bfloat16_is_close_and_comes_out_as_float32(name: str, folders: dict[str
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_forward_pass_agrees(
-    name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_forward_pass_agrees(name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced as for a GPU, but run without generating code, which takes half a minute on a CPU."""
     graphs = []
 
@@ -525,9 +523,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, str], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", NAMES)
-def test_an_unusable_checkpoint_is_one_clear_error(
-    name: str, damage: str, copy: Callable[[str], Path]
-) -> None:
+def test_an_unusable_checkpoint_is_one_clear_error(name: str, damage: str, copy: Callable[[str], Path]) -> None:
     folder = copy(name)
     damaging, message = DAMAGES[damage]
     damaging(folder, name)

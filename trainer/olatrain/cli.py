@@ -26,6 +26,22 @@ class ViewKind(enum.StrEnum):
     pad = "pad"
 
 
+class ContextName(enum.StrEnum):
+    """Which states a probe may read."""
+
+    image = "image"
+    prompt = "prompt"
+    all = "all"
+
+
+class DtypeName(enum.StrEnum):
+    """Type of exported weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 @app.command()
 def compose(
     llm: Annotated[Path, typer.Option(help="Folder of a Llama or Phi-3 causal language model with its tokenizer.")],
@@ -48,6 +64,30 @@ def compose(
     )
     count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
     typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {view.value}")
+
+
+@app.command("import-ola")
+def import_ola(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint in the published OLA-VLM layout.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the student to; new or empty.")],
+    vision: Annotated[Path | None, typer.Option(help="Folder of its CLIP tower, where it is not inside.")] = None,
+    view: Annotated[
+        ViewKind | None, typer.Option(help="What the student sees of an image. [as the checkpoint says]")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message it was trained with, for conversations without one.")
+    ] = None,
+) -> None:
+    """Turn a published OLA-VLM checkpoint into a student that `run` starts from."""
+    _quiet()
+    from olatrain.importing import SETTINGS_NAME, import_student
+
+    tokens, chosen = import_student(checkpoint, out, vision=vision, view=view.value if view else None, system=system)
+    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
+    typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {chosen}")
+    if tokens.chat_template == "plain":
+        typer.echo("its tokenizer has no chat template: a plain USER: … ASSISTANT: … was written")
+    typer.echo(f"the settings it was trained with: olatrain run --student {out} --config {out / SETTINGS_NAME}")
 
 
 @app.command()
@@ -106,6 +146,78 @@ def run(
     from olatrain.train import train
 
     train(settings, Console(highlight=False))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run (`--out` of `olatrain run`).")],
+    out: Annotated[Path, typer.Option(help="Folder to write the model to; new or empty.")],
+    student: Annotated[Path | None, typer.Option(help="Student that the run started from, where it has moved.")] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="Type of the weights; the run computes in float32.")] = (
+        DtypeName.float32
+    ),
+) -> None:
+    """Write a run's newest checkpoint as a model that transformers loads without this package."""
+    _quiet()
+    from olatrain.export import export as run_export
+
+    trained = run_export(run, out, student=student, dtype=dtype.value)
+    typer.echo(f"{out}: step {trained.step} of {run}, {dtype.value}")
+    for record in trained.all_teachers:
+        typer.echo(f"learned from {record.fingerprint.teacher} ({record.source}), licence {record.licence}")
+
+
+@app.command()
+def probe(
+    student: Annotated[Path, typer.Option(help="Student to probe; it stays as it is.")],
+    store: Annotated[Path, typer.Option(help="Feature store that `olapipe extract` wrote.")],
+    teacher: Annotated[list[str], typer.Option(help="Teacher whose features to read from the layers; repeat.")],
+    conversations: Annotated[Path, typer.Option(help="LLaVA-style JSON or JSONL; one of each image is used.")],
+    images: Annotated[Path, typer.Option(help="Folder that the conversations' images are relative to.")],
+    out: Annotated[Path, typer.Option(help="Folder of the probe; one in it is continued.")],
+    context: Annotated[
+        ContextName | None, typer.Option(help="What the probes read: the image's states, the prompt's, or all. [image]")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="The paper's protocol: context all and 2 epochs, unless said.")
+    ] = False,
+    held_out: Annotated[float, typer.Option(help="Share of the images to score on.")] = 0.1,
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Folder of an earlier probe to show beside; repeat.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs to train. [1]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps to train, instead of epochs.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples of a step. [256]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [1e-3]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Loader processes. [2]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of split, order and initial values. [0]")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Any other setting; repeat.")] = None,
+    allow_view_mismatch: Annotated[
+        bool, typer.Option("--allow-view-mismatch", help="Though teacher and student see different parts of an image.")
+    ] = False,
+) -> None:
+    """Score how well each layer of a frozen student lets teachers' features be read from it."""
+    _quiet()
+    from rich.console import Console
+
+    from olaschema.config import load_config
+    from olatrain.config import TrainConfig
+    from olatrain.probe import count_layers, run_probe
+
+    if published:
+        context = context or ContextName.all
+        epochs = epochs if epochs is not None or steps is not None else 2
+    layers = list(range(1, count_layers(student) + 1))
+    flags = {
+        "student": student, "store": store, "conversations": conversations, "images": images, "out": out,
+        "teachers": {name: {"layers": layers, "weight": 1.0} for name in teacher}, "train": ["predictors"],
+        "contrastive": 0.0, "context": (context or ContextName.image).value, "probe.held_out": held_out,
+        "epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "workers": workers, "seed": seed,
+        "allow_view_mismatch": allow_view_mismatch,
+    }  # fmt: skip
+    settings = load_config(TrainConfig, flags=flags, overrides=set_ or [])
+    settings.require_inputs()
+    run_probe(settings, Console(highlight=False), compare=compare or ())
 
 
 def _layers(given: list[str]) -> dict[str, list[int]]:

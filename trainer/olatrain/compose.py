@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,54 +31,14 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from olaschema.errors import ConfigError, ViewError
 from olaschema.manifest import View
+from olatrain.chat import IMAGE_TOKEN, make_chat_template
+from olatrain.folder import publish_folder, require_new
 from olatrain.tokens import TaskTokens
 
-IMAGE_TOKEN = "<image>"  # noqa: S105 - a token of the vocabulary
-PAD_TOKEN = "<pad>"  # noqa: S105
+PAD_TOKEN = "<pad>"  # noqa: S105 - a token of the vocabulary
 LANGUAGE_MODELS = ("llama", "phi3")
 VISION_MODELS = ("clip", "clip_vision_model")
 VISION_LAYER = -2
-
-# Rewrites every message before the language model's own template sees it: content becomes a string that starts with
-# each of the turn's images, its task tokens right behind it. A plain string may hold `<image>` anywhere.
-_REWRITE = """\
-{%- set ola = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- set turn = namespace(images=0, text='') -%}
-{%- if message['content'] is string -%}
-{%- if message['role'] == 'assistant' -%}
-{%- set turn.text = message['content'] -%}
-{%- else -%}
-{%- set turn.images = message['content'].count('@IMAGE@') -%}
-{%- set turn.text = message['content'].replace('@IMAGE@\\n', '').replace('\\n@IMAGE@', '').replace('@IMAGE@', '') -%}
-{%- endif -%}
-{%- elif message['content'] -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'text' -%}
-{%- set turn.text = turn.text + part['text'] -%}
-{%- elif part['type'] in ('image', 'image_url') -%}
-{%- set turn.images = turn.images + 1 -%}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- set content = '@BLOCK@' * turn.images + ('\\n' if turn.images else '') + turn.text -%}
-{%- set ola.messages = ola.messages + [dict(message, content=content)] -%}
-{%- endfor -%}
-{%- set messages = ola.messages %}"""
-# For a language model without a template: the turns of LLaVA-1.5's prompts.
-_PLAIN = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}
-{{- message['content'] + ' ' -}}
-{%- elif message['role'] == 'user' -%}
-{{- 'USER: ' + message['content'] + ' ' -}}
-{%- else -%}
-{{- 'ASSISTANT: ' -}}{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
 
 
 def compose(
@@ -107,28 +65,56 @@ def compose(
     _check_request(teachers, tokens_per_teacher, out)
     _config(llm, LANGUAGE_MODELS, "language model", "--llm")
     _config(vision, VISION_MODELS, "CLIP vision tower", "--vision")
-    tokenizer = _tokenizer(llm)
-    own_template = _own_template(tokenizer, llm)
+    tokenizer = load_tokenizer(llm)
+    template = own_template(tokenizer, llm)
     language = _weights(AutoModelForCausalLM, llm, "--llm", "auto")
     tower = _weights(CLIPVisionModel, vision, "--vision", language.dtype)
     size, patch = _square(tower.config, vision)
-    names = {t: [f"<ola_{t}_{n}>" for n in range(tokens_per_teacher)] for t in teachers}
-    tokens, pad_id = _add_tokens(tokenizer, names, (size // patch) ** 2, "adapted" if own_template else "plain")
+    names = task_names(teachers, tokens_per_teacher)
+    tokens, pad_id = _add_tokens(tokenizer, names, (size // patch) ** 2, "adapted" if template else "plain")
     _grow(language, tokens.never_predicted)
     model = _join(language, tower, tokens, (size // patch) ** 2, pad_id, seed)
-    template = _template(own_template or _PLAIN, "".join(name for t in teachers for name in names[t]))
-    tokenizer.chat_template = template
-    processor = LlavaProcessor(  # type: ignore[no-untyped-call]
+    processor = make_processor(tokenizer, tower.config, vision, view, names, template)
+    with publish_folder(out) as made:
+        model.save_pretrained(made)
+        processor.save_pretrained(made)
+        tokens.save(made)
+    return tokens
+
+
+def task_names(teachers: Sequence[str], tokens_per_teacher: int) -> dict[str, list[str]]:
+    """Name each teacher's task tokens, as the vocabulary holds them."""
+    return {t: [f"<ola_{t}_{n}>" for n in range(tokens_per_teacher)] for t in teachers}
+
+
+def make_processor(
+    tokenizer: PreTrainedTokenizerBase,
+    vision_config: Any,
+    vision: Path,
+    view: Literal["squash", "crop", "pad"],
+    names: dict[str, list[str]],
+    template: str | None,
+    *,
+    system: str | None = None,
+) -> LlavaProcessor:
+    """Make a student's processor; its chat template puts the task tokens `names` behind each image.
+
+    `template` is the language model's own, None where it has none; `vision` the tower's folder, whose
+    `preprocessor_config.json` names mean, deviation and filter. `system` is said first where a conversation has no
+    system message of its own.
+    """
+    size, patch = _square(vision_config, vision)
+    chat_template = make_chat_template(template, [name for group in names.values() for name in group], system=system)
+    tokenizer.chat_template = chat_template
+    return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=_image_processor(vision, size, view),
         tokenizer=tokenizer,
         patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token=IMAGE_TOKEN,
-        chat_template=template,
+        chat_template=chat_template,
     )
-    _save(out, model, processor, tokens)
-    return tokens
 
 
 def load_processor(folder: Path) -> Any:
@@ -192,12 +178,7 @@ def _check_request(teachers: Sequence[str], tokens_per_teacher: int, out: Path) 
         )
     if tokens_per_teacher < 0:
         raise ConfigError(f"{tokens_per_teacher} task tokens per teacher", "Give 0 or more.")
-    try:
-        empty = not out.exists() or not any(out.iterdir())
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be used: {error.strerror}", "Choose another folder (--out).") from error
-    if not empty:
-        raise ConfigError(f"{out} exists and is not empty", "Choose another folder (--out), or empty this one.")
+    require_new(out)
 
 
 def _config(folder: Path, wanted: Sequence[str], what: str, flag: str) -> Any:
@@ -226,20 +207,25 @@ def _weights(model_class: Any, folder: Path, flag: str, dtype: Any) -> Any:
     return model
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, config: Any = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a language model's folder; raises ConfigError where it has none.
+
+    `config` stands in for the folder's own where transformers does not know its model.
+    """
     names = ("tokenizer.json", "tokenizer.model")
     if not any((folder / name).is_file() for name in names):
         raise ConfigError(
             f"{folder} has no tokenizer ({' or '.join(names)})", "Copy the language model's tokenizer files there."
         )
     with _loading(folder, "--llm"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(f"{folder}: the tokenizer cannot be loaded", "Copy the tokenizer files again.")
     return tokenizer
 
 
-def _own_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
+def own_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
+    """Return a tokenizer's chat template, None without one; raises ConfigError where it has several and no default."""
     template: str | dict[str, str] | None = tokenizer.chat_template
     if isinstance(template, dict):
         if "default" not in template:
@@ -365,29 +351,6 @@ def _image_processor(vision: Path, size: int, view: str) -> PilBackend:
     if view == "pad":
         return LlavaImageProcessorPil(size=square, crop_size=square, do_center_crop=False, do_pad=True, **kept)
     raise ConfigError(f"view {view!r} is unknown", "Choose squash, crop or pad.")
-
-
-def _template(own: str, task_tokens: str) -> str:
-    rewrite = _REWRITE.replace("@BLOCK@", IMAGE_TOKEN + task_tokens).replace("@IMAGE@", IMAGE_TOKEN)
-    return rewrite + own
-
-
-def _save(out: Path, model: LlavaForConditionalGeneration, processor: LlavaProcessor, tokens: TaskTokens) -> None:
-    """Write everything beside `out`, then put it there in one move: a folder that exists is whole."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-            made = Path(scratch) / "student"
-            model.save_pretrained(made)
-            processor.save_pretrained(made)
-            tokens.save(made)
-            if out.exists():
-                out.rmdir()
-            shutil.move(made, out)
-    except OSError as error:
-        raise ConfigError(
-            f"{out} cannot be written: {error.strerror or error}", "Choose another folder (--out)."
-        ) from error
 
 
 @contextmanager

@@ -42,6 +42,13 @@ class Evaluation(Frozen):
     """Steps between evaluations; there is one before the first step and one after the last."""
 
 
+class Probe(Frozen):
+    """Probing a frozen student instead of training it (`olatrain probe`)."""
+
+    held_out: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share of the images on which the probes are scored; which ones depends on their keys and the seed."""
+
+
 class TrainConfig(Frozen):
     """Everything that defines a run. Paths are as given; a relative one is relative to the working directory."""
 
@@ -58,6 +65,9 @@ class TrainConfig(Frozen):
     fingerprints: dict[str, Fingerprint] = Field(default_factory=dict)
     """What the features must mean. Filled in from the store at the first start and saved with the run."""
 
+    init: Literal["student", "fresh"] = "student"
+    """Where latents, predictors and logit scales start: from the student's `ola.safetensors` as far as it has them
+    (an imported or exported student), or from random values."""
     epochs: int | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
     """Either epochs (default: 1) or steps."""
@@ -94,6 +104,7 @@ class TrainConfig(Frozen):
     seed: int = Field(default=0, ge=0)
 
     evaluation: Evaluation | None = None
+    probe: Probe | None = None
     mean_map_rows: int = Field(default=2048, gt=0)
     """Training images that the mean target map is computed from; evenly spaced where there are more."""
 
@@ -133,6 +144,8 @@ class TrainConfig(Frozen):
         unknown = sorted(self.fingerprints.keys() - self.teachers.keys())
         if unknown:
             raise ValueError(f"fingerprints name {', '.join(unknown)}, which teachers does not")
+        if self.probe is not None and (self.train != ("predictors",) or self.evaluation is not None):
+            raise ValueError("a probe trains the predictors alone and chooses its own held-out images")
         if self.compat == "ola" and self.context != "all":
             raise ValueError("compat = ola is about context = all: only there the public code lets padding in")
         if all(teacher.weight == 0 for teacher in self.teachers.values()) and self.train == ("predictors",):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -120,6 +121,17 @@ class Conversations(Sequence[Conversation]):
         start = self._ends[place - 1] if place else 0
         key, image_turn, turns = json.loads(self._data[start : self._ends[place]].tobytes())
         return Conversation(int(self._indices[place]), key, image_turn, tuple(Turn(*turn) for turn in turns))
+
+    def select(self, places: Sequence[int]) -> Conversations:
+        """Return the conversations at `places`, in that order."""
+        pieces = [self._data[self._ends[p - 1] if p else 0 : self._ends[p]] for p in places]
+        chosen = copy.copy(self)
+        chosen.keys = [self.keys[p] for p in places]
+        chosen._indices = self._indices[list(places)]
+        chosen._ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        chosen._data = np.concatenate(pieces)
+        chosen.digest = hashlib.sha256(b"".join(piece.tobytes() + b"\n" for piece in pieces)).hexdigest()
+        return chosen
 
     def problems(self) -> str:
         """One line on what was left out, empty where nothing was."""

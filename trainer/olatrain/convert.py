@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
@@ -27,6 +23,7 @@ from olatrain.losses import LossConfig
 from olatrain.predictors import PredictorBank, PredictorConfig
 from olatrain.student import Student
 from olatrain.tokens import TaskTokens
+from olatrain.weights import read_json, read_weights
 
 # Public section and layer keys of each teacher; the public code calls the layers of `gen` "img".
 _SECTIONS = {"depth": ("image_depth", "depth"), "seg": ("image_seg", "seg"), "gen": ("image_gen", "img")}
@@ -57,7 +54,7 @@ def import_ola(
     vision: Path | None = None,
     compat: Literal["ola"] | None = None,
 ) -> ImportedOla:
-    """Read a checkpoint in the published layout: `config.json`, safetensors, and the folder of its CLIP tower.
+    """Read a checkpoint in the published layout: `config.json`, weights, and the folder of its CLIP tower.
 
     `config` stands in for `config.json`; `vision` for the tower's folder, by default the one named by the config's
     `mm_vision_tower` inside `folder`. The model keeps the dtype of its weights; latents and predictors are float32, as
@@ -66,10 +63,10 @@ def import_ola(
 
     Raises ConfigError naming the file, setting or tensor that is missing or that this version cannot represent.
     """
-    settings = dict(config) if config is not None else _read_json(folder / "config.json")
+    settings = dict(config) if config is not None else read_json(folder / "config.json")
     _require(settings, _NEEDED, "the config")
-    tower = vision if vision is not None else folder / str(settings.get("mm_vision_tower", "clip"))
-    weights = _read_weights(folder)
+    tower = vision if vision is not None else tower_folder(folder, settings)
+    weights = read_weights(folder, skip=_TEACHER_PARTS)
     tokens, pad_id = _new_tokens(settings)
     model = _build_model(settings, tower, tokens, pad_id, _dtype(weights, folder))
     configs = _predictor_configs(settings, tokens)
@@ -83,12 +80,22 @@ def import_ola(
     )
     context: Literal["all", "prompt"] = "all" if settings.get("pass_text_to_aux", True) else "prompt"
     bank = PredictorBank(configs, tokens, hidden_size=hidden, seed=0, context=context, compat=compat)
+    if not any(name.startswith("image_") for name in weights):
+        raise ConfigError(
+            f"{folder}: the checkpoint has no predictors, as after instruction tuning",
+            "Import the checkpoint of the pretraining stage, which holds them.",
+        )
     _load(student, bank, weights, folder, _tower_weights(tower, weights))
     losses = LossConfig(
         contrastive=settings.get("contrastive_loss_weight", 0.3) if settings.get("use_contrastive", True) else 0.0,
         teachers={t: float(settings[_SECTIONS[t][0]][f"{_SECTIONS[t][1]}_loss_weight"]) for t in configs},
     )
     return ImportedOla(student, bank, tokens, losses, pad_id)
+
+
+def tower_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Where a checkpoint's config says that its vision tower is: published ones name a hub id, not a folder in it."""
+    return folder / str(settings.get("mm_vision_tower", "clip"))
 
 
 def published_name(ours: str, configs: Mapping[str, PredictorConfig]) -> str | None:
@@ -142,7 +149,7 @@ def _load(
 
 
 def _known(name: str) -> bool:
-    return name.startswith((*_TEACHER_PARTS, "model.vision_tower.")) or name.endswith("rotary_emb.inv_freq")
+    return name.startswith("model.vision_tower.") or name.endswith("rotary_emb.inv_freq")
 
 
 @torch.no_grad()
@@ -231,7 +238,7 @@ def _build_model(
     language = {k: v for k, v in settings.items() if k in known - dropped and v is not None}
     total = max((pad_id, *tokens.flat)) + 1
     feature = settings.get("mm_vision_select_feature", "patch")
-    vision = _read_json(tower / "config.json")
+    vision = read_json(tower / "config.json")
     vision = dict(vision.get("vision_config", vision))
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**{k: v for k, v in vision.items() if k in CLIPVisionConfig().to_dict()}),
@@ -260,39 +267,4 @@ def _tower_weights(tower: Path, weights: Mapping[str, Tensor]) -> dict[str, Tens
     inside = {n.removeprefix(_OLD_VISION): t for n, t in weights.items() if n.startswith(_OLD_VISION)}
     if inside:
         return inside
-    return {n.removeprefix("vision_model."): t for n, t in _read_weights(tower).items()}
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise ConfigError(
-                f"{index} names {name}, a file outside the folder", "Is the checkpoint what it claims to be?"
-            )
-        with _readable(folder / name):
-            weights |= load_file(folder / name)
-    return weights
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with _readable(path):
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} holds no JSON object", "Is it the checkpoint's config?")
-    return loaded
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error}",
-            "Give the folder of an OLA-VLM checkpoint in safetensors, and that of its CLIP tower.",
-        ) from error
+    return {n.removeprefix("vision_model."): t for n, t in read_weights(tower).items()}

@@ -33,6 +33,11 @@ class Listing:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def select(self, places: np.ndarray) -> Listing:
+        """Return the samples at `places`, in that order."""
+        conversations, rows = self.conversations.select(places.tolist()), self.rows[places]
+        return Listing(conversations, rows, self.shards[places], _digest(conversations, rows))
+
 
 def join(conversations: Conversations, store: FeatureStore) -> Listing:
     """Find the row of every conversation's image."""
@@ -49,8 +54,11 @@ def join(conversations: Conversations, store: FeatureStore) -> Listing:
         found |= {stones[stone]: row for stone, row in forgotten.items() if stone in stones}
     rows = np.asarray([-1 if key is None else found.get(key, -1) for key in conversations.keys], dtype=np.int64)
     shards = np.where(rows >= 0, rows // store.rows_per_shard, -1)
-    digest = hashlib.sha256(conversations.digest.encode() + rows.astype("<i8").tobytes()).hexdigest()
-    return Listing(conversations, rows, shards, digest)
+    return Listing(conversations, rows, shards, _digest(conversations, rows))
+
+
+def _digest(conversations: Conversations, rows: np.ndarray) -> str:
+    return hashlib.sha256(conversations.digest.encode() + rows.astype("<i8").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

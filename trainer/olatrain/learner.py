@@ -13,7 +13,8 @@ from olaschema.errors import ConfigError
 from olaschema.manifest import Fingerprint
 from olatrain.config import TrainConfig
 from olatrain.losses import LossConfig
-from olatrain.predictors import PredictorBank, published_predictor
+from olatrain.predictors import PredictorBank, PredictorConfig, published_predictor
+from olatrain.sidecar import Sidecar
 from olatrain.student import Student
 from olatrain.tokens import TaskTokens
 
@@ -65,22 +66,23 @@ class Learner(nn.Module):
 
 
 def build_learner(
-    config: TrainConfig, fingerprints: Mapping[str, Fingerprint], tokens: TaskTokens, device: torch.device
+    config: TrainConfig,
+    fingerprints: Mapping[str, Fingerprint],
+    tokens: TaskTokens,
+    device: torch.device,
+    *,
+    start: Sidecar | None,
 ) -> Learner:
     """Load the student in float32, freeze it, and set up what trains; the same on every rank.
 
+    `start` is the sidecar to begin from; what it does not hold begins fresh.
+
     Raises ConfigError where the student lacks a layer or a teacher's task tokens.
     """
-    student_model = _load(config)
+    student_model = load_model(config)
     hidden = int(student_model.get_input_embeddings().weight.shape[1])
     predictors = {
-        name: published_predictor(
-            name,
-            fingerprints[name].shape,
-            teacher.layers,
-            hidden_size=hidden,
-            tokens_per_teacher=tokens.tokens_per_teacher,
-        )
+        name: _predictor(name, fingerprints[name].shape, teacher.layers, hidden, tokens, start)
         for name, teacher in config.teachers.items()
     }
     bank = PredictorBank(
@@ -93,13 +95,10 @@ def build_learner(
     )
     latents = {}
     if tokens.tokens_per_teacher:
-        for teacher in tokens.teachers:
-            # task tokens of a teacher that is not supervised here are one vector each
-            supervised = predictors.get(teacher)
-            latents[teacher] = (
-                supervised.latents(tokens.tokens_per_teacher) if supervised else tokens.tokens_per_teacher
-            )
+        latents = {teacher: _latents(teacher, predictors, tokens, start) for teacher in tokens.teachers}
     student = Student(student_model, tokens, latents=latents, taps=bank.taps, seed=config.seed + 1)
+    if start is not None:
+        start.fill(student, bank)
     losses = LossConfig(
         teachers={name: teacher.weight for name, teacher in config.teachers.items()}, contrastive=config.contrastive
     )
@@ -107,7 +106,35 @@ def build_learner(
     return Learner(student, bank, losses).to(device).eval()
 
 
-def _load(config: TrainConfig) -> Any:
+def load_start(config: TrainConfig) -> Sidecar | None:
+    """Return the sidecar that a run starts from: the student's, where it has one and `init` does not say otherwise."""
+    return Sidecar.load(config.student) if config.init == "student" else None
+
+
+def _predictor(
+    teacher: str,
+    shape: tuple[int, ...],
+    layers: tuple[int, ...],
+    hidden: int,
+    tokens: TaskTokens,
+    start: Sidecar | None,
+) -> PredictorConfig:
+    found = start.predictor(teacher, shape, layers) if start is not None else None
+    return found or published_predictor(
+        teacher, shape, layers, hidden_size=hidden, tokens_per_teacher=tokens.tokens_per_teacher
+    )
+
+
+def _latents(teacher: str, predictors: Mapping[str, PredictorConfig], tokens: TaskTokens, start: Sidecar | None) -> int:
+    if teacher in predictors:
+        return predictors[teacher].latents(tokens.tokens_per_teacher)
+    # not supervised here: as many as it was trained with before, else one vector for each of its task tokens
+    trained = start.latents(teacher) if start is not None else None
+    return tokens.tokens_per_teacher if trained is None else len(trained)
+
+
+def load_model(config: TrainConfig) -> Any:
+    """Load the student's model in float32; raises ConfigError where it cannot be loaded."""
     try:
         return AutoModelForImageTextToText.from_pretrained(config.student, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -30,7 +30,7 @@ def mean_maps(store: Path, coverages: Mapping[str, Coverage], *, most: int) -> d
             rows = rows[np.arange(most) * len(rows) // most]
         total = np.zeros(reader.fingerprint.shape, dtype=np.float64)
         for row in rows:
-            values = reader.read(int(row))
+            values = reader.feature(int(row))
             if not np.isfinite(values).all():
                 raise StoreError(f"{store}: row {row} of {teacher} holds NaN or infinity", "Extract that shard again.")
             total += values

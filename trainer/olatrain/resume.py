@@ -68,6 +68,7 @@ def save(run: Run, optimiser: Optimizer, progress: Progress) -> Path:
             "world": run.ranks.world,
             "config": run.config.model_dump(mode="json"),
             "identity": run.identity,
+            "teachers": {name: record.model_dump(mode="json") for name, record in run.teachers.items()},
         }
         files = {
             "trainable": run.learner.state(),

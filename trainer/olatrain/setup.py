@@ -16,17 +16,19 @@ from torch import Tensor
 
 from olaschema.errors import ConfigError
 from olaschema.manifest import Fingerprint, TeacherRecord
-from olaschema.precision import DTYPES
+from olaschema.precision import array_formats
 from olaschema.store import FeatureStore
 from olatrain.compose import load_processor, student_view
 from olatrain.config import TrainConfig
 from olatrain.conversations import Conversations
 from olatrain.join import Coverage, Listing, coverage, join, require_features, require_images
-from olatrain.learner import Learner, build_learner
+from olatrain.learner import Learner, build_learner, load_start
 from olatrain.meanmap import mean_maps
 from olatrain.order import cyclic_partners
 from olatrain.parallel import Ranks
+from olatrain.probebank import build_probe, split_by_image
 from olatrain.prompts import PromptBuilder
+from olatrain.sidecar import Sidecar
 from olatrain.stream import Collator, SampleStream, Source
 from olatrain.tokens import RECORD_NAME, TaskTokens
 from olatrain.views import require_views, student_exif
@@ -47,6 +49,8 @@ class Run:
     collate: Collator
     means: dict[str, Tensor]
     """Mean training target by teacher, on the device."""
+    teachers: dict[str, TeacherRecord]
+    """What the store says about each teacher, its licence included: saved, so that export needs no store."""
     identity: dict[str, str]
     """Digests of what a continuation must find unchanged: samples and student."""
     samples: int
@@ -90,13 +94,22 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     if config.evaluation is not None:
         heldout = join(Conversations.read(config.evaluation.conversations), store)
         require_images(heldout, config.images)
+    if config.probe is not None:
+        listing, heldout = split_by_image(listing, held_out=config.probe.held_out, seed=config.seed)
+        if config.context == "all":
+            notes.append("context = all: the probes read the answer's states too, not only what the image's hold")
     coverages: dict[str, Coverage] = {}
     counts: dict[str, Any] = {}
     if ranks.first:
         coverages = {name: coverage(store, listing, name) for name in config.teachers}
         require_features(coverages, config.store)
         counts = _counts(listing, coverages)
+        if heldout is not None:
+            counts["held_out"] = {"images": len(heldout), "digest": heldout.digest}
         notes += _describe(listing, heldout, coverages)
+    start = load_start(config) if config.probe is None else None
+    if start is not None:
+        notes += start.describe({name: teacher.layers for name, teacher in config.teachers.items()})
     source = _source(config, tokens, processor, found)
     shuffled = cyclic_partners(listing.rows[listing.rows >= 0], seed=config.seed)
     partners = shuffled if config.target_control == "shuffle" else None
@@ -104,22 +117,32 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     return Run(
         config=config,
         ranks=ranks,
-        learner=build_learner(config, found, tokens, ranks.device),
+        learner=_learner(config, found, tokens, ranks, start),
         stream=SampleStream(train_source, listing, seed=config.seed, window=config.window),
         heldout=SampleStream(Source(**source), heldout, seed=None) if heldout else None,
         collate=Collator(
             tokens=tokens,
             pad_id=int(processor.tokenizer.pad_token_id),
             micro_batch=config.micro_batch,
-            shapes={name: record.fingerprint.shape for name, record in records.items()},
-            dtypes={name: DTYPES[record.precision] for name, record in records.items()},
+            formats={
+                name: array_formats(record.fingerprint.shape, record.precision) for name, record in records.items()
+            },
         ),
         means=_means(config, records, coverages, ranks),
-        identity={"samples": listing.digest, "student": _student_digest(config.student)},
+        teachers=records,
+        identity={"samples": listing.digest, "student": student_digest(config.student)},
         samples=len(listing),
         notes=notes,
         counts=counts,
     )
+
+
+def _learner(
+    config: TrainConfig, found: dict[str, Fingerprint], tokens: TaskTokens, ranks: Ranks, start: Sidecar | None
+) -> Learner:
+    if config.probe is not None:
+        return build_probe(config, found, tokens, ranks.device)
+    return build_learner(config, found, tokens, ranks.device, start=start)
 
 
 def _pin(config: TrainConfig, records: dict[str, TeacherRecord]) -> TrainConfig:
@@ -184,8 +207,11 @@ def _describe(listing: Listing, heldout: Listing | None, coverages: dict[str, Co
     return notes
 
 
-def _student_digest(folder: Path) -> str:
-    """Digest of the student's description and its weights' sizes: hashing tens of gigabytes would hold up a start."""
+def student_digest(folder: Path) -> str:
+    """Return a digest of the student's description and its weights' sizes.
+
+    Not of the weights: hashing tens of gigabytes would hold up every start.
+    """
     digest = hashlib.sha256()
     for name in (RECORD_NAME, "config.json"):
         digest.update((folder / name).read_bytes())

@@ -12,12 +12,13 @@ from olatrain.learner import Learner
 from olatrain.losses import Counts, Targets, compute_losses, count, supervised_positions
 from olatrain.meter import Meter
 from olatrain.parallel import Ranks
+from olatrain.scaling import decode
 from olatrain.stream import Batch, MicroBatch
 
 
 @dataclass(frozen=True)
 class Global:
-    """One teacher's features for the global batch, and where this rank's images begin in it."""
+    """One teacher's features for the global batch, decoded, and where this rank's images begin in it."""
 
     values: Tensor
     valid: Tensor
@@ -35,7 +36,7 @@ def run_batch(
     micro-batch on. `stop` is added up like the rest, so that all ranks learn that one was told to stop.
     """
     device = ranks.device
-    gathered = _gather(batch, ranks)
+    gathered = _gather(batch, ranks, {teacher: config.channels for teacher, config in learner.bank.configs.items()})
     pieces = []
     first = 0
     for micro in batch.micro:
@@ -74,15 +75,19 @@ def run_batch(
     return meter.totals(ranks)
 
 
-def _gather(batch: Batch, ranks: Ranks) -> dict[str, Global]:
-    """Each teacher's stored values from all ranks, once: they carry no gradient."""
+def _gather(batch: Batch, ranks: Ranks, channels: Mapping[str, int]) -> dict[str, Global]:
+    """Each teacher's features from all ranks, once: they carry no gradient. They travel as stored, then are scaled."""
     rows = ranks.gather(batch.rows.to(ranks.device))
     first = sum(len(part) for part in rows[: ranks.rank])
+
+    def everyones(own: Tensor) -> Tensor:
+        return torch.cat(ranks.gather(own.to(ranks.device, non_blocking=True)))
+
     found = {}
     for teacher, features in batch.features.items():
-        values = ranks.gather(features.values.to(ranks.device, non_blocking=True))
-        valid = ranks.gather(features.valid.to(ranks.device, non_blocking=True))
-        found[teacher] = Global(torch.cat(values), torch.cat(valid), torch.cat(rows), first)
+        scale = None if features.scale is None else everyones(features.scale)
+        values = decode(everyones(features.values), scale, channels[teacher])
+        found[teacher] = Global(values, everyones(features.valid), torch.cat(rows), first)
     return found
 
 

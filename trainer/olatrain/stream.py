@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from olaschema.errors import ImageError, OlaError, StoreError
 from olaschema.images import decode_image
 from olaschema.manifest import RowReceipt
+from olaschema.precision import ArrayFormat, Stored
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.conversations import SampleError
@@ -57,8 +58,8 @@ class Sample:
     labels: list[int]
     pixels: Tensor | None
     """(3, H, W) float32, None for text alone."""
-    features: dict[str, np.ndarray | None]
-    """Stored values by teacher, None where there is no feature; empty for text alone."""
+    features: dict[str, Stored | None]
+    """Stored arrays by teacher, None where there is no feature; empty for text alone."""
     cut: int
 
 
@@ -81,12 +82,19 @@ class Fault:
 
 @dataclass(frozen=True)
 class Features:
-    """One teacher's stored values for the I images of a rank's batch."""
+    """One teacher's features for the I images of a rank's batch, as stored: `olatrain.scaling` decodes them."""
 
     values: Tensor
-    """(I, *shape) in the stored dtype; zeros where not valid."""
+    """(I, ...) in the stored dtype; zeros where not valid."""
     valid: Tensor
     """(I,) bool."""
+    scale: Tensor | None = None
+    """(I, ..., groups) float16 beside integers; zeros where not valid."""
+
+    def pin_memory(self) -> Features:
+        """Return the features in page-locked memory."""
+        scale = None if self.scale is None else self.scale.pin_memory()
+        return Features(self.values.pin_memory(), self.valid.pin_memory(), scale)
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ class Batch:
             MicroBatch({k: v.pin_memory() for k, v in m.inputs.items()}, m.labels.pin_memory(), m.items)
             for m in self.micro
         ]
-        features = {t: Features(f.values.pin_memory(), f.valid.pin_memory()) for t, f in self.features.items()}
+        features = {teacher: found.pin_memory() for teacher, found in self.features.items()}
         return Batch(micro, features, self.rows, self.samples, self.skipped, self.cut)
 
 
@@ -194,7 +202,7 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         pixels: Tensor = self._source.image_processor(images=image, return_tensors="pt")["pixel_values"]
         return pixels[0]
 
-    def _feature(self, reader: FeatureReader, row: int) -> np.ndarray | None:
+    def _feature(self, reader: FeatureReader, row: int) -> Stored | None:
         if row < 0:
             return None
         if self._source.partners is not None:
@@ -215,13 +223,12 @@ def _require_same(data: bytes, key: str, statuses: Mapping[str, RowReceipt | Non
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a rank's batch of its samples; `shapes` and `dtypes` say what each teacher's features look like."""
+    """Makes a rank's batch of its samples; `formats` are the stored arrays of each teacher, by name."""
 
     tokens: TaskTokens
     pad_id: int
     micro_batch: int | None
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, np.dtype]
+    formats: Mapping[str, Mapping[str, ArrayFormat]]
 
     def __call__(self, loaded: Sequence[Sample | Skipped | Fault]) -> Batch | Fault:
         """Pad on the right, `micro_batch` samples at a time; the first fault stands for the whole batch."""
@@ -235,7 +242,7 @@ class Collator:
         shown = [sample for sample in samples if sample.pixels is not None]
         # an image outside the store is nobody's twin
         rows = torch.tensor([s.row if s.row >= 0 else -1 - s.position for s in shown], dtype=torch.int64)
-        features = {teacher: self._features(teacher, shown) for teacher in self.shapes}
+        features = {teacher: self._features(teacher, shown) for teacher in self.formats}
         cut = sum(sample.cut > 0 for sample in samples)
         return Batch(micro, features, rows, len(samples), skipped, cut)
 
@@ -257,13 +264,17 @@ class Collator:
         return MicroBatch(inputs, labels, items)
 
     def _features(self, teacher: str, shown: list[Sample]) -> Features:
-        values = np.zeros((len(shown), *self.shapes[teacher]), dtype=self.dtypes[teacher])
+        arrays = {
+            name: np.zeros((len(shown), *array.shape), array.dtype) for name, array in self.formats[teacher].items()
+        }
+        stored = Stored(**arrays)
         valid = np.zeros(len(shown), dtype=bool)
         for place, sample in enumerate(shown):
             feature = sample.features[teacher]
             if feature is not None:
-                values[place], valid[place] = feature, True
-        return Features(torch.from_numpy(values), torch.from_numpy(valid))
+                stored[place], valid[place] = feature, True
+        tensors = {name: torch.from_numpy(array) for name, array in stored.arrays.items()}
+        return Features(valid=torch.from_numpy(valid), **tensors)
 
 
 def make_loader(

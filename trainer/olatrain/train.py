@@ -83,7 +83,8 @@ def _loop(
             seconds = time.perf_counter() - began
             watch.step(step, _record(run, totals, norm, seconds, waited, optimiser.param_groups[0]["lr"]))
         stopping = totals["stop"] > 0
-        if config.evaluation is not None and (step % config.evaluation.every == 0 or step == run.steps):
+        due = config.evaluation is not None and step % config.evaluation.every == 0
+        if due or step == run.steps:
             _evaluate(run, step, watch)
         if step % config.checkpoint_every == 0 or step == last or stopping:
             path = save(run, optimiser, Progress(step, position))

@@ -107,6 +107,27 @@ def record_skips(out: Path, skipped: list[Skipped]) -> None:
         os.close(handle)
 
 
+def last_events(out: Path, until: int | None = None) -> dict[str, dict[str, Any]]:
+    """Return the last record of each event in a run's metrics, up to step `until`; empty where there are none.
+
+    Raises ConfigError where the file holds something else.
+    """
+    path = out / METRICS
+    if not path.exists():
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break  # cut short by a crash
+            record = json.loads(line)
+            if until is None or record["step"] <= until:
+                found[record["event"]] = record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", "Restore it, or remove it to go without.") from error
+    return found
+
+
 def _forget_after(path: Path, step: int) -> None:
     """Drop the lines of steps that are about to be done again after a crash."""
     if not path.exists():

@@ -79,7 +79,7 @@ def preview(store: FeatureStore, key: str, settings: PreviewSettings, prediction
         except StoreError as error:
             if len(readers) == 1:
                 raise
-            page.lines.append(str(error))
+            page.lines += str(error).splitlines()
     if not features:
         raise StoreError("\n".join(page.lines) or f"{store.root} has no teacher", "There is nothing to show.")
     image = _image(settings, sample, [readers[name] for name in features])
@@ -175,7 +175,7 @@ class _Section:
         try:
             decoder = load_decoder(self._record.fingerprint, checkpoint, self._settings.device)
         except Unavailable as error:
-            self._page.lines.append(str(error))
+            self._page.lines += str(error).splitlines()
             return teacher, None
         if decoder.needs_pixels and self._image is None:
             self._say("not decoded: its decoder also reads the image; add --images FOLDER")

@@ -15,7 +15,6 @@ from olaschema.errors import CorpusError, ImageError, StoreError
 from olaschema.images import DecodedImage, decode_image
 from olaschema.keys import normalise_key
 from olaschema.manifest import RowReceipt, SampleRow
-from olaschema.precision import decode
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
@@ -59,7 +58,7 @@ def read_feature(store: FeatureStore, reader: FeatureReader, sample: SampleRow) 
             f"{store.root}: {visible(sample.key)} has no {teacher} feature: {status.reason or status.status}{detail}",
             "Mend the image and extract into a new store, or choose another image.",
         )
-    return decode(reader.read(sample.row))
+    return reader.feature(sample.row)
 
 
 def read_picture(root: Path, sample: SampleRow, receipts: list[RowReceipt], max_pixels: int) -> DecodedImage:

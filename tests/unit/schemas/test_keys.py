@@ -26,7 +26,9 @@ def test_paths_that_leave_the_root_are_refused(text: str) -> None:
     assert caught.value.reason == "outside-root"
 
 
-@pytest.mark.parametrize("text", ["", "  ", "a\0b.jpg", "\ud800.jpg", b"caf\xe9.jpg".decode("utf-8", "surrogateescape")])
+@pytest.mark.parametrize(
+    "text", ["", "  ", "a\0b.jpg", "\ud800.jpg", b"caf\xe9.jpg".decode("utf-8", "surrogateescape")]
+)
 def test_names_that_are_no_names(text: str) -> None:
     with pytest.raises(ImageError) as caught:
         normalise_key(text)

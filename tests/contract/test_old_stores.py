@@ -1,0 +1,98 @@
+"""Stores written by earlier versions stay readable for ever: through plain zarr and the docs alone, and through us."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from store_support import DOCS, decoding, fixture_features
+
+from olaschema.manifest import Precision
+from olaschema.reader import FeatureReader
+from olaschema.store import FeatureStore
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "store_v1"
+SHAPES = {"depth": (2, 3, 67), "gen": (67,)}
+ROWS = [0, 1, 3, 4, 5]
+TIERS = pytest.mark.parametrize("precision", get_args(Precision))
+
+
+def bounds(feature: np.ndarray, precision: Precision) -> np.ndarray:
+    """Largest error of each element by the docs, `(..., 67)`."""
+    exact = feature.astype(np.float64)
+    if precision == "float32":
+        return np.zeros_like(exact)
+    if precision == "float16":
+        return np.maximum(np.abs(exact) * 2.0**-11, 2.0**-25)
+    out = np.empty_like(exact)
+    for part in (slice(0, 64), slice(64, 67)):
+        largest = np.abs(exact[..., part]).max(axis=-1, keepdims=True)
+        out[..., part] = largest / {"int8": 254, "int4": 14}[precision] * (1 + 2.0**-9) + 2.0**-25
+    return out
+
+
+@TIERS
+def test_plain_zarr_and_the_line_in_the_docs_read_them(precision: Precision) -> None:
+    group = zarr.open_group(FIXTURES / precision, mode="r")
+    planned = pq.read_table(FIXTURES / precision / "samples" / "0000-00000.parquet").to_pylist()
+    assert [(sample["row"], sample["key"]) for sample in planned] == [(row, f"{row:04d}.jpg") for row in range(6)]
+    for teacher, shape in SHAPES.items():
+        channels = group[teacher].attrs["ola"]["fingerprint"]["channels"]
+        arrays = {name: array[:] for name, array in group[teacher].arrays()}
+        decode = decoding(DOCS, precision)
+        whole = decode(channels=channels, **arrays)
+        assert whole.dtype == np.float32
+        assert whole.shape == (8, *shape)
+        for row in range(8):
+            # the same line for one row and for all of them
+            one = decode(channels=channels, **{name: array[row] for name, array in arrays.items()})
+            np.testing.assert_array_equal(one, whole[row])
+            if row not in ROWS:
+                assert np.isnan(one).all()
+                continue
+            expected = fixture_features(row, shape)
+            assert (np.abs(one.astype(np.float64) - expected) <= bounds(expected, precision)).all()
+
+
+@TIERS
+def test_we_read_them(precision: Precision) -> None:
+    store = FeatureStore.open(FIXTURES / precision)
+    group = zarr.open_group(FIXTURES / precision, mode="r")
+    for teacher, shape in SHAPES.items():
+        reader = FeatureReader(store, teacher)
+        assert reader.record.precision == precision
+        assert [row for row in range(8) if (s := reader.status(row)) is not None and s.status == "ok"] == ROWS
+        for row in ROWS:
+            arrays = {name: array[row] for name, array in group[teacher].arrays()}
+            assert reader.read(row).arrays.keys() == arrays.keys()
+            for name, array in reader.read(row).arrays.items():
+                assert array.tobytes() == arrays[name].tobytes()
+            expected = decoding(DOCS, precision)(channels=67, **arrays)
+            assert reader.feature(row).dtype == np.float32
+            assert reader.feature(row).shape == shape
+            np.testing.assert_array_equal(reader.feature(row), expected)
+
+
+@TIERS
+def test_they_can_be_extended(precision: Precision, tmp_path: Path) -> None:
+    """What this version writes of the same teacher is the metadata that is there: nothing is rewritten."""
+    root = shutil.copytree(FIXTURES / precision, tmp_path / "s")
+    store = FeatureStore.open(root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    for teacher in SHAPES:
+        store.put_teacher(store.teacher(teacher))
+    assert {path: path.read_bytes() for path in before} == before
+    assert store.add_generation(sample for sample in store.samples() if sample.row < 3) is not None
+    store.put_teacher(store.teacher("depth"))
+    changed = {str(path.relative_to(root)) for path, data in before.items() if path.read_bytes() != data}
+    assert changed == {f"depth/{name}/zarr.json" for name, _ in zarr.open_group(root, mode="r")["depth"].arrays()}
+
+
+def test_the_docs_name_every_precision() -> None:
+    table = [line.split("|")[1].split()[0].strip("`") for line in DOCS.splitlines() if line.startswith("| `")]
+    assert set(get_args(Precision)) <= set(table)

@@ -1,0 +1,76 @@
+"""The benchmark scripts run, and their figures follow from what they measured. Speed itself is not tested."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module `benchmarks/teachers.py`, which is no package."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    spec = importlib.util.spec_from_file_location("benchmark_of_teachers", BENCHMARKS / "teachers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.modules.pop("published_teachers", None)
+
+
+def test_teachers_at_reduced_size(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    command = [sys.executable, BENCHMARKS / "teachers.py", "--teacher", "dinov2", "--pairs", "2", "--batch-size", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, command), "--dtype", "float32", "--dtype", "bfloat16", "--conditions", "a test", "--out", str(out)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["conditions"]["said"] == "a test"
+    assert result["settings"]["size"] == "reduced"
+    assert result["versions"]["torch"]
+    assert result["hardware"]["cores"] == os.cpu_count()
+    assert [row["dtype"] for row in result["teachers"]] == ["float32", "bfloat16"]
+    for row in result["teachers"]:
+        assert row["output"] == [16, 16, 256]
+        alone, batch = row["seconds"]["one_by_one"], row["seconds"]["batch"]
+        assert len(alone) == len(batch) == 2
+        # seconds are kept to 0.1 ms, which is what the tolerance allows for
+        assert row["one_by_one_images_per_second"] == pytest.approx(3 / statistics.median(alone), rel=0.02)
+        assert row["batch_images_per_second"] == pytest.approx(3 / statistics.median(batch), rel=0.02)
+        ratio = statistics.median(a / b for a, b in zip(alone, batch, strict=True))
+        assert row["batch_over_one_by_one"] == pytest.approx(ratio, rel=0.02)
+
+
+def test_pairs_take_turns_after_a_warm_up(script: ModuleType) -> None:
+    calls: list[str] = []
+    first, second = script.paired_seconds(lambda: calls.append("a"), lambda: calls.append("b"), 3)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert len(first) == len(second) == 3
+
+
+def test_a_full_size_teacher_of_another_shape_is_refused(script: ModuleType) -> None:
+    other = SimpleNamespace(name="depth", fingerprint=SimpleNamespace(grid=(24, 24), channels=768))
+    script.check_shape(other, full=False)
+    with pytest.raises(SystemExit, match=r"depth gives \(\(24, 24\), 768\), the published one \(\(24, 24\), 1024\)"):
+        script.check_shape(other, full=True)
+
+
+def test_every_teacher_with_a_published_checkpoint_is_timed(script: ModuleType) -> None:
+    from olapipe.teachers.catalogue import BUILT_IN
+
+    assert sorted(script.NAMES) == sorted(info.name for info in BUILT_IN if info.published)

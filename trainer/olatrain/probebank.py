@@ -1,0 +1,88 @@
+"""Probes: resamplers with queries of their own on every layer of a frozen student, trained jointly.
+
+As published with OLA-VLM (arXiv 2412.09585), but held to what the image's own states say unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olaschema.errors import CorpusError
+from olaschema.manifest import Fingerprint
+from olatrain.config import TrainConfig
+from olatrain.join import Listing
+from olatrain.learner import Learner, load_model
+from olatrain.losses import LossConfig
+from olatrain.predictors import Predictions, PredictorBank, PredictorConfig
+from olatrain.student import Student
+from olatrain.tokens import Items, TaskTokens
+
+
+class ProbeBank(PredictorBank):
+    """Predictors that own their queries and never see a task token, so that any two students are asked the same.
+
+    `context` `image`: the image's states alone; `prompt`: the text before it as well; `all`: all text, as published.
+    """
+
+    def __init__(self, config: TrainConfig, fingerprints: Mapping[str, Fingerprint], hidden_size: int) -> None:
+        probes = {
+            name: PredictorConfig(
+                shape=fingerprints[name].shape, layers=teacher.layers, width=fingerprints[name].channels
+            )
+            for name, teacher in config.teachers.items()
+        }
+        nobody = TaskTokens(
+            teachers=tuple(probes), tokens_per_teacher=0, ids=dict.fromkeys(probes, ()), image_id=0, never_predicted=()
+        )
+        super().__init__(probes, nobody, hidden_size=hidden_size, seed=config.seed, context=config.context)
+
+    def forward(self, taps: Mapping[int, Tensor], items: Items, latents: Mapping[str, Tensor]) -> Predictions:
+        """Predict as `PredictorBank`; the student's task tokens and latents are left out."""
+        bare = items.task.new_zeros(len(items), len(self.configs), 0)
+        return super().forward(taps, replace(items, task=bare), {})
+
+
+def build_probe(
+    config: TrainConfig, fingerprints: Mapping[str, Fingerprint], tokens: TaskTokens, device: torch.device
+) -> Learner:
+    """Load the student as it is, frozen, with its task tokens from their embedding rows, and fresh probes beside it."""
+    model = load_model(config)
+    embeddings = model.get_input_embeddings().weight
+    bank = ProbeBank(config, fingerprints, int(embeddings.shape[1]))
+    counts = dict.fromkeys(tokens.teachers, tokens.tokens_per_teacher) if tokens.flat else {}
+    student = Student(model, tokens, latents=counts, taps=bank.taps, seed=0)
+    with torch.no_grad():
+        for teacher, latents in student.latents.items():
+            latents.copy_(embeddings[list(tokens.ids[teacher])])
+    student.requires_grad_(False)
+    losses = LossConfig(
+        text=0.0, contrastive=0.0, teachers={name: teacher.weight for name, teacher in config.teachers.items()}
+    )
+    return Learner(student, bank, losses).to(device).eval()
+
+
+def split_by_image(listing: Listing, *, held_out: float, seed: int) -> tuple[Listing, Listing]:
+    """Split into training and held-out samples: one of each image, and each image in one part only.
+
+    Which images are held out depends on their keys and `seed` alone. Raises CorpusError for fewer than two images.
+    """
+    first: dict[str, int] = {}
+    for place, key in enumerate(listing.conversations.keys):
+        if key is not None and listing.rows[place] >= 0:
+            first.setdefault(key, place)
+    if len(first) < 2:
+        raise CorpusError(
+            f"{listing.conversations.path}: {len(first)} of its images are in the store, a probe needs two",
+            "Give conversations about the images that features were extracted from.",
+        )
+    ranked = sorted(first, key=lambda key: hashlib.sha256(f"{seed} {key}".encode("utf-8", "surrogatepass")).digest())
+    count = min(max(1, round(held_out * len(first))), len(first) - 1)
+    chosen = set(ranked[:count])
+    places = {held: [place for key, place in first.items() if (key in chosen) is held] for held in (False, True)}
+    return listing.select(np.asarray(places[False])), listing.select(np.asarray(places[True]))
