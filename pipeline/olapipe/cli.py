@@ -128,6 +128,87 @@ def inspect_command(
         inspect.show_image(_console(), found, as_json=as_json)
 
 
+@app.command("verify")
+def verify_command(
+    store: Annotated[str, typer.Argument(help="Feature store.")],
+    teacher: Annotated[list[str] | None, typer.Option(help="Only this teacher's shards; several times.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Extract damaged shards again (needs --images).")] = False,
+    live: Annotated[int, typer.Option(min=0, help="Compute this many random images again and compare.")] = 0,
+    images: Annotated[Path | None, typer.Option(help="Image folder, for --repair and --live.")] = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(metavar="TEACHER=PATH_OR_ID", help="Its weights; published id by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto (default), cpu or cuda.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Worker processes of --repair.")] = None,
+    seed: Annotated[int, typer.Option(help="Which random images --live takes.")] = 0,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Settings of extract, as they were given then.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check every byte of a feature store, and name the damaged files, shards and rows.
+
+    Exit status: 0 if nothing is wrong (shards that are not extracted yet are no damage) or all of it was repaired; 1
+    for damage, stray files, or features that --live finds different; 2 for unusable settings.
+    """
+    with _user_errors():
+        from olapipe.audit import Request, audit
+        from olapipe.progress import make_reporter
+        from olapipe.repair import Source
+
+        checkpoints = dict(_pairs(checkpoint or [], "--checkpoint"))
+        source = Source(images, checkpoints, tuple(overrides or ()), device, workers)
+        request = Request(store, teacher or None, repair, live, seed, source)
+        report = audit(request, make_reporter())
+        report.show(_console(), as_json=as_json)
+        raise typer.Exit(report.exit_code)
+
+
+@app.command("drop")
+def drop_command(
+    store: Annotated[str, typer.Argument(help="Feature store.")],
+    teacher: Annotated[str, typer.Option(help="Teacher whose features are deleted.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete all features of a teacher. Run the same command again to finish an interrupted one."""
+    with _user_errors():
+        from olapipe.drop import drop
+        from olapipe.report import size, summarise, visible
+        from olaschema.store import FeatureStore
+
+        opened = FeatureStore.open(store)
+        if teacher in opened.teachers() and not yes:
+            summary = summarise(opened, teacher)
+            question = f"Delete {summary.ok} features of {teacher} ({size(summary.stored_bytes)}) from {store}?"
+            _ask(visible(question))
+        present = drop(opened, teacher)
+        said = f"{teacher} is deleted" if present else "an interrupted deletion is finished"
+        _console().print(visible(f"{store}: {said}"), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("forget")
+def forget_command(
+    store: Annotated[str, typer.Argument(help="Feature store.")],
+    key: Annotated[str, typer.Argument(help="The image: its path relative to the image folder.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete one image's features and name from the store, for good. Stop what is reading the store first."""
+    with _user_errors():
+        from olapipe.forget import forget
+        from olapipe.report import visible
+        from olaschema.store import FeatureStore
+
+        opened = FeatureStore.open(store)
+        if not yes:
+            _ask(visible(f"Delete the features and the name of {key} from {store}?"))
+        done = forget(opened, key)
+        lines = [f"{key}: row {done.row} is blank in {', '.join(done.teachers) or 'no teacher'}; its name is gone"]
+        lines += [f"the same image is still in the store as {twin}" for twin in done.twins]
+        lines += [f"{log} holds the name in a message: delete that file" for log in done.logs]
+        for line in lines:
+            _console().print(visible(line), markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command("preview")
 def preview_command(
     store: Annotated[str, typer.Argument(help="Feature store, of targets or of predictions.")],
@@ -226,6 +307,12 @@ def _pairs(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
             raise ConfigError(f"{flag} {text!r} is not of the form TEACHER=PATH_OR_ID", f"{flag} depth=FOLDER")
         pairs.append((name, value))
     return pairs
+
+
+def _ask(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise ConfigError("this deletes data and there is no terminal to ask at", "Say --yes.")
+    typer.confirm(question, abort=True)
 
 
 def _console() -> Console:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,13 +14,14 @@ from typing import Any, Literal, NamedTuple
 from olaschema.errors import CorpusError, ImageError, StoreError
 from olaschema.files import read_regular
 from olaschema.images import EXTENSIONS
-from olaschema.keys import normalise_key
+from olaschema.keys import normalise_key, tombstone
 from olaschema.manifest import SampleRow
 from olaschema.store import FeatureStore
 
-_PROBLEMS = {
+PROBLEMS: Mapping[str, str] = {
     "bad-name": "the file name is not UTF-8, or empty",
     "outside-root": "not a path inside the image folder",
+    "forgotten": "it was forgotten by `olapipe forget`",
 }
 # The widest pixels of a readable format have 8 bytes; what exceeds that by far is no image within the limit.
 _BYTES_PER_PIXEL = 8
@@ -108,17 +109,24 @@ def compare(listing: Listing, store: FeatureStore | None) -> Growth:
     """Say which images of the listing a store has not planned yet.
 
     Raises StoreError where a file with features no longer has the planned size: they would be of another image.
-    A file without features may have appeared or been mended.
+    A file without features may have appeared or been mended. A forgotten image is not planned again.
     """
     if store is None:
         return Growth(listing.entries, 0, 0)
-    planned = {sample.key: (sample.size, sample.row) for sample in store.samples()}
+    planned: dict[str, tuple[int, int]] = {}
+    forgotten: set[str] = set()
+    for sample in store.samples():
+        if sample.problem == "forgotten":
+            forgotten.add(sample.key)
+        else:
+            planned[sample.key] = (sample.size, sample.row)
     new: list[Entry] = []
     changed: list[tuple[str, int, int]] = []
     for entry in listing.entries:
         found = planned.pop(entry.key, None)
         if found is None:
-            new.append(entry)
+            if not (forgotten and tombstone(entry.key) in forgotten):
+                new.append(entry)
             continue
         size, row = found
         if (
@@ -154,7 +162,7 @@ def read_image(root: Path, sample: SampleRow, max_pixels: int, *, mended: bool =
     `too-large` (more bytes than `max_pixels` pixels can have). Waits for no pipe or device.
     """
     if sample.problem is not None:
-        raise ImageError(sample.problem, _PROBLEMS[sample.problem])
+        raise ImageError(sample.problem, PROBLEMS[sample.problem])
     data = read_regular(root / sample.uri, limit=max_pixels * _BYTES_PER_PIXEL + _HEADROOM)
     if 0 <= sample.size != len(data) and not mended:
         raise ImageError("changed", f"it has {len(data)} bytes, {sample.size} were planned")

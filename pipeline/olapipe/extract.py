@@ -17,8 +17,9 @@ from olapipe.report import TeacherSummary, summarise
 from olapipe.teachers import registry
 from olapipe.teachers.base import suggest
 from olaschema.errors import StoreError, TeacherError
-from olaschema.manifest import TeacherRecord
+from olaschema.manifest import Receipt, TeacherRecord
 from olaschema.place import LocalPlace
+from olaschema.seal import seal, unseal
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
 
 RUNS = "runs.jsonl"
@@ -75,6 +76,7 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
         finally:
             reporter.end()
         spent = time.monotonic() - started
+    _seal(store, config)
     summaries = [summarise(store, name) for name in config.teachers]
     rates = {name: rows / spent for name, rows in waiting.items() if rows}
     return Extraction(store, summaries, rates, lost)
@@ -84,19 +86,23 @@ def pending(store: FeatureStore, config: ExtractConfig) -> list[ShardTask]:
     """Return the shards that lack a receipt of at least one teacher or, with `retry_failed`, hold failed images."""
     committed = {name: set(store.committed(name)) for name in config.teachers}
     tasks = []
-    for shard, rows in _shard_rows(store).items():
+    for shard, rows in shard_rows(store).items():
         missing = [name for name in config.teachers if shard not in committed[name]]
         failed = []
         if config.retry_failed:
             receipts = {name: store.receipt(name, shard) for name in config.teachers if name not in missing}
-            failed = [name for name, receipt in receipts.items() if receipt is not None and receipt.failed]
+            failed = [name for name, receipt in receipts.items() if receipt is not None and _mendable(receipt)]
         if missing or failed:
             wanted = tuple(name for name in config.teachers if name in missing or name in failed)
             tasks.append(ShardTask(shard, wanted, rows, replace=bool(failed)))
     return tasks
 
 
-def _shard_rows(store: FeatureStore) -> dict[int, int]:
+def _mendable(receipt: Receipt) -> bool:
+    return any(row.status == "failed" and row.reason != "forgotten" for row in receipt.rows)
+
+
+def shard_rows(store: FeatureStore) -> dict[int, int]:
     """Return how many images each shard has."""
     size = store.rows_per_shard
     return {
@@ -151,9 +157,11 @@ def _prepare(
     store = FeatureStore.create(config.out, rows_per_shard=rows_per_shard)
     with store.place.lock("plan"):
         store.place.sweep()
+        store.place.clear_withdrawn()
         for record in records:
             if record.fingerprint.teacher in store.teachers():
                 store.put_teacher(record)
+        unseal(store, config.teachers)
         growth = compare(listing, store)  # again: another run may have planned since
         store.add_generation(entry.sample() for entry in growth.new)
         for record in records:
@@ -170,7 +178,13 @@ def _unchanged(store: FeatureStore, config: ExtractConfig, reporter: Reporter) -
     for teacher in load_teachers(config, "cpu").values():
         store.put_teacher(teacher_record(teacher, config.precision))
     store.place.sweep()
+    _seal(store, config)  # a run that was killed at the very end has not
     return Extraction(store, [summarise(store, name) for name in config.teachers], {}, [])
+
+
+def _seal(store: FeatureStore, config: ExtractConfig) -> None:
+    with store.place.lock("plan"):
+        seal(store, config.teachers)
 
 
 def _describe(listing: Listing, growth: Growth) -> str:

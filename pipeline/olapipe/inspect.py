@@ -14,7 +14,7 @@ from rich.text import Text
 
 from olapipe.report import TeacherSummary, print_failures, size, summarise, visible
 from olaschema.errors import ImageError, StoreError
-from olaschema.keys import normalise_key
+from olaschema.keys import normalise_key, tombstone
 from olaschema.layout import array_document
 from olaschema.manifest import RowReceipt, SampleRow
 from olaschema.precision import array_formats
@@ -183,7 +183,7 @@ def find(store: FeatureStore, key: str) -> ImageStatus:
     """
     wanted = {key}
     with contextlib.suppress(ImageError):  # a stand-in is no key
-        wanted.add(normalise_key(key))
+        wanted |= {normalise_key(key), tombstone(normalise_key(key))}
     sample = next((sample for sample in store.samples() if sample.key in wanted), None)
     if sample is None:
         first = next(store.samples(), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from olaschema.errors import ImageError
 
 
@@ -31,3 +33,8 @@ def normalise_key(text: str) -> str:
     if not parts:
         raise ImageError("outside-root", f"{text}: names the image folder itself")
     return "/".join(parts)
+
+
+def tombstone(key: str) -> str:
+    """Return what stands in the plan for a forgotten image: it holds the key's SHA-256, and is no possible key."""
+    return f"/forgotten/{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()}"

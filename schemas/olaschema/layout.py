@@ -20,6 +20,11 @@ def receipt_file(teacher: str, shard: int) -> str:
     return f"receipts/{teacher}/{shard:05d}.json"
 
 
+def shard_lock(teacher: str, shard: int) -> str:
+    """Name of the lock under which a shard is committed."""
+    return f"{teacher}-{shard:05d}"
+
+
 def chunk_rows(row_bytes: int, rows_per_shard: int) -> int:
     """Rows in an inner chunk: the largest divisor of `rows_per_shard` that stays within 1 MiB, at least 1.
 

@@ -272,6 +272,8 @@ class Receipt(Frozen):
     format: Literal[1] = FORMAT_VERSION
     teacher: str
     shard: int
+    revision: int = 0
+    """How many of the shard's images were forgotten: every `olapipe forget` makes a new revision."""
     fingerprint: str
     rows: tuple[RowReceipt, ...]
     files: dict[str, FileReceipt]
@@ -300,8 +302,8 @@ class SampleRow(Frozen):
     """Where the bytes are, relative to the root given at run time; equals `key` for folders and JSON."""
     size: int
     """Bytes in the listing, -1 where the listed file was missing."""
-    problem: Literal["bad-name", "outside-root"] | None = None
-    """Why the listing already knows that this image cannot be read; None for all others."""
+    problem: Literal["bad-name", "outside-root", "forgotten"] | None = None
+    """Why it is known before reading that this image gives no feature; None for all others."""
 
 
 class Generation(Frozen):
@@ -313,6 +315,16 @@ class Generation(Frozen):
     rows: int
     """Planned images. Rows from `first_row + rows` to the end of the last shard are absent."""
     parts: dict[str, FileReceipt]
+
+
+class StoreManifest(Frozen):
+    """What metadata a finished store has: tells a lost or exchanged document from one that was never written."""
+
+    format: Literal[1] = FORMAT_VERSION
+    files: dict[str, FileReceipt]
+    """Documents outside `receipts/`. Empty while a run changes the store."""
+    receipts: dict[str, tuple[str, ...]]
+    """By teacher the SHA-256 of each receipt's file, in shard order; a teacher that is not complete is missing."""
 
 
 class StoreRecord(Frozen):

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from olaschema.errors import StoreError
 
 _SCRATCH = "_log/tmp"
 _LOCKS = "_log/locks"
+_WITHDRAWN = "_log/withdrawn"
 
 
 class LocalPlace:
@@ -74,6 +76,39 @@ class LocalPlace:
             _sync_folder(target.parent)
         except OSError as error:
             raise _cannot_write(target, error) from error
+
+    def remove(self, name: str) -> None:
+        """Delete a file durably; one that is not there is no error."""
+        path = self.path(name)
+        try:
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _sync_folder(path.parent)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def withdraw(self, folder: str) -> None:
+        """Take a folder out of the store, all at once; its bytes wait under `_log` for `clear_withdrawn`."""
+        source = self.path(folder)
+        target = self.path(f"{_WITHDRAWN}/{secrets.token_hex(8)}")
+        try:
+            if source.is_dir():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+                _sync_folder(source.parent)
+        except OSError as error:
+            raise _cannot_write(source, error) from error
+
+    def clear_withdrawn(self) -> bool:
+        """Delete what was withdrawn; says whether there was anything."""
+        folder = self.path(_WITHDRAWN)
+        if not folder.is_dir():
+            return False
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+        return True
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:

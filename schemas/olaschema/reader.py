@@ -53,6 +53,7 @@ class FeatureReader:
         self._store = store
         self._teacher = teacher
         self._digest = self.fingerprint.digest()
+        self._had_receipts = self._has_receipts()
         formats = array_formats(self.fingerprint.shape, self.record.precision)
         rows = chunk_rows(formats["values"].row_bytes, store.rows_per_shard)
         self._arrays = [_Array(name, found, rows, store.rows_per_shard // rows) for name, found in formats.items()]
@@ -96,6 +97,7 @@ class FeatureReader:
             return self._open[shard]
         receipt = self._store.receipt(self._teacher, shard)
         if receipt is None:
+            self._require_teacher()
             return None
         if receipt.fingerprint != self._digest or len(receipt.rows) != self._store.rows_per_shard:
             raise DamagedStoreError(
@@ -142,8 +144,20 @@ class FeatureReader:
             raise self._damage(shard, f"{path}: row {row} decodes to {len(raw)} bytes")
         return raw
 
+    def _has_receipts(self) -> bool:
+        return self._store.place.path(f"receipts/{self._teacher}").is_dir()
+
+    def _require_teacher(self) -> None:
+        # `olapipe drop` takes the folder of receipts away first, all at once
+        if self._had_receipts and not self._has_receipts():
+            raise StoreError(
+                f"{self._store.root}: the teacher {self._teacher} was dropped from the store while it was being read",
+                f"Extract it again with `olapipe extract --teacher {self._teacher}`, or go on without it.",
+            )
+
     def _damage(self, shard: int, problem: str) -> DamagedStoreError:
-        return DamagedStoreError(problem, f"Delete receipts/{self._teacher}/{shard:05d}.json and extract again.")
+        self._require_teacher()
+        return DamagedStoreError(problem, "`olapipe verify --repair` finds all damage and extracts those shards again.")
 
 
 def _crc32c(data: bytes) -> bytes:

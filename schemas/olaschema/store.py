@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from olaschema.digest import FIELD, intact, sealed
 from olaschema.errors import DamagedStoreError, StoreError
-from olaschema.layout import array_document, receipt_file, shard_file
+from olaschema.layout import array_document, receipt_file, shard_file, shard_lock
 from olaschema.manifest import (
     FORMAT_VERSION,
     ChannelStatistics,
@@ -32,7 +32,6 @@ from olaschema.manifest import (
     SampleRow,
     StoreRecord,
     TeacherRecord,
-    canonical_json,
 )
 from olaschema.place import LocalPlace
 from olaschema.precision import Stored
@@ -74,8 +73,7 @@ class FeatureStore:
         place = LocalPlace(root)
         if not place.root.is_dir():
             raise StoreError(f"{root}: no such feature store", "Give the folder that `olapipe extract --out` wrote.")
-        document = _json(place, "zarr.json")
-        attributes = document.get("attributes", {}).get("ola")
+        data, attributes = _ours(place, "zarr.json")
         if attributes is None:
             raise StoreError(
                 f"{root} is a Zarr group, but not a feature store of ours",
@@ -86,7 +84,7 @@ class FeatureStore:
                 f"{root} has format version {attributes.get('format')}, this program reads version {FORMAT_VERSION}",
                 "Install a version of ola-distill that reads it.",
             )
-        return cls(place, _validated(StoreRecord, attributes, place, "zarr.json"))
+        return cls(place, _validated(StoreRecord, _intact(place, "zarr.json", data, attributes), place, "zarr.json"))
 
     @classmethod
     def create(cls, root: str | Path, *, rows_per_shard: int = DEFAULT_ROWS_PER_SHARD) -> FeatureStore:
@@ -114,7 +112,7 @@ class FeatureStore:
     def generations(self) -> list[Generation]:
         """Return the committed plans in order, checked to follow each other at shard boundaries."""
         names = [name for name in self.place.names("samples") if name.endswith(".json")]
-        found = [_validated(Generation, _json(self.place, f"samples/{n}"), self.place, f"samples/{n}") for n in names]
+        found = [self.generation(f"samples/{name}") for name in names]
         first = 0
         for number, generation in enumerate(found):
             if generation.number != number or generation.first_row != first:
@@ -124,6 +122,10 @@ class FeatureStore:
                 )
             first = self._next_first_row(generation)
         return found
+
+    def generation(self, name: str) -> Generation:
+        """Return one committed plan by the name of its file; raises DamagedStoreError."""
+        return read_document(Generation, self.place, name)
 
     def _next_first_row(self, generation: Generation) -> int:
         return generation.first_row + -(-generation.rows // self.rows_per_shard) * self.rows_per_shard
@@ -147,7 +149,7 @@ class FeatureStore:
         count = 0
         while chunk := list(islice(images, part_rows)):
             name = f"samples/{number:04d}-{len(parts):05d}.parquet"
-            data = self._part_bytes(chunk, first + count)
+            data = self.part_bytes(chunk, first + count)
             self.place.publish(name, data)
             parts[name] = FileReceipt(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
             count += len(chunk)
@@ -157,10 +159,11 @@ class FeatureStore:
             if name.startswith(f"{number:04d}-") and f"samples/{name}" not in parts:
                 self.place.path(f"samples/{name}").unlink()
         generation = Generation(number=number, first_row=first, rows=count, parts=parts)
-        self.place.publish(f"samples/{number:04d}.json", canonical_json(generation))
+        self.place.publish(f"samples/{number:04d}.json", sealed(generation))
         return generation
 
-    def _part_bytes(self, images: list[SampleRow], first_row: int) -> bytes:
+    def part_bytes(self, images: list[SampleRow], first_row: int) -> bytes:
+        """Return the parquet file of some images, which become the rows from `first_row` on."""
         table = pa.table(
             {
                 "row": range(first_row, first_row + len(images)),
@@ -179,9 +182,13 @@ class FeatureStore:
         """Yield every planned image in row order."""
         for generation in self.generations():
             for name in generation.parts:
-                with self._part(name) as part:
-                    for group in range(part.num_row_groups):
-                        yield from _rows(part.read_row_group(group))
+                yield from self.part_samples(generation, name)
+
+    def part_samples(self, generation: Generation, name: str) -> Iterator[SampleRow]:
+        """Yield the planned images of one parquet part of a generation."""
+        with self._part(generation, name) as part:
+            for group in range(part.num_row_groups):
+                yield from _rows(part.read_row_group(group))
 
     def shard_samples(self, shard: int) -> list[SampleRow]:
         """Return the planned images of one shard; fewer than `rows_per_shard` in the last one of a generation."""
@@ -190,14 +197,21 @@ class FeatureStore:
             offset = first - generation.first_row
             if 0 <= offset < generation.rows:
                 part_rows = max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
-                name = f"samples/{generation.number:04d}-{offset // part_rows:05d}.parquet"
-                with self._part(name) as part:
+                name = list(generation.parts)[offset // part_rows]  # canonical JSON keeps them sorted
+                with self._part(generation, name) as part:
                     return list(_rows(part.read_row_group(offset % part_rows // self.rows_per_shard)))
         raise StoreError(f"{self.root} has no shard {shard}: {self.shard_count()} shards are planned")
 
-    def _part(self, name: str) -> pq.ParquetFile:
+    def _part(self, generation: Generation, name: str) -> pq.ParquetFile:
+        data = self.place.read(name)
+        promised = generation.parts[name]
+        if (len(data), hashlib.sha256(data).hexdigest()) != (promised.bytes, promised.sha256):
+            raise DamagedStoreError(
+                f"{self.root}/{name} is damaged: it is not the file that samples/{generation.number:04d}.json promises",
+                "Restore it from a copy.",
+            )
         try:
-            return pq.ParquetFile(io.BytesIO(self.place.read(name)))
+            return pq.ParquetFile(io.BytesIO(data))
         except pa.ArrowInvalid as error:
             raise DamagedStoreError(f"{self.root}/{name} is damaged: {error}", "Restore it from a copy.") from error
 
@@ -212,8 +226,17 @@ class FeatureStore:
                 f"{self.root} has no features of the teacher {name!r}",
                 f"It holds: {', '.join(self.teachers()) or 'none'}. Add it with `olapipe extract --teacher {name}`.",
             )
-        document = _json(self.place, f"{name}/zarr.json")
-        return _validated(TeacherRecord, document.get("attributes", {}).get("ola", {}), self.place, f"{name}/zarr.json")
+        return read_document(TeacherRecord, self.place, f"{name}/zarr.json")
+
+    def arrays(self, teacher: str) -> dict[str, bytes]:
+        """Return the `zarr.json` of each array of a teacher by the array's name; raises DamagedStoreError."""
+        found = {}
+        for path in sorted(self.place.path(teacher).glob("*/zarr.json")):
+            name = f"{teacher}/{path.parent.name}/zarr.json"
+            data, ours = _ours(self.place, name)
+            _intact(self.place, name, data, ours)
+            found[path.parent.name] = data
+        return found
 
     def put_teacher(self, record: TeacherRecord) -> None:
         """Make a teacher's group and arrays, or grow its arrays to the planned rows.
@@ -245,16 +268,12 @@ class FeatureStore:
         name = receipt_file(teacher, shard)
         if not self.place.exists(name):
             return None
-        return _validated(Receipt, _json(self.place, name), self.place, name)
+        return read_document(Receipt, self.place, name)
 
     def committed(self, teacher: str) -> list[int]:
         """Return the numbers of the committed shards of a teacher, ascending."""
-        folder = f"receipts/{teacher}"
-        names = self.place.names(folder)
-        stray = next((name for name in names if not re.fullmatch(r"\d{5,}\.json", name)), None)
-        if stray is not None:
-            raise DamagedStoreError(f"{self.place.path(folder)}/{stray} is no receipt of ours", "Take it out of there.")
-        return sorted(int(name[:-5]) for name in names)
+        stems = (name.removesuffix(".json") for name in self.place.names(f"receipts/{teacher}"))
+        return sorted(int(stem) for stem in stems if stem.isdecimal())
 
     def statistics(self, teacher: str) -> ChannelStatistics:
         """Return channel statistics over all committed shards, merged in shard order."""
@@ -292,6 +311,7 @@ class FeatureStore:
         receipt = Receipt(
             teacher=teacher,
             shard=shard,
+            revision=sum(row.reason == "forgotten" for row in rows),
             fingerprint=record.fingerprint.digest(),
             rows=tuple(rows),
             files={
@@ -301,7 +321,7 @@ class FeatureStore:
             statistics=statistics.to_json(),
             execution=execution,
         )
-        with self.place.lock(f"{teacher}-{shard:05d}"):
+        with self.place.lock(shard_lock(teacher, shard)):
             present = self.receipt(teacher, shard)
             if present is not None and not replace:
                 return present
@@ -309,7 +329,7 @@ class FeatureStore:
                 self.place.path(receipt_file(teacher, shard)).unlink()
             for name, data in objects.items():
                 self._publish_unless_there(name, data)
-            self.place.publish(receipt_file(teacher, shard), canonical_json(receipt))
+            self.place.publish(receipt_file(teacher, shard), sealed(receipt))
         return receipt
 
     def _publish_unless_there(self, name: str, data: bytes) -> None:
@@ -322,14 +342,35 @@ def _rows(table: pa.Table) -> Iterator[SampleRow]:
         yield SampleRow.model_validate(row)
 
 
-def _json(place: LocalPlace, name: str) -> dict[str, Any]:
+def read_document(model: type[Model], place: LocalPlace, name: str) -> Model:
+    """Return what a document of ours says; raises DamagedStoreError unless its digest and its content are right."""
+    data, ours = _ours(place, name)
+    return _validated(model, _intact(place, name, data, ours), place, name)
+
+
+def _ours(place: LocalPlace, name: str) -> tuple[bytes, dict[str, Any] | None]:
+    """Return a file and the object in it that is ours: of a `zarr.json`, the attribute `ola`, if there is one."""
+    data = place.read(name)
     try:
-        document = json.loads(place.read(name))
-    except ValueError as error:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise DamagedStoreError(f"{place.path(name)} is not valid JSON: {error}", "Restore it from a copy.") from error
     if not isinstance(document, dict):
         raise DamagedStoreError(f"{place.path(name)} does not hold a JSON object", "Restore it from a copy.")
-    return document
+    if not name.endswith("zarr.json"):
+        return data, document
+    attributes = document.get("attributes")
+    ours = attributes.get("ola") if isinstance(attributes, dict) else None
+    return data, ours if isinstance(ours, dict) else None
+
+
+def _intact(place: LocalPlace, name: str, data: bytes, ours: dict[str, Any] | None) -> dict[str, Any]:
+    if ours is None or not intact(data, ours.get(FIELD)):
+        raise DamagedStoreError(
+            f"{place.path(name)} is damaged: it does not have the digest that it carries",
+            "`olapipe verify --repair` makes receipts again; restore other documents from a copy.",
+        )
+    return {key: value for key, value in ours.items() if key != FIELD}
 
 
 def _validated(model: type[Model], data: dict[str, Any], place: LocalPlace, name: str) -> Model:

@@ -17,6 +17,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
+from olaschema.digest import stamp
 from olaschema.errors import StoreError
 from olaschema.layout import chunk_rows
 from olaschema.manifest import Fingerprint, Precision, StoreRecord, TeacherRecord
@@ -45,7 +46,7 @@ def array_documents(
     for name, array in formats.items():
         store = MemoryStore()
         _create_array(store, array, chunk, rows_per_shard, shards)
-        found[name] = _get(store, "zarr.json")
+        found[name] = _stamped(_get(store, "zarr.json"))
     return found
 
 
@@ -70,6 +71,17 @@ def encode_shard(stored: Stored, fingerprint: Fingerprint, precision: Precision)
         _create_array(store, array, chunk, rows, 1)[...] = stored.arrays[name]
         found[name] = _get(store, "c/0" + "/0" * len(array.shape))
     return found
+
+
+def encode_like(document: bytes, values: np.ndarray) -> bytes:
+    """Encode the values of one shard as the array whose `zarr.json` is `document` does, whatever dtype and codecs."""
+    metadata = json.loads(document)
+    metadata["shape"] = list(values.shape)
+    store = MemoryStore()
+    sync(store.set("zarr.json", default_buffer_prototype().buffer.from_bytes(json.dumps(metadata).encode())))
+    with zarr.config.set({"array.write_empty_chunks": True}):  # it is no part of the document
+        zarr.open_array(store, mode="r+")[...] = values
+    return _get(store, "c/0" + "/0" * (values.ndim - 1))
 
 
 def _listed(arrays: dict[str, tuple[tuple[int, ...], np.dtype]]) -> str:
@@ -97,9 +109,13 @@ def _create_array(
 def _group_document(attributes: dict[str, Any]) -> bytes:
     store = MemoryStore()
     zarr.create_group(store, attributes=attributes)
+    return _stamped(_get(store, "zarr.json"))
+
+
+def _stamped(data: bytes) -> bytes:
     # zarr keeps attributes in the order given; sorted keys make equal content equal bytes
-    document = json.loads(_get(store, "zarr.json"))
-    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    document = json.loads(data)
+    return stamp(document, document.setdefault("attributes", {}).setdefault("ola", {}))
 
 
 def _get(store: MemoryStore, key: str) -> bytes:

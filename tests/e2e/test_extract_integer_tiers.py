@@ -35,7 +35,7 @@ def test_a_corpus_is_extracted_grown_and_read(tmp_path: Path, precision: Precisi
     assert result.exit_code == 0, result.output
     after = digests(out)
     changed = {name for name in before if after[name] != before[name]}
-    assert changed == {"depth/values/zarr.json", "depth/scale/zarr.json"}
+    assert changed == {"depth/values/zarr.json", "depth/scale/zarr.json", "manifest.json"}
 
     teacher = registry.load("depth", TeacherSettings(checkpoint=str(DEPTH)))
     arrays = {name: array[:] for name, array in zarr.open_group(out, mode="r")["depth"].arrays()}

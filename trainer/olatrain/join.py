@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from olaschema.errors import CorpusError
+from olaschema.keys import tombstone
 from olaschema.store import FeatureStore
 from olatrain.conversations import Conversations
 
@@ -41,7 +42,16 @@ class Listing:
 def join(conversations: Conversations, store: FeatureStore) -> Listing:
     """Find the row of every conversation's image."""
     wanted = {key for key in conversations.keys if key is not None}
-    found = {sample.key: sample.row for sample in store.samples() if sample.key in wanted}
+    found: dict[str, int] = {}
+    forgotten: dict[str, int] = {}
+    for sample in store.samples():
+        if sample.problem == "forgotten":
+            forgotten[sample.key] = sample.row
+        elif sample.key in wanted:
+            found[sample.key] = sample.row
+    if forgotten:  # they keep their rows, so that a run that has begun keeps its order; they have no features
+        stones = {tombstone(key): key for key in wanted - found.keys()}
+        found |= {stones[stone]: row for stone, row in forgotten.items() if stone in stones}
     rows = np.asarray([-1 if key is None else found.get(key, -1) for key in conversations.keys], dtype=np.int64)
     shards = np.where(rows >= 0, rows // store.rows_per_shard, -1)
     return Listing(conversations, rows, shards, _digest(conversations, rows))

@@ -1,0 +1,25 @@
+"""The command `drop`: a teacher leaves the store."""
+
+from __future__ import annotations
+
+from olaschema.seal import seal, unseal
+from olaschema.store import FeatureStore
+
+
+def drop(store: FeatureStore, teacher: str) -> bool:
+    """Remove a teacher's receipts, then its group with all arrays; a second call finishes an interrupted one.
+
+    Each step takes a whole folder away at once, and the bytes are deleted afterwards. Says whether the teacher was in
+    the store; raises StoreError where it was not and there was nothing to finish either.
+    """
+    with store.place.lock("plan"):
+        present = teacher in store.teachers()
+        if present:
+            unseal(store, [teacher])
+            store.place.withdraw(f"receipts/{teacher}")
+            store.place.withdraw(teacher)
+        finished = store.place.clear_withdrawn()
+        seal(store, [])
+    if not present and not finished:
+        store.teacher(teacher)  # says which there are
+    return present

@@ -1,0 +1,162 @@
+"""`verify --repair`: what follows from images or from other documents is made again; the rest stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from olapipe.config import ExtractConfig
+from olapipe.extract import shard_rows
+from olapipe.job import ShardTask, worker_pool
+from olapipe.progress import Reporter
+from olapipe.verify import Problem, damaged_shards
+from olaschema.config import load_config
+from olaschema.errors import ConfigError, DamagedStoreError, StoreError
+from olaschema.layout import receipt_file
+from olaschema.manifest import Receipt
+from olaschema.seal import seal, unseal
+from olaschema.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was mended. `changed` are the keys of images that are no longer those of the old receipts."""
+
+    shards: list[tuple[str, int]]
+    documents: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    """Shards that were given up, and why."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images and weights are, and further settings `A.B=C`, as for `extract`."""
+
+    images: Path | None
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    device: str = "auto"
+    workers: int | None = None
+
+
+def extract_config(store: FeatureStore, teacher: str, source: Source, receipt: Receipt) -> ExtractConfig:
+    """Return the settings under which a teacher's features were made, as far as the store records them.
+
+    Batch size and threads are those of `receipt`. Raises ConfigError where the images are not given.
+    """
+    if source.images is None:
+        raise ConfigError("the image folder is not given", "Add --images FOLDER, the folder that keys start from.")
+    if not source.images.is_dir():
+        raise ConfigError(f"--images {source.images}: no such folder", "Give the folder that keys start from.")
+    record = store.teacher(teacher)
+    flags: dict[str, Any] = {
+        "corpus": source.images.absolute(),
+        "out": store.root.absolute(),
+        "teachers": [teacher],
+        "preset": record.fingerprint.preset,
+        "compute_dtype": record.fingerprint.compute_dtype,
+        "precision": record.precision,
+        "batch_size": receipt.execution.batch_size,
+        "threads": receipt.execution.threads,
+        "device": source.device,
+        "workers": source.workers,
+    }
+    if teacher in source.checkpoints:
+        value = source.checkpoints[teacher]
+        local = Path(value).expanduser()
+        flags[f"checkpoints.{teacher}"] = str(local.absolute()) if local.exists() else value
+    others = tuple(f"options.{name}." for name in store.teachers() if name != teacher)
+    overrides = [text for text in source.overrides if not text.startswith(others)]
+    return load_config(ExtractConfig, flags=flags, overrides=overrides)
+
+
+def any_receipt(store: FeatureStore, teacher: str, shards: Collection[int] = ()) -> Receipt | None:
+    """Return a readable receipt of a teacher, one of `shards` if possible: it says how features were computed."""
+    for shard in [*shards, *store.committed(teacher)]:
+        try:
+            receipt = store.receipt(teacher, shard)
+        except DamagedStoreError:
+            continue
+        if receipt is not None:
+            return receipt
+    return None
+
+
+def repair(store: FeatureStore, problems: Sequence[Problem], source: Source, reporter: Reporter) -> Repair:
+    """Extract damaged shards again and write documents that follow from others.
+
+    Raises StoreError where the plan or a teacher's record is damaged: nothing can be made without them.
+    """
+    beyond = [problem.file for problem in problems if problem.mending is None]
+    if any(name == "zarr.json" or name.startswith("samples") or name.endswith("/zarr.json") for name in beyond):
+        raise StoreError(
+            f"{store.root}: {', '.join(beyond)}: this cannot be made again from images and other documents",
+            "Restore it from a copy, then repair the rest.",
+        )
+    shards = damaged_shards(problems)
+    teachers = sorted({name for names in shards.values() for name in names})
+    documents = sorted({problem.file for problem in problems if problem.mending == "document"})
+    changed: list[str] = []
+    lost: list[str] = []
+    with store.place.lock("plan"):
+        unseal(store, teachers)
+        for name in {file.partition("/")[0] for file in documents}:
+            store.put_teacher(store.teacher(name))
+    for teacher in teachers:
+        mine = [shard for shard, names in shards.items() if teacher in names]
+        lost += _extract(store, teacher, mine, source, reporter, changed)
+    with store.place.lock("plan"):
+        seal(store, store.teachers())
+    mended = [(name, shard) for shard, names in shards.items() for name in names]
+    return Repair(mended, documents, changed, lost)
+
+
+def _extract(
+    store: FeatureStore, teacher: str, shards: list[int], source: Source, reporter: Reporter, changed: list[str]
+) -> list[str]:
+    """Extract shards of one teacher again; return those given up."""
+    planned = shard_rows(store)
+    unplanned = [shard for shard in shards if shard not in planned]
+    if unplanned:
+        raise StoreError(
+            f"{store.root}: {receipt_file(teacher, unplanned[0])} is of a shard that is not planned",
+            "Restore `samples/` from a copy, or delete that receipt.",
+        )
+    before = {shard: _readable(store, teacher, shard) for shard in shards}
+    receipt = any_receipt(store, teacher, shards)
+    if receipt is None:
+        raise StoreError(
+            f"{store.root}: {teacher} has no receipt left that says how it was computed",
+            f"Remove the folder receipts/{teacher} and run `olapipe extract` again.",
+        )
+    config = extract_config(store, teacher, source, receipt)
+    for shard, known in before.items():
+        if known is None:  # what cannot be read would stop the worker that replaces it
+            store.place.remove(receipt_file(teacher, shard))
+    tasks = [ShardTask(shard, (teacher,), planned[shard], replace=True) for shard in shards]
+    with worker_pool(config, config.corpus, len(tasks)) as pool:
+        reporter.say(f"extracting {len(tasks)} shards of {teacher} again …")
+        for record in pool.load():
+            store.put_teacher(record)  # refuses features of another meaning
+        total = sum(task.rows for task in tasks)
+        reporter.begin({teacher: total}, {teacher: 0})
+        try:
+            lost = pool.run(store, tasks, lambda name, rows: reporter.update({name: rows}))
+        finally:
+            reporter.end()
+    for shard, known in before.items():
+        now = _readable(store, teacher, shard)
+        if known is not None and now is not None:
+            pairs = zip(store.shard_samples(shard), known.rows, now.rows, strict=False)
+            changed += [sample.key for sample, old, new in pairs if old.sha256 != new.sha256]
+    return [f"{teacher} shard {entry.shard}: {entry.reason}" for entry in lost]
+
+
+def _readable(store: FeatureStore, teacher: str, shard: int) -> Receipt | None:
+    try:
+        return store.receipt(teacher, shard)
+    except DamagedStoreError:
+        return None

@@ -1,0 +1,123 @@
+"""One shard of a teacher, as its files hold it: any number of Zarr arrays, decoded by the formula of the store format.
+
+Written apart from the code that encodes, and tier by tier from the arrays alone, so that `verify` does not check code
+against itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.errors import BaseZarrError
+from zarr.storage import MemoryStore
+
+from olaschema.errors import StoreError
+from olaschema.layout import receipt_file
+from olaschema.manifest import Receipt
+from olaschema.store import FeatureStore
+
+UNREADABLE = (BaseZarrError, ValueError, TypeError, KeyError, IndexError, RuntimeError, OSError, OverflowError)
+"""What zarr and its codecs raise where the bytes of a shard are damaged."""
+
+_GROUP = 64
+
+
+def array_shard_file(teacher: str, array: str, shard: int, document: bytes) -> str:
+    """Path of one shard of an array, which `document`, its `zarr.json`, gives the number of dimensions of."""
+    return f"{teacher}/{array}/c/{shard}" + "/0" * (len(json.loads(document)["shape"]) - 1)
+
+
+def committed_receipt(store: FeatureStore, teacher: str, shard: int) -> Receipt:
+    """Return the receipt of a shard that is committed; raises StoreError if it went away meanwhile."""
+    receipt = store.receipt(teacher, shard)
+    if receipt is None:
+        raise StoreError(f"{store.root}: {receipt_file(teacher, shard)} vanished", "Run the same command again.")
+    return receipt
+
+
+@dataclass
+class StoredArray:
+    """One shard of one array: `data` are the bytes of its file, `document` is the array's `zarr.json`.
+
+    Raises one of UNREADABLE where the bytes cannot be a shard.
+    """
+
+    document: bytes
+    data: bytes
+    rows: int
+    _kept: tuple[int, np.ndarray] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        metadata = json.loads(self.document)
+        metadata["shape"][0] = self.rows
+        buffer = default_buffer_prototype().buffer.from_bytes
+        key = "c/0" + "/0" * (len(metadata["shape"]) - 1)
+        store = MemoryStore({"zarr.json": buffer(json.dumps(metadata).encode()), key: buffer(self.data)})
+        self._array: Any = zarr.open_array(store, mode="r")
+        self.chunk_rows = int(self._array.chunks[0])
+        if len(self.data) < 16 * (self.rows // self.chunk_rows) + 4:
+            # zarr takes an empty object for a missing one, and reads the fill value
+            raise ValueError(f"{len(self.data)} bytes are too few for the index of a shard")
+
+    @property
+    def fill(self) -> Any:
+        """What a row without a feature holds in every element."""
+        return self._array.fill_value
+
+    def slice(self, first: int, last: int) -> np.ndarray:
+        """Return rows `first` to `last` - 1, which lie in one chunk; raises one of UNREADABLE for damaged bytes."""
+        chunk = first // self.chunk_rows
+        if self._kept is None or self._kept[0] != chunk:
+            start = chunk * self.chunk_rows
+            self._kept = (chunk, np.asarray(self._array[start : start + self.chunk_rows]))
+        start = chunk * self.chunk_rows
+        return self._kept[1][first - start : last - start]
+
+    def whole(self) -> np.ndarray:
+        """Return all rows of the shard; raises one of UNREADABLE for damaged bytes."""
+        return np.asarray(self._array[...])
+
+    def blank(self, rows: np.ndarray) -> np.ndarray:
+        """Say of each of `rows` (B, ...) whether every element of it is the fill value; shape (B,)."""
+        same = np.isnan(rows) if np.issubdtype(rows.dtype, np.floating) and np.isnan(self.fill) else rows == self.fill
+        return np.asarray(same.reshape(len(rows), -1).all(axis=1))
+
+
+def decode(arrays: Mapping[str, np.ndarray], channels: int) -> np.ndarray:
+    """Return the features `(..., C)` that the stored arrays of some rows mean, as float32.
+
+    `values` alone are floats. With `scale`, `values` are int8 or, packed two to a byte with the even channel in the low
+    half, int4; `scale` holds one number for each group of 64 channels.
+    """
+    values = arrays["values"]
+    if "scale" not in arrays:
+        return values.astype(np.float32)
+    if values.dtype == np.uint8:
+        low, high = values & 15, values >> 4
+        values = np.stack([low, high], axis=-1).reshape(*values.shape[:-1], -1).astype(np.int8)
+        values = np.where(values > 7, values - 16, values)
+    return np.asarray(values[..., :channels] * _by_channel(arrays["scale"], channels))
+
+
+def error_bound(arrays: Mapping[str, np.ndarray], channels: int) -> np.ndarray:
+    """Return by how much each decoded feature `(..., C)` may differ from the feature that was stored.
+
+    Floats: 2⁻¹¹ of a float16 and 2⁻²⁵ where it is small, nothing for float32. Integers: half a step of their group's
+    scale, which is M/127 or M/7 rounded to a float16, so 2⁻⁹ more.
+    """
+    values = arrays["values"]
+    if "scale" in arrays:
+        return np.asarray(_by_channel(arrays["scale"], channels) * (0.5 + 2.0**-9) + 2.0**-25)
+    if values.dtype == np.float16:
+        return np.asarray(np.abs(values.astype(np.float64)) * 2.0**-11 + 2.0**-25)
+    return np.zeros(values.shape)
+
+
+def _by_channel(scale: np.ndarray, channels: int) -> np.ndarray:
+    return np.repeat(scale.astype(np.float32), _GROUP, axis=-1)[..., :channels]

@@ -1,0 +1,228 @@
+"""One shard under verification: its receipt, the files that it names, and the values in them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, decode, error_bound
+from olaschema.errors import StoreError
+from olaschema.layout import receipt_file
+from olaschema.manifest import ChannelStatistics, Receipt, TeacherRecord
+from olaschema.store import FeatureStore
+
+_SLACK = 1e-9
+"""Sums in another order, in float64."""
+_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What is wrong with one file of a shard; `rows` are numbers in the store, empty where they are not known."""
+
+    file: str
+    text: str
+    rows: tuple[int, ...] = ()
+
+
+@dataclass
+class Checked:
+    """What was found, and how much was looked at."""
+
+    troubles: list[Trouble] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+    rows: int = 0
+
+
+def check_shard(
+    store: FeatureStore, record: TeacherRecord, shard: int, planned: int | None, documents: Mapping[str, bytes]
+) -> Checked:
+    """Check one committed shard of a teacher.
+
+    `planned` is the number of images that the plan gives it, None where the plan is damaged; `documents` are the
+    `zarr.json` of the teacher's arrays by name.
+    """
+    checked = Checked()
+    name = receipt_file(record.fingerprint.teacher, shard)
+    try:
+        receipt = store.receipt(record.fingerprint.teacher, shard)
+    except StoreError as error:
+        receipt = None
+        checked.troubles.append(Trouble(name, error.problem))
+    checked.files += 1
+    if receipt is not None:
+        checked.bytes += store.place.path(name).stat().st_size
+        texts = list(_receipt_troubles(receipt, record, shard, store.rows_per_shard, planned))
+        checked.troubles += [Trouble(name, text) for text in texts]
+        if texts:
+            receipt = None  # its rows cannot be held against the values
+    arrays = {}
+    names = {array_shard_file(record.fingerprint.teacher, a, shard, d): a for a, d in documents.items()}
+    if receipt is not None and set(receipt.files) != set(names):
+        checked.troubles.append(Trouble(name, f"it names {sorted(receipt.files)}, not {sorted(names)}"))
+        receipt = None
+    for file, array in names.items():
+        found = _open(store, file, documents[array], receipt, checked)
+        if found is not None:
+            arrays[file] = found
+    if receipt is not None and len(arrays) == len(names):
+        _check_values({file: (names[file], a) for file, a in arrays.items()}, record, shard, receipt, checked)
+    return checked
+
+
+def _receipt_troubles(
+    receipt: Receipt, record: TeacherRecord, shard: int, rows_per_shard: int, planned: int | None
+) -> Iterator[str]:
+    teacher = record.fingerprint.teacher
+    if (receipt.teacher, receipt.shard) != (teacher, shard):
+        yield f"it is the receipt of {receipt.teacher} shard {receipt.shard}"
+    if receipt.fingerprint != record.fingerprint.digest():
+        yield f"its fingerprint {receipt.fingerprint[:16]} is not that of the teacher"
+    if len(receipt.rows) != rows_per_shard:
+        yield f"it has {len(receipt.rows)} rows, a shard has {rows_per_shard}"
+        return
+    if planned is None:
+        return
+    if planned == 0:
+        yield "no images are planned for this shard"
+        return
+    absent = [row.status == "absent" for row in receipt.rows]
+    if any(absent[:planned]) or not all(absent[planned:]):
+        yield f"it must speak of the first {planned} rows and call the others absent"
+    if receipt.revision != sum(row.reason == "forgotten" for row in receipt.rows):
+        yield f"revision {receipt.revision} is not the number of forgotten images"
+
+
+def _open(
+    store: FeatureStore, file: str, document: bytes, receipt: Receipt | None, checked: Checked
+) -> StoredArray | None:
+    try:
+        data = store.place.read(file)
+    except StoreError as error:
+        checked.troubles.append(Trouble(file, error.problem))
+        return None
+    checked.files += 1
+    checked.bytes += len(data)
+    try:
+        array = StoredArray(document, data, store.rows_per_shard)
+    except UNREADABLE as error:
+        checked.troubles.append(Trouble(file, f"zarr cannot open it: {error}"))
+        return None
+    if receipt is None:
+        return array
+    promised = receipt.files[file]
+    if len(data) != promised.bytes:
+        checked.troubles.append(Trouble(file, f"it has {len(data)} bytes, its receipt promises {promised.bytes}"))
+    elif hashlib.sha256(data).hexdigest() != promised.sha256:
+        rows = tuple(_unreadable_rows(array, receipt.shard * store.rows_per_shard))
+        hit = f"; damaged: {_list(rows)}" if rows else ""
+        checked.troubles.append(Trouble(file, f"its SHA-256 is not the one its receipt promises{hit}", rows))
+    else:
+        return array
+    return None
+
+
+def _unreadable_rows(array: StoredArray, first_row: int) -> Iterator[int]:
+    """Yield the rows whose chunk fails its checksum, or all where the index of the shard does."""
+    for first in range(0, array.rows, array.chunk_rows):
+        try:
+            array.slice(first, first + array.chunk_rows)
+        except UNREADABLE:
+            yield from range(first_row + first, first_row + first + array.chunk_rows)
+
+
+def _check_values(
+    arrays: Mapping[str, tuple[str, StoredArray]],
+    record: TeacherRecord,
+    shard: int,
+    receipt: Receipt,
+    checked: Checked,
+) -> None:
+    """Decode the shard chunk by chunk: features where the receipt says ok, the fill value elsewhere, the statistics."""
+    channels = record.fingerprint.channels
+    ok = np.asarray([row.status == "ok" for row in receipt.rows])
+    first_row = shard * len(ok)
+    main = next(iter(arrays))
+    statistics = ChannelStatistics(channels)
+    bounds = _Bounds(channels)
+    wrong: dict[tuple[str, str], set[int]] = {}
+    step = min(array.chunk_rows for _, array in arrays.values())
+    for first in range(0, len(ok), step):
+        present = ok[first : first + step]
+        parts = {}
+        for file, (name, array) in arrays.items():
+            try:
+                parts[name] = array.slice(first, first + step)
+            except UNREADABLE as error:
+                text = f"it has the digest of its receipt, but zarr cannot read it: {error}"
+                checked.troubles.append(Trouble(file, text, tuple(range(first_row + first, first_row + first + step))))
+                return
+            full = np.flatnonzero(~array.blank(parts[name]) & ~present)
+            wrong.setdefault((file, "rows without a feature hold one"), set()).update(full + first)
+        features = decode({name: part[present] for name, part in parts.items()}, channels)
+        bad = ~np.isfinite(features).reshape(len(features), -1).all(axis=1) if len(features) else np.zeros(0, bool)
+        rows = np.flatnonzero(present)
+        wrong.setdefault((main, "rows with a feature hold NaN or infinity"), set()).update(rows[bad] + first)
+        statistics.update(features[~bad])
+        bounds.update(error_bound({name: part[present][~bad] for name, part in parts.items()}, channels))
+        checked.rows += step
+    for (file, what), indices in wrong.items():
+        if indices:
+            hit = tuple(sorted(int(index) + first_row for index in indices))
+            checked.troubles.append(Trouble(file, f"{what}: {_list(hit)}", hit))
+    if not any(wrong.values()):
+        difference = _statistics_differ(receipt, statistics, bounds)
+        if difference:
+            file = receipt_file(record.fingerprint.teacher, shard)
+            checked.troubles.append(Trouble(file, f"its statistics are not those of the values: {difference}"))
+
+
+class _Bounds:
+    """Error bounds of all elements of a channel: their sum, sum of squares and maximum."""
+
+    def __init__(self, channels: int) -> None:
+        self.total = np.zeros(channels)
+        self.squares = np.zeros(channels)
+        self.largest = np.zeros(channels)
+
+    def update(self, bound: np.ndarray) -> None:
+        flat = bound.reshape(-1, bound.shape[-1]).astype(np.float64)
+        self.total += flat.sum(axis=0)
+        self.squares += np.square(flat).sum(axis=0)
+        self.largest = np.maximum(self.largest, flat.max(axis=0, initial=0.0))
+
+
+def _statistics_differ(receipt: Receipt, of_values: ChannelStatistics, bounds: _Bounds) -> str | None:
+    """Say which statistic differs by more than storing the features can have changed it."""
+    try:
+        told = ChannelStatistics.from_json(receipt.statistics, len(of_values.mean))
+    except (ValueError, KeyError, TypeError) as error:
+        return f"they cannot be read: {error}"
+    if told.count != of_values.count:
+        return f"they count {told.count} tokens, there are {of_values.count}"
+    if not told.count:
+        return None
+    size = np.maximum(np.abs(of_values.minimum), np.abs(of_values.maximum))
+    allowed = {
+        "mean": bounds.total / told.count + _SLACK * size,
+        "minimum": bounds.largest + _SLACK * size,
+        "maximum": bounds.largest + _SLACK * size,
+        # m2 is the squared length of the centred values, and theirs differ by the length of the errors at most
+        "m2": 2 * np.sqrt(of_values.m2 * bounds.squares) + bounds.squares + _SLACK * told.count * size**2,
+    }
+    for name, limit in allowed.items():
+        difference = np.abs(getattr(told, name) - getattr(of_values, name))
+        worst = int(np.argmax(difference - limit))
+        if not difference[worst] <= limit[worst]:
+            return f"{name} of channel {worst} differs by {difference[worst]:.4g}, {limit[worst]:.4g} is the limit"
+    return None
+
+
+def _list(rows: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, rows[:_NAMED]))
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

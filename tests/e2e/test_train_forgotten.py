@@ -1,0 +1,51 @@
+"""Training after `olapipe forget`: the image is masked, and every other sample stays where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline_support import olapipe
+from trainer_support import make_corpus, make_student
+
+from olaschema.store import FeatureStore
+from olatrain.compose import load_processor
+from olatrain.conversations import Conversations
+from olatrain.join import coverage, join
+from olatrain.prompts import PromptBuilder
+from olatrain.stream import Sample, SampleStream, Source
+from olatrain.tokens import TaskTokens
+
+
+def test_a_forgotten_image_is_masked_and_the_order_stays(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    student = make_student(tmp_path / "student")
+    conversations = Conversations.read(corpus.conversations)
+    before = join(conversations, FeatureStore.open(corpus.store))
+    key = corpus.keys[2]
+    assert olapipe("forget", corpus.store, key, "--yes").exit_code == 0
+    store = FeatureStore.open(corpus.store)
+    after = join(conversations, store)
+    assert after.digest == before.digest, "a run that has begun goes on"
+    found = coverage(store, after, "depth")
+    assert found.missing == {"forgotten": 2}, "the image is used twice"
+    processor = load_processor(student)
+    source = Source(
+        store=corpus.store,
+        teachers=("depth", "gen"),
+        images=corpus.images,
+        prompts=PromptBuilder(processor.tokenizer, TaskTokens.load(student), max_length=512),
+        image_processor=processor.image_processor,
+        exif=True,
+        max_pixels=10**6,
+    )
+    stream = SampleStream(source, after, seed=None)
+    masked = 0
+    for position in range(len(after)):
+        sample = stream[position]
+        assert isinstance(sample, Sample)
+        if sample.key is None:
+            continue
+        missing = [feature is None for feature in sample.features.values()]
+        assert missing == [sample.key == key] * 2
+        masked += all(missing)
+    assert masked == 2
