@@ -231,6 +231,13 @@ def _folder_names(root: Path) -> list[str]:
     return [os.fsdecode(name) for name in sorted(found)]
 
 
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: no folder, and as an image it is one that cannot be read
+        return False
+
+
 def _walk(folder: bytes, prefix: bytes, above: frozenset[tuple[int, int]], found: list[bytes]) -> None:
     """Collect image files. `above` are the folders on the way here: a link back to one of them would never end."""
     try:
@@ -239,7 +246,7 @@ def _walk(folder: bytes, prefix: bytes, above: frozenset[tuple[int, int]], found
         if identity in above:
             return
         with os.scandir(folder) as scan:
-            entries = sorted((entry.name, entry.is_dir()) for entry in scan)
+            entries = sorted((entry.name, _is_folder(entry)) for entry in scan)
     except OSError as error:
         raise CorpusError(
             f"{os.fsdecode(folder)} cannot be listed: {error.strerror}",

@@ -142,7 +142,9 @@ class ShardEncoder:
             settle(name, rows)
 
         made_from = self._made_from(shard, teachers)
-        for index, row in enumerate(self._prepared(samples, teachers, mended=replace)):
+        # an image that another teacher has seen is known by its digest, whatever size was planned
+        mended = [replace or index in made_from for index in range(len(samples))]
+        for index, row in enumerate(self._prepared(samples, teachers, mended)):
             other, digest = made_from.get(index, ("", row.sha256))
             if row.sha256 != digest and not row.failures:
                 changed = ImageError("changed", f"it is not the image that the features of {other} were made from")
@@ -180,14 +182,14 @@ class ShardEncoder:
                     found[index] = (name, row.sha256)
         return found
 
-    def _prepared(self, samples: list[SampleRow], teachers: Sequence[str], *, mended: bool) -> Iterator[_Row]:
+    def _prepared(self, samples: list[SampleRow], teachers: Sequence[str], mended: list[bool]) -> Iterator[_Row]:
         """Yield the rows in order, prepared ahead by threads, with a bounded number of images in memory."""
         ahead = 2 * self.limits.batch_size
         waiting: deque[Future[_Row]] = deque()
         pool = ThreadPoolExecutor(self.limits.decoders, thread_name_prefix="decode")
         try:
-            for sample in samples:
-                waiting.append(pool.submit(self._prepare, sample, teachers, mended))
+            for sample, taken in zip(samples, mended, strict=True):
+                waiting.append(pool.submit(self._prepare, sample, teachers, taken))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:

@@ -94,7 +94,7 @@ def pending(store: FeatureStore, config: ExtractConfig) -> list[ShardTask]:
             failed = [name for name, receipt in receipts.items() if receipt is not None and _mendable(receipt)]
         if missing or failed:
             wanted = tuple(name for name in config.teachers if name in missing or name in failed)
-            tasks.append(ShardTask(shard, wanted, rows, replace=bool(failed)))
+            tasks.append(ShardTask(shard, wanted, rows, replace=config.retry_failed))
     return tasks
 
 

@@ -30,7 +30,7 @@ ERRORS = "errors.log"
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to encode for the teachers that lack it. `replace`: it is committed, with failed images."""
+    """One shard to encode for the teachers that lack it. `replace`: also what is committed, as images are now."""
 
     shard: int
     teachers: tuple[str, ...]

@@ -151,6 +151,13 @@ def test_a_mended_image_of_another_size_is_taken_when_asked(corpus: Path, store:
     plan = {"samples/0000-00000.parquet", "samples/0000.json"}
     assert differing == {*plan, "manifest.json"}, "the plan keeps the size it was made with"
     assert olapipe(*arguments).exit_code == 0, "the features are of the image as it is now"
+    more = olapipe(
+        "extract", folder, "--out", tmp_path / "s", "--teacher", "gen", "--checkpoint", f"gen={GOLDEN / 'gen'}"
+    )
+    assert more.exit_code == 0
+    assert "changed" not in more.output, "a teacher added later sees the mended image too"
+    (tmp_path / "s/receipts/depth/00001.json").unlink()  # as a kill while the shard was replaced leaves it
+    assert "changed" not in olapipe(*arguments, "--retry-failed").output
     (folder / "b.jpg").write_bytes(good + b"\0")
     refused = olapipe(*arguments)
     assert refused.exit_code == 1

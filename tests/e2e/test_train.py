@@ -36,7 +36,15 @@ from trainer_support import (
 )
 
 from olaschema.config import load_config
-from olaschema.errors import ConfigError, DamagedStoreError, FingerprintError, OlaError, StoreError, ViewError
+from olaschema.errors import (
+    ConfigError,
+    CorpusError,
+    DamagedStoreError,
+    FingerprintError,
+    OlaError,
+    StoreError,
+    ViewError,
+)
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.checkpoint import CheckpointError, latest_checkpoint
@@ -410,6 +418,16 @@ def test_a_batch_without_one_usable_sample_stops_the_run(student: Path, tmp_path
         (corpus.images / key).unlink()
     with pytest.raises(TrainingError, match=r"not one sample of the batch of .* could be used"):
         run(settings(corpus, student, tmp_path / "out"))
+
+
+def test_a_held_out_set_without_features_is_refused(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    make_images(tmp_path / "more", 1)
+    (corpus.images / "unseen.png").write_bytes((tmp_path / "more" / "00.png").read_bytes())
+    file = write_json(tmp_path / "held.json", [conversation("unseen.png", "new")])
+    changed = settings(corpus, student, tmp_path / "out", evaluation={"conversations": str(file), "every": 2})
+    with pytest.raises(CorpusError, match="has no feature for any sample"):
+        run(changed)
 
 
 def test_the_floor_is_what_the_mean_training_map_would_get(

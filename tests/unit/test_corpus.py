@@ -233,3 +233,10 @@ def test_nesting_without_end_a_mark_and_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(CorpusError, match="is a pipe or a device"):
         list_corpus(tmp_path / "pipe.json", tmp_path)
+
+
+def test_a_link_to_itself_is_one_failed_image(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png")
+    (tmp_path / "self.png").symlink_to("self.png")
+    (tmp_path / "selfdir").symlink_to("selfdir")
+    assert [(e.key, e.size >= 0) for e in list_corpus(tmp_path, None).entries] == [("a.png", True), ("self.png", False)]

@@ -104,6 +104,10 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
         coverages = {name: coverage(store, listing, name) for name in config.teachers}
         require_features(coverages, config.store)
         counts = _counts(listing, coverages)
+        if heldout is not None and config.evaluation is not None:
+            unseen = {name: coverage(store, heldout, name) for name in config.teachers}
+            require_features(unseen, config.store)
+            notes += [f"held out: {found.valid} samples have a target of {name}" for name, found in unseen.items()]
         if heldout is not None:
             counts["held_out"] = {"images": len(heldout), "digest": heldout.digest}
         notes += _describe(listing, heldout, coverages)
