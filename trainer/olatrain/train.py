@@ -22,6 +22,8 @@ from olatrain.stream import Batch, Fault, SampleStream, make_loader
 from olatrain.watch import SKIPPED, Watch, record_skips, summary
 
 _SHOWN_KEYS = 8
+# A whole batch that cannot be used is no accident, unless batches are this small.
+_MOST_UNUSED = 8
 
 
 class TrainingError(OlaError):
@@ -62,7 +64,7 @@ def _loop(
     config, ranks = run.config, run.ranks
     parameters = list(run.learner.trainable().values())
     last = min(run.steps, config.stop_after or run.steps)
-    step, position = progress.step, progress.position
+    step, position, unused = progress.step, progress.position, 0
     batches = iter(_loader(run, run.stream, start=position, end=run.end))
     while step < last:
         began = time.perf_counter()
@@ -76,6 +78,12 @@ def _loop(
             run.learner, batch, ranks, run.means, bf16=config.precision == "bf16", stop=stop.signal is not None
         )
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip))
+        unused = 0 if totals["samples"] else unused + min(config.batch, run.end - position)
+        if unused >= max(config.batch, _MOST_UNUSED):
+            raise TrainingError(
+                f"not one of {unused} samples in a row could be used, up to {_names(run, position)}",
+                f"The reasons are in {config.out / SKIPPED}; check --images, then run the same command again.",
+            )
         _check(run, totals, norm, position)
         optimiser.step()
         step, position = step + 1, min(position + config.batch, run.end)
@@ -119,11 +127,6 @@ def _next(batches: Any) -> Batch:
 
 def _check(run: Run, totals: dict[str, float], norm: float, position: int) -> None:
     """Stop before the weights change: a loss that is not finite, or exactly zero where there is something to learn."""
-    if not totals["samples"]:
-        raise TrainingError(
-            f"not one sample of the batch of {_names(run, position)} could be used",
-            f"The reasons are in {run.config.out / SKIPPED}; check --images, then run the same command again.",
-        )
     layers = [f"{name}.{layer}" for name, teacher in run.config.teachers.items() for layer in teacher.layers]
     parts = ["loss", "text", *(f"{layer}.{part}" for layer in layers for part in ("smooth_l1", "contrastive"))]
     wrong = [name for name in parts if not math.isfinite(totals[name])]
