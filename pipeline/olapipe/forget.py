@@ -110,7 +110,8 @@ def _erase(store: FeatureStore, teacher: str, row: int) -> None:
     """
     shard, index = divmod(row, store.rows_per_shard)
     channels = store.teacher(teacher).fingerprint.channels
-    documents = store.arrays(teacher)
+    # scales come before the integers: whoever reads in between gets NaN, and never 0 times a scale
+    documents = dict(sorted(store.arrays(teacher).items(), key=lambda found: found[0] == "values"))
     names = {array: array_shard_file(teacher, array, shard, document) for array, document in documents.items()}
     with store.place.lock(shard_lock(teacher, shard)):
         receipt = store.receipt(teacher, shard)
@@ -130,10 +131,9 @@ def _erase(store: FeatureStore, teacher: str, row: int) -> None:
                 raise _damaged(store, name) from error
             promised = receipt.files.get(name)
             if promised is None or hashlib.sha256(data).hexdigest() != promised.sha256:
-                # what an interrupted call has left has just this row blank
+                # what an interrupted call has left has just this row blank; integers may be 0 in others as well
                 empty = np.asarray([place == index or seen.status != "ok" for place, seen in enumerate(receipt.rows)])
                 blank = stored.blank(values)
-                # integers may all be 0 in a row with a feature too; NaN is in none
                 if not blank[empty].all() or (np.isnan(stored.fill) and blank[~empty].any()):
                     raise _damaged(store, name)
             values[index] = stored.fill

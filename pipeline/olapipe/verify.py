@@ -171,18 +171,22 @@ class _Verifier:
     def _teacher(self, name: str, plan: Plan | None) -> TeacherRecord | None:
         self.known.add(f"{name}/zarr.json")
         record = self._try(f"{name}/zarr.json", partial(self.store.teacher, name))
-        arrays = [path.parent.name for path in sorted(self.store.place.path(name).glob("*/zarr.json"))]
-        self.known |= {f"{name}/{array}/zarr.json" for array in arrays}
         self.known |= {receipt_file(name, shard) for shard in self.store.committed(name)}
-        if record is None:
-            return None
-        if record.fingerprint.teacher != name:
+        if record is not None and record.fingerprint.teacher != name:
             self.found.add(f"{name}/zarr.json", f"it describes the teacher {record.fingerprint.teacher}")
+            record = None
+        if record is None:  # then nothing says which arrays there should be
+            arrays = [path.parent.name for path in sorted(self.store.place.path(name).glob("*/zarr.json"))]
+            self.known |= {f"{name}/{array}/zarr.json" for array in arrays}
             return None
-        implied = implied_documents(record, self.store.rows_per_shard, plan.shards if plan else 0)
+        implied = self._documents(record, plan.shards if plan else 0)
         for array, document in implied.items():
             self._array(name, array, document, record, plan)
         return record
+
+    def _documents(self, record: TeacherRecord, shards: int) -> dict[str, bytes]:
+        """Return what the `zarr.json` of each array of a teacher must be, by the array's name."""
+        return array_documents(record.fingerprint, record.precision, self.store.rows_per_shard, shards)
 
     def _array(self, name: str, array: str, document: bytes, record: TeacherRecord, plan: Plan | None) -> None:
         file = f"{name}/{array}/zarr.json"
@@ -197,7 +201,7 @@ class _Verifier:
             return
         rows, committed = _rows(data), self.store.committed(name)
         span = -1 if rows is None or rows % self.store.rows_per_shard else rows // self.store.rows_per_shard
-        if span >= 0 and data == implied_documents(record, self.store.rows_per_shard, span)[array]:
+        if span >= 0 and data == self._documents(record, span)[array]:
             if plan is None:
                 return
             if max(committed, default=-1) < span < plan.shards:
@@ -250,7 +254,7 @@ class _Verifier:
             if missing:
                 self.found.notes.append(f"{teacher}: {missing} of {plan.shards} shards are not extracted yet")
         wanted = set(self._shards(teacher)) if check else set()
-        documents = implied_documents(record, self.store.rows_per_shard, 1)
+        documents = self._documents(record, 1)
         for done, shard in enumerate(sorted(wanted)):
             self.reporter.update({teacher: done * self.store.rows_per_shard})
             planned = None if plan is None else plan.planned.get(shard, 0)
@@ -296,11 +300,6 @@ class _Verifier:
         except OlaError as error:
             self.found.add(file, error.problem)
             return None
-
-
-def implied_documents(record: TeacherRecord, rows_per_shard: int, shards: int) -> dict[str, bytes]:
-    """Return what the `zarr.json` of each array of a teacher must be, by the array's name."""
-    return array_documents(record.fingerprint, record.precision, rows_per_shard, shards)
 
 
 def damaged_shards(problems: Sequence[Problem]) -> dict[int, list[str]]:

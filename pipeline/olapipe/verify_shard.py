@@ -146,7 +146,8 @@ def _check_values(
     channels = record.fingerprint.channels
     ok = np.asarray([row.status == "ok" for row in receipt.rows])
     first_row = shard * len(ok)
-    main = next(iter(arrays))
+    # only floats and scales can hold a NaN, and it is what they are filled with; integers cannot
+    main = next(file for file, (_, array) in arrays.items() if np.isnan(array.fill))
     statistics = ChannelStatistics(channels)
     bounds = _Bounds(channels)
     wrong: dict[tuple[str, str], set[int]] = {}
