@@ -74,12 +74,18 @@ def test_plain_zarr_reads_what_transformers_computes(corpus: Path, store: Path) 
 
 
 def test_two_workers_write_the_same_bytes(corpus: Path, store: Path, tmp_path: Path) -> None:
-    arguments = depth_arguments(corpus, tmp_path / "s", "--shard-size", 2, "--batch-size", 2, "--workers", 2)
-    assert olapipe(*arguments).exit_code == 0
-    assert digests(tmp_path / "s") == digests(store)
-    log = [json.loads(line) for line in (tmp_path / "s/_log/shards.jsonl").read_text().splitlines()]
-    assert sorted(line["shard"] for line in log) == [0, 1, 2, 3]
-    assert len({line["pid"] for line in log}) == 2, "both workers had a share"
+    shares = []
+    for attempt in range(4):  # one worker may finish all four shards before the other has loaded its teacher
+        out = tmp_path / str(attempt)
+        arguments = depth_arguments(corpus, out, "--shard-size", 2, "--batch-size", 2, "--workers", 2)
+        assert olapipe(*arguments).exit_code == 0
+        assert digests(out) == digests(store)
+        log = [json.loads(line) for line in (out / "_log/shards.jsonl").read_text().splitlines()]
+        assert sorted(line["shard"] for line in log) == [0, 1, 2, 3]
+        shares.append(len({line["pid"] for line in log}))
+        if shares[-1] == 2:
+            break
+    assert shares[-1] == 2, "both workers had a share"
 
 
 def test_a_rerun_with_nothing_to_do_starts_no_job(corpus: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
