@@ -68,9 +68,18 @@ def images(count: int, start: int = 0) -> list[SampleRow]:
 
 
 def fill_shard(
-    store: FeatureStore, teacher: TeacherRecord, shard: int, features: np.ndarray, *, failed: tuple[int, ...] = ()
+    store: FeatureStore,
+    teacher: TeacherRecord,
+    shard: int,
+    features: np.ndarray,
+    *,
+    failed: tuple[int, ...] = (),
+    seen: list[str] | None = None,
 ) -> np.ndarray:
-    """Commit float32 `features` (n, ...) as the first rows of a shard; returns the decoded rows, NaN where none."""
+    """Commit float32 `features` (n, ...) as the first rows of a shard; returns the decoded rows, NaN where none.
+
+    `seen` are the digests of the images, made up where there are none.
+    """
     rows_per_shard = store.rows_per_shard
     stored = blank(rows_per_shard, teacher.fingerprint.shape, teacher.precision)
     rows = [RowReceipt(status="absent")] * rows_per_shard
@@ -80,7 +89,7 @@ def fill_shard(
             rows[i] = RowReceipt(status="failed", reason="truncated", detail="cut short")
             continue
         stored[i] = encode(feature, teacher.precision)
-        rows[i] = RowReceipt(status="ok", sha256=f"{i:064x}", width=8, height=6)
+        rows[i] = RowReceipt(status="ok", sha256=seen[i] if seen else f"{i:064x}", width=8, height=6)
         statistics.update(feature[None])
     store.commit_shard(teacher, shard, stored, rows, statistics, EXECUTION)
     return decode(stored, teacher.fingerprint.channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -47,7 +48,8 @@ def extracted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     store.put_teacher(told)
     rng = np.random.default_rng(0)
     for shard, count in ((0, 3), (1, 2)):
-        fill_shard(store, told, shard, rng.normal(size=(count, 6)).astype(np.float32))
+        seen = [hashlib.sha256((corpus / sample.key).read_bytes()).hexdigest() for sample in store.shard_samples(shard)]
+        fill_shard(store, told, shard, rng.normal(size=(count, 6)).astype(np.float32), seen=seen)
     seal(store, store.teachers())
     return out
 
