@@ -153,6 +153,46 @@ def plain_unet(folder: Path, picture: Image.Image, *, step: int = 261, digest: s
 
 
 Plain = Callable[[Path, Image.Image], torch.Tensor]
+
+
+@torch.no_grad()
+def plain_depth(folder: Path, picture: Image.Image) -> torch.Tensor:
+    backbone = transformers.DepthAnythingForDepthEstimation.from_pretrained(folder).eval().backbone
+    pixels = normalise(picture.resize((336, 336), Image.Resampling.BICUBIC), IMAGENET)
+    maps = backbone(pixels).feature_maps
+    assert len(maps) == 4
+    return (sum(tokens[:, 1:] for tokens in maps) / 4).reshape(1, 24, 24, -1)
+
+
+@torch.no_grad()
+def plain_seg(folder: Path, picture: Image.Image) -> torch.Tensor:
+    encoder = (
+        transformers.OneFormerForUniversalSegmentation.from_pretrained(folder).eval().model.pixel_level_module.encoder
+    )
+    squashed = picture.resize((768, 768), Image.Resampling.BICUBIC)
+    last = encoder(normalise(squashed.resize((800, 800), Image.Resampling.BILINEAR), IMAGENET)).feature_maps[-1]
+    assert last.shape[-2:] == (25, 25)
+    # bilinear by hand: the centre of target cell i lies at (i + ½) · 25/24 − ½ of the source
+    position = np.clip((np.arange(24) + 0.5) * 25 / 24 - 0.5, 0, 24)
+    low = np.minimum(position.astype(int), 23)
+    matrix = np.zeros((24, 25))
+    matrix[np.arange(24), low], matrix[np.arange(24), low + 1] = 1 - (position - low), position - low
+    resized = np.einsum("ih,jw,bchw->bijc", matrix, matrix, last.double().numpy())
+    return torch.from_numpy(resized).float()
+
+
+@torch.no_grad()
+def plain_gen(folder: Path, picture: Image.Image) -> torch.Tensor:
+    model = transformers.CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder").eval()
+    width, height = picture.size
+    short = min(width, height)
+    resized = picture.resize((int(224 * width / short), int(224 * height / short)), Image.Resampling.BICUBIC)
+    left, top = (resized.width - 224) // 2, (resized.height - 224) // 2
+    return model(normalise(resized.crop((left, top, left + 224, top + 224)), CLIP)).image_embeds
+
+
+PUBLISHED: dict[str, Plain] = {"depth": plain_depth, "seg": plain_seg, "gen": plain_gen}
+"""The teachers of OLA-VLM at their default preset: upright RGB."""
 PLAIN: dict[str, Plain] = {
     "dinov2": plain_dinov2, "dinov3": plain_dinov3, "siglip": plain_siglip, "clip": plain_clip, "sam": plain_sam,
     "internvit": plain_internvit, "hf": plain_vit, "sd-vae": plain_vae, "sd-unet": plain_unet,

@@ -1,4 +1,4 @@
-"""Every further teacher through `olapipe extract`, read back by plain zarr."""
+"""Every teacher through `olapipe extract`, read back by plain zarr."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 import torch
 import zarr
 from PIL import Image
-from pipeline_support import olapipe, ray_session
-from plain_teachers import PLAIN, picture_bytes, plain_unet
+from pipeline_support import GOLDEN, olapipe, ray_session
+from plain_teachers import PLAIN, PUBLISHED, picture_bytes, plain_unet
 from tiny_teachers import MAKERS, make_sd
 
 __all__ = ["ray_session"]
 DIFFUSION = ["sd-unet", "sd-vae"] if importlib.util.find_spec("diffusers") else []
-TEACHERS = [*sorted(MAKERS), *DIFFUSION]
+TEACHERS = [*sorted(PUBLISHED), *sorted(MAKERS), *DIFFUSION]
 FILES = {"a.png": picture_bytes(1), "b.png": picture_bytes(2, (64, 80))}
 
 
@@ -26,6 +26,7 @@ FILES = {"a.png": picture_bytes(1), "b.png": picture_bytes(2, (64, 80))}
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     made = {name: make(root / f"{name}-tiny") for name, make in MAKERS.items()}
+    made |= {name: GOLDEN / name for name in PUBLISHED}
     return made | (dict.fromkeys(DIFFUSION, make_sd(root / "sd-tiny")) if DIFFUSION else {})
 
 
@@ -54,7 +55,7 @@ def test_stored_features_are_those_of_the_model(name: str, store: zarr.Group, fo
         if name == "sd-unet":
             want = plain_unet(folders[name], picture, digest=hashlib.sha256(data).hexdigest())
         else:
-            want = PLAIN[name](folders[name], picture)
+            want = (PUBLISHED | PLAIN)[name](folders[name], picture)
         actual = np.asarray(stored[row])
         assert actual.shape == tuple(want.shape[1:])
         assert np.linalg.norm(actual - want[0].numpy()) <= 1e-5 * float(want.norm())

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plain_teachers import PUBLISHED
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
@@ -173,46 +174,6 @@ def encode(teacher: Teacher, *images: DecodedImage) -> torch.Tensor:
     return teacher.encode(torch.from_numpy(np.stack([teacher.preprocessor(image) for image in images])))
 
 
-# ---- independent forward passes, default preset: upright RGB
-
-
-@torch.no_grad()
-def independent_depth(folder: Path, picture: Image.Image) -> torch.Tensor:
-    backbone = DepthAnythingForDepthEstimation.from_pretrained(folder).eval().backbone
-    pixels = normalise(picture.resize((336, 336), Image.Resampling.BICUBIC), IMAGENET)
-    maps = backbone(pixels).feature_maps
-    assert len(maps) == 4
-    return (sum(tokens[:, 1:] for tokens in maps) / 4).reshape(1, 24, 24, -1)
-
-
-@torch.no_grad()
-def independent_seg(folder: Path, picture: Image.Image) -> torch.Tensor:
-    encoder = OneFormerForUniversalSegmentation.from_pretrained(folder).eval().model.pixel_level_module.encoder
-    squashed = picture.resize((768, 768), Image.Resampling.BICUBIC)
-    last = encoder(normalise(squashed.resize((800, 800), Image.Resampling.BILINEAR), IMAGENET)).feature_maps[-1]
-    assert last.shape[-2:] == (25, 25)
-    # bilinear by hand: the centre of target cell i lies at (i + ½) · 25/24 − ½ of the source
-    position = np.clip((np.arange(24) + 0.5) * 25 / 24 - 0.5, 0, 24)
-    low = np.minimum(position.astype(int), 23)
-    matrix = np.zeros((24, 25))
-    matrix[np.arange(24), low], matrix[np.arange(24), low + 1] = 1 - (position - low), position - low
-    resized = np.einsum("ih,jw,bchw->bijc", matrix, matrix, last.double().numpy())
-    return torch.from_numpy(resized).float()
-
-
-@torch.no_grad()
-def independent_gen(folder: Path, picture: Image.Image) -> torch.Tensor:
-    model = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder").eval()
-    width, height = picture.size
-    short = min(width, height)
-    resized = picture.resize((int(224 * width / short), int(224 * height / short)), Image.Resampling.BICUBIC)
-    left, top = (resized.width - 224) // 2, (resized.height - 224) // 2
-    return model(normalise(resized.crop((left, top, left + 224, top + 224)), CLIP)).image_embeds
-
-
-INDEPENDENT = {"depth": independent_depth, "seg": independent_seg, "gen": independent_gen}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_default_preset_equals_an_independent_forward_pass(name: str, folders: dict[str, Path]) -> None:
     image = make_image(5, orientation=6)  # stored lying on its side
@@ -222,9 +183,9 @@ def test_default_preset_equals_an_independent_forward_pass(name: str, folders: d
     assert actual.dtype == torch.float32
     assert actual.shape == (1, *teacher.fingerprint.shape)
     transformers_logging.disable_progress_bar()
-    assert relative(actual, INDEPENDENT[name](folders[name], upright)) <= BOUND
+    assert relative(actual, PUBLISHED[name](folders[name], upright)) <= BOUND
     # the same pass on the picture as stored differs by far, so orientation is seen by this test
-    assert relative(actual, INDEPENDENT[name](folders[name], image.rgb)) > 100 * BOUND
+    assert relative(actual, PUBLISHED[name](folders[name], image.rgb)) > 100 * BOUND
     transformers_logging.enable_progress_bar()
 
 

@@ -87,6 +87,8 @@ class TrainConfig(Frozen):
     """bf16: autocast; weights and losses stay float32."""
     contrastive: float = Field(default=0.3, ge=0.0)
     """Weight of the contrastive term relative to smooth-L1."""
+    normalise: Literal["none", "channel"] = "none"
+    """`channel`: targets minus the store's mean of each channel, over its deviation; saved with the predictors."""
     train: tuple[Group, ...] = Field(default=("projector", "predictors", "task_tokens"), min_length=1)
     """What is trained; the language model and the vision tower never are."""
     context: Context = "all"
@@ -144,6 +146,8 @@ class TrainConfig(Frozen):
         unknown = sorted(self.fingerprints.keys() - self.teachers.keys())
         if unknown:
             raise ValueError(f"fingerprints name {', '.join(unknown)}, which teachers does not")
+        if self.probe is not None and self.normalise != "none":
+            raise ValueError("probes are scored on the features as they are: leave normalise at none")
         if self.probe is not None and (self.train != ("predictors",) or self.evaluation is not None):
             raise ValueError("a probe trains the predictors alone and chooses its own held-out images")
         if self.compat == "ola" and self.context != "all":

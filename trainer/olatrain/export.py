@@ -21,6 +21,7 @@ from olatrain.compose import load_processor
 from olatrain.config import TrainConfig
 from olatrain.folder import publish_folder, require_new
 from olatrain.learner import Learner, build_learner, load_start
+from olatrain.predictors import Standard
 from olatrain.setup import student_digest
 from olatrain.sidecar import Sidecar
 from olatrain.tokens import TaskTokens
@@ -128,7 +129,11 @@ def load_trained(run: Path, *, student: Path | None = None) -> Trained:
         )
     tokens = TaskTokens.load(config.student)
     start = load_start(config)
-    learner = build_learner(config, config.fingerprints, tokens, torch.device("cpu"), start=start)
+    standards = {}
+    if config.normalise == "channel":  # the run's own statistics come with its tensors, here is only their place
+        widths = {name: config.fingerprints[name].channels for name in config.teachers}
+        standards = {name: Standard(torch.zeros(width), torch.ones(width)) for name, width in widths.items()}
+    learner = build_learner(config, config.fingerprints, tokens, torch.device("cpu"), start=start, standards=standards)
     learner.restore(files["trainable"])
     return Trained(config, int(state["step"]), state["identity"]["samples"], teachers, start, learner)
 

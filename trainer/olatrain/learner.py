@@ -13,7 +13,7 @@ from olaschema.errors import ConfigError
 from olaschema.manifest import Fingerprint
 from olatrain.config import TrainConfig
 from olatrain.losses import LossConfig
-from olatrain.predictors import PredictorBank, PredictorConfig, published_predictor
+from olatrain.predictors import PredictorBank, PredictorConfig, Standard, published_predictor
 from olatrain.sidecar import Sidecar
 from olatrain.student import Student
 from olatrain.tokens import TaskTokens
@@ -72,10 +72,11 @@ def build_learner(
     device: torch.device,
     *,
     start: Sidecar | None,
+    standards: Mapping[str, Standard] | None = None,
 ) -> Learner:
     """Load the student in float32, freeze it, and set up what trains; the same on every rank.
 
-    `start` is the sidecar to begin from; what it does not hold begins fresh.
+    `start` is the sidecar to begin from; what it does not hold begins fresh. `standards` are of the store's targets.
 
     Raises ConfigError where the student lacks a layer or a teacher's task tokens.
     """
@@ -92,6 +93,7 @@ def build_learner(
         seed=config.seed,
         context=config.context,
         compat="ola" if config.compat == "ola" else None,
+        standards=standards,
     )
     latents = {}
     if tokens.tokens_per_teacher:

@@ -178,12 +178,33 @@ def _readout(channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
 
 
+class Standard(nn.Module):
+    """Per-channel standardisation of one teacher's targets: invertible, and saved wherever its predictors are."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.float())
+        # a channel that never varies has nothing to scale
+        self.register_buffer("deviation", torch.where(deviation > 0, deviation, 1.0).float())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (..., C) as the teacher gave them → (x − mean) / deviation, float32."""
+        return (features.float() - self.mean) / self.deviation
+
+    def invert(self, standardised: Tensor) -> Tensor:
+        """Predictions (..., C) → features as the teacher would have given them."""
+        return standardised.float() * self.deviation + self.mean
+
+
 class PredictorBank(nn.Module):
     """All predictors of a student, one per (teacher, layer), and the learned temperature of each teacher.
 
     `heads[teacher][layer]` are the predictors, `logit_scales[teacher]` the scalars s of the contrastive temperature
     exp(s), from 2.0. `context` says which positions the predictors read (`Items.context`); `compat="ola"` lets
-    padding in, as the public code does.
+    padding in, as the public code does. `standards` are by teacher; predictions of such a teacher are standardised.
     """
 
     def __init__(
@@ -195,6 +216,7 @@ class PredictorBank(nn.Module):
         seed: int,
         context: Context = "all",
         compat: Literal["ola"] | None = None,
+        standards: Mapping[str, Standard] | None = None,
     ) -> None:
         super().__init__()
         unknown = [teacher for teacher in configs if teacher not in tokens.teachers]
@@ -219,6 +241,14 @@ class PredictorBank(nn.Module):
                 }
             )
         self.logit_scales = nn.ParameterDict({t: nn.Parameter(torch.tensor(2.0)) for t in self.configs})
+        self.standards = nn.ModuleDict(dict(standards or {}))
+
+    def standardise(self, teacher: str, features: Tensor) -> Tensor:
+        """Return features (..., C) of a teacher as its predictors are to predict them."""
+        if teacher not in self.standards:
+            return features
+        standardised: Tensor = self.standards[teacher](features)
+        return standardised
 
     @property
     def taps(self) -> tuple[int, ...]:

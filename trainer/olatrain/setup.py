@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from olatrain.learner import Learner, build_learner, load_start
 from olatrain.meanmap import mean_maps
 from olatrain.order import cyclic_partners
 from olatrain.parallel import Ranks
+from olatrain.predictors import Standard
 from olatrain.probebank import build_probe, split_by_image
 from olatrain.prompts import PromptBuilder
 from olatrain.sidecar import Sidecar
@@ -121,7 +123,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     return Run(
         config=config,
         ranks=ranks,
-        learner=_learner(config, found, tokens, ranks, start),
+        learner=_learner(config, store, found, tokens, ranks, start),
         stream=SampleStream(train_source, listing, seed=config.seed, window=config.window),
         heldout=SampleStream(Source(**source), heldout, seed=None) if heldout else None,
         collate=Collator(
@@ -142,11 +144,35 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
 
 
 def _learner(
-    config: TrainConfig, found: dict[str, Fingerprint], tokens: TaskTokens, ranks: Ranks, start: Sidecar | None
+    config: TrainConfig,
+    store: FeatureStore,
+    found: dict[str, Fingerprint],
+    tokens: TaskTokens,
+    ranks: Ranks,
+    start: Sidecar | None,
 ) -> Learner:
     if config.probe is not None:
         return build_probe(config, found, tokens, ranks.device)
-    return build_learner(config, found, tokens, ranks.device, start=start)
+    return build_learner(
+        config, found, tokens, ranks.device, start=start, standards=_standards(config, store, found, ranks)
+    )
+
+
+def _standards(
+    config: TrainConfig, store: FeatureStore, found: dict[str, Fingerprint], ranks: Ranks
+) -> dict[str, Standard]:
+    """Statistics of all committed shards; read once and handed to the other ranks."""
+    if config.normalise == "none":
+        return {}
+    standards = {}
+    for name, fingerprint in found.items():
+        figures = torch.zeros(2, fingerprint.channels, dtype=torch.float64)
+        if ranks.first:
+            statistics = store.statistics(name)
+            figures = torch.from_numpy(np.stack([statistics.mean, np.sqrt(statistics.variance)]))
+        mean, deviation = ranks.sum(figures.to(ranks.device)).cpu()
+        standards[name] = Standard(mean, deviation)
+    return standards
 
 
 def _pin(config: TrainConfig, records: dict[str, TeacherRecord]) -> TrainConfig:

@@ -115,6 +115,14 @@ class Sidecar:
             found = self.latents(teacher)
             if found is not None and (found.shape == latents.shape or teacher in self.record.predictors):
                 self._copy(latents, found, f"latents.{teacher}")
+        for teacher in self.record.predictors.keys() & bank.configs.keys():
+            standardised = f"predictors.standards.{teacher}.mean" in self.tensors
+            if standardised != (teacher in bank.standards):
+                told = "channel" if standardised else "none"
+                raise ConfigError(
+                    f"the student's {SIDECAR_NAME} predicts {teacher} with normalise = {told}, this run differs",
+                    f"Set normalise to {told}, or start without what it learned (init = fresh).",
+                )
         for name, value in bank.state_dict().items():
             found = self.tensors.get(f"predictors.{name}")
             if found is not None:

@@ -12,6 +12,7 @@ from olatrain.learner import Learner
 from olatrain.losses import Counts, Targets, compute_losses, count, supervised_positions
 from olatrain.meter import Meter
 from olatrain.parallel import Ranks
+from olatrain.predictors import PredictorBank
 from olatrain.scaling import decode
 from olatrain.stream import Batch, MicroBatch
 
@@ -36,14 +37,14 @@ def run_batch(
     micro-batch on. `stop` is added up like the rest, so that all ranks learn that one was told to stop.
     """
     device = ranks.device
-    gathered = _gather(batch, ranks, {teacher: config.channels for teacher, config in learner.bank.configs.items()})
+    gathered = _gather(batch, ranks, learner.bank)
     pieces = []
     first = 0
     for micro in batch.micro:
         pieces.append({teacher: _piece(found, first, len(micro.items)) for teacher, found in gathered.items()})
         first += len(micro.items)
     counts = _global_counts(learner, batch, pieces, ranks)
-    meter = Meter(learner.bank, means, device)
+    meter = Meter(learner.bank, {name: learner.bank.standardise(name, mean) for name, mean in means.items()}, device)
     scales = dict(learner.bank.logit_scales.items())
     for micro, targets in zip(batch.micro, pieces, strict=True):
         inputs = {name: value.to(device, non_blocking=True) for name, value in micro.inputs.items()}
@@ -75,7 +76,7 @@ def run_batch(
     return meter.totals(ranks)
 
 
-def _gather(batch: Batch, ranks: Ranks, channels: Mapping[str, int]) -> dict[str, Global]:
+def _gather(batch: Batch, ranks: Ranks, bank: PredictorBank) -> dict[str, Global]:
     """Each teacher's features from all ranks, once: they carry no gradient. They travel as stored, then are scaled."""
     rows = ranks.gather(batch.rows.to(ranks.device))
     first = sum(len(part) for part in rows[: ranks.rank])
@@ -86,7 +87,8 @@ def _gather(batch: Batch, ranks: Ranks, channels: Mapping[str, int]) -> dict[str
     found = {}
     for teacher, features in batch.features.items():
         scale = None if features.scale is None else everyones(features.scale)
-        values = decode(everyones(features.values), scale, channels[teacher])
+        values = decode(everyones(features.values), scale, bank.configs[teacher].channels)
+        values = bank.standardise(teacher, values)
         found[teacher] = Global(values, everyones(features.valid), torch.cat(rows), first)
     return found
 
