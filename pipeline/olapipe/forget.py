@@ -9,7 +9,7 @@ import numpy as np
 
 from olapipe.corpus import PROBLEMS
 from olapipe.report import visible
-from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, committed_receipt, decode
+from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, committed_receipt, decode, stored_basis
 from olaschema.digest import sealed
 from olaschema.errors import DamagedStoreError, StoreError
 from olaschema.keys import normalise_key, tombstone
@@ -109,7 +109,9 @@ def _erase(store: FeatureStore, teacher: str, row: int) -> None:
     Stopped in between, the receipt is the old one; a second call sees that the row is blank already and goes on.
     """
     shard, index = divmod(row, store.rows_per_shard)
-    channels = store.teacher(teacher).fingerprint.channels
+    record = store.teacher(teacher)
+    channels = record.fingerprint.channels
+    basis = stored_basis(store, record)
     # scales come before the integers: whoever reads in between gets NaN, and never 0 times a scale
     documents = dict(sorted(store.arrays(teacher).items(), key=lambda found: found[0] == "values"))
     names = {array: array_shard_file(teacher, array, shard, document) for array, document in documents.items()}
@@ -147,7 +149,7 @@ def _erase(store: FeatureStore, teacher: str, row: int) -> None:
         statistics = ChannelStatistics(channels)
         for place, seen in enumerate(rows):
             if seen.status == "ok":
-                statistics.update(decode({name: values[place] for name, values in arrays.items()}, channels))
+                statistics.update(decode({name: values[place] for name, values in arrays.items()}, channels, basis))
         changes = {
             "revision": sum(seen.reason == "forgotten" for seen in rows),
             "rows": tuple(rows),

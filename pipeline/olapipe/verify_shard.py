@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, decode, error_bound
+from olapipe.stored import UNREADABLE, StoredArray, StoredBasis, array_shard_file, decode, error_bound
 from olaschema.errors import StoreError
 from olaschema.layout import receipt_file
 from olaschema.manifest import ChannelStatistics, Receipt, TeacherRecord
@@ -39,12 +40,17 @@ class Checked:
 
 
 def check_shard(
-    store: FeatureStore, record: TeacherRecord, shard: int, planned: int | None, documents: Mapping[str, bytes]
+    store: FeatureStore,
+    record: TeacherRecord,
+    shard: int,
+    planned: int | None,
+    documents: Mapping[str, bytes],
+    basis: StoredBasis | None = None,
 ) -> Checked:
     """Check one committed shard of a teacher.
 
     `planned` is the number of images that the plan gives it, None where the plan is damaged; `documents` are the
-    `zarr.json` of the teacher's arrays by name.
+    `zarr.json` of the teacher's arrays by name. Without the `basis` that klt needs, digests are checked and no values.
     """
     checked = Checked()
     name = receipt_file(record.fingerprint.teacher, shard)
@@ -69,8 +75,9 @@ def check_shard(
         found = _open(store, file, documents[array], receipt, checked)
         if found is not None:
             arrays[file] = found
-    if receipt is not None and len(arrays) == len(names):
-        _check_values({file: (names[file], a) for file, a in arrays.items()}, record, shard, receipt, checked)
+    decodable = record.basis is None or basis is not None
+    if receipt is not None and len(arrays) == len(names) and decodable:
+        _check_values({file: (names[file], a) for file, a in arrays.items()}, record, shard, receipt, checked, basis)
     return checked
 
 
@@ -141,6 +148,7 @@ def _check_values(
     shard: int,
     receipt: Receipt,
     checked: Checked,
+    basis: StoredBasis | None,
 ) -> None:
     """Decode the shard chunk by chunk: features where the receipt says ok, the fill value elsewhere, the statistics."""
     channels = record.fingerprint.channels
@@ -164,12 +172,13 @@ def _check_values(
                 return
             full = np.flatnonzero(~array.blank(parts[name]) & ~present)
             wrong.setdefault((file, "rows without a feature hold one"), set()).update(full + first)
-        features = decode({name: part[present] for name, part in parts.items()}, channels)
+        features = decode({name: part[present] for name, part in parts.items()}, channels, basis)
         bad = ~np.isfinite(features).reshape(len(features), -1).all(axis=1) if len(features) else np.zeros(0, bool)
         rows = np.flatnonzero(present)
         wrong.setdefault((main, "rows with a feature hold NaN or infinity"), set()).update(rows[bad] + first)
         statistics.update(features[~bad])
-        bounds.update(error_bound({name: part[present][~bad] for name, part in parts.items()}, channels))
+        bound = error_bound({name: part[present][~bad] for name, part in parts.items()}, channels, basis)
+        bounds.update(bound) if basis is None else bounds.update_images(bound)
         checked.rows += step
     for (file, what), indices in wrong.items():
         if indices:
@@ -195,6 +204,14 @@ class _Bounds:
         self.total += flat.sum(axis=0)
         self.squares += np.square(flat).sum(axis=0)
         self.largest = np.maximum(self.largest, flat.max(axis=0, initial=0.0))
+
+    def update_images(self, bound: np.ndarray) -> None:
+        """Add bounds `(N, ..., C)` of the root mean square error of whole images: all of it may lie in any channel."""
+        channels = bound.shape[-1]
+        tokens = bound[0, ..., 0].size if len(bound) else 0
+        self.update(bound * math.sqrt(channels))
+        if tokens:
+            self.largest = np.maximum(self.largest, bound.max() * math.sqrt(channels * tokens))
 
 
 def _statistics_differ(receipt: Receipt, of_values: ChannelStatistics, bounds: _Bounds) -> str | None:

@@ -30,6 +30,7 @@ from olatrain.parallel import Ranks
 from olatrain.predictors import Standard
 from olatrain.probebank import build_probe, split_by_image
 from olatrain.prompts import PromptBuilder
+from olatrain.scaling import StoredBasis
 from olatrain.sidecar import Sidecar
 from olatrain.stream import Collator, SampleStream, Source
 from olatrain.tokens import RECORD_NAME, TaskTokens
@@ -152,10 +153,16 @@ def _learner(
     start: Sidecar | None,
 ) -> Learner:
     if config.probe is not None:
-        return build_probe(config, found, tokens, ranks.device)
-    return build_learner(
-        config, found, tokens, ranks.device, start=start, standards=_standards(config, store, found, ranks)
-    )
+        learner = build_probe(config, found, tokens, ranks.device)
+    else:
+        learner = build_learner(
+            config, found, tokens, ranks.device, start=start, standards=_standards(config, store, found, ranks)
+        )
+    for name in found:
+        basis = store.basis(store.teacher(name))
+        if basis is not None:
+            learner.bases[name] = StoredBasis(basis).to(ranks.device)
+    return learner
 
 
 def _standards(

@@ -12,7 +12,6 @@ from olatrain.learner import Learner
 from olatrain.losses import Counts, Targets, compute_losses, count, supervised_positions
 from olatrain.meter import Meter
 from olatrain.parallel import Ranks
-from olatrain.predictors import PredictorBank
 from olatrain.scaling import decode
 from olatrain.stream import Batch, MicroBatch
 
@@ -37,7 +36,7 @@ def run_batch(
     micro-batch on. `stop` is added up like the rest, so that all ranks learn that one was told to stop.
     """
     device = ranks.device
-    gathered = _gather(batch, ranks, learner.bank)
+    gathered = _gather(batch, ranks, learner)
     pieces = []
     first = 0
     for micro in batch.micro:
@@ -76,7 +75,7 @@ def run_batch(
     return meter.totals(ranks)
 
 
-def _gather(batch: Batch, ranks: Ranks, bank: PredictorBank) -> dict[str, Global]:
+def _gather(batch: Batch, ranks: Ranks, learner: Learner) -> dict[str, Global]:
     """Each teacher's features from all ranks, once: they carry no gradient. They travel as stored, then are scaled."""
     rows = ranks.gather(batch.rows.to(ranks.device))
     first = sum(len(part) for part in rows[: ranks.rank])
@@ -87,8 +86,9 @@ def _gather(batch: Batch, ranks: Ranks, bank: PredictorBank) -> dict[str, Global
     found = {}
     for teacher, features in batch.features.items():
         scale = None if features.scale is None else everyones(features.scale)
-        values = decode(everyones(features.values), scale, bank.configs[teacher].channels)
-        values = bank.standardise(teacher, values)
+        basis = learner.bases[teacher] if teacher in learner.bases else None  # noqa: SIM401 - a ModuleDict has no get
+        values = decode(everyones(features.values), scale, learner.bank.configs[teacher].channels, basis)
+        values = learner.bank.standardise(teacher, values)
         found[teacher] = Global(values, everyones(features.valid), torch.cat(rows), first)
     return found
 
