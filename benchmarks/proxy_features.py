@@ -6,11 +6,11 @@ with random weights on photographs: real in kind, neither in size nor in trainin
 
 A proxy map is a mean map + components × spatial fields + a full-rank noise floor. Where its numbers come from:
 
-- eigenvalues of the covariance over the data set fall as 1/k: for representations that generalise the exponent is close
-  to 1 (Agrawal et al. 2022, "α-ReQ"; Stringer et al. 2019 measured 1.04 in visual cortex, arXiv 2006.15166 builds on it);
-- each image lives in a subspace of its own: final tokens of CaiT-S24 have 99 / 95 / 90 / 80 % of an image's energy in 121 / 61 /
-  34 / 14 of 384 directions, while the data set as a whole fills nearly all (arXiv 2511.15572). So the strength of each
-  component is log-normal from image to image;
+- eigenvalues of the covariance over the data set fall as 1/k: for representations that generalise the exponent is
+  close to 1 (Agrawal et al. 2022, "α-ReQ"; Stringer et al. 2019 measured 1.04 in visual cortex);
+- each image lives in a subspace of its own: final tokens of CaiT-S24 have 99 / 95 / 90 / 80 % of an image's energy in
+  121 / 61 / 34 / 14 of 384 directions, while the data set as a whole fills nearly all (arXiv 2511.15572). So the
+  strength of each component is log-normal from image to image;
 - spatial power falls as 1/f², as in natural images (Field 1987);
 - few channels are 30 times as large as the others and nearly constant (massive activations, arXiv 2402.17762);
 - the mean map is most of the energy: alone it scores a cosine of 0.95 for maps; vectors of CLIP share less, 0.7;
@@ -102,7 +102,7 @@ def noise(shape: tuple[int, ...], first: int, count: int, seed: int = 0) -> np.n
 
 
 def photographs(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Return `count` uint8 `(H, W, 3)` pictures: the colour photographs in the scikit-image wheel, then crops of them."""
+    """Return uint8 `(H, W, 3)` pictures: the colour photographs in the scikit-image wheel, then crops of them."""
     from skimage import data
 
     whole = [
@@ -145,7 +145,7 @@ def tiny(teacher: str, count: int) -> np.ndarray:
 
 
 def source(kind: str, teacher: str, *, exponent: float = EXPONENT, seed: int = 0) -> _Draw:
-    """Return what draws maps `first … first + count - 1` of a kind, `proxy`, `noise` or `tiny`, as a teacher has them."""
+    """Return what draws maps `first …` of a kind, `proxy`, `noise` or `tiny`, in the shape of a teacher's."""
     if kind == "proxy":
         return Proxy(SHAPES[teacher], exponent=exponent, seed=seed)
     if kind == "noise":
@@ -154,7 +154,7 @@ def source(kind: str, teacher: str, *, exponent: float = EXPONENT, seed: int = 0
 
 
 def spectrum(features: np.ndarray) -> dict[str, float]:
-    """Return what is published of spectra, of `(N, T, C)`: shares of directions of one image, exponent of the data set."""
+    """Return of `(N, T, C)` what is published of spectra: shares of directions in an image, exponent over all."""
     counts: dict[str, float] = {}
     energies = np.mean([_energies(one) for one in features], axis=0)
     for share in (0.8, 0.9, 0.95, 0.99):

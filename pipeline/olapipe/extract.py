@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from olapipe.progress import Reporter
 from olapipe.report import TeacherSummary, summarise
 from olapipe.teachers import registry
 from olapipe.teachers.base import suggest
+from olapipe.tiers import Tier, choose
 from olaschema.errors import StoreError, TeacherError
 from olaschema.manifest import Receipt, TeacherRecord
 from olaschema.place import Place, open_place
@@ -59,12 +61,13 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     reporter.say(_describe(listing, growth))
     tasks = pending(store, config) if store is not None else []
     if store is not None and not growth.new and not tasks:
-        return _unchanged(store, config, reporter)
+        return _unchanged(store, config, listing, reporter)
     rows_per_shard = store.rows_per_shard if store else config.shard_size or DEFAULT_ROWS_PER_SHARD
+    tiers = choose(config, listing, store, open_place(config.out), reporter)
     with worker_pool(config, listing.root, len(tasks) + -(-len(growth.new) // rows_per_shard)) as pool:
         workers = f"{len(pool)} worker{'s' if len(pool) > 1 else ''}"
         reporter.say(f"{workers}, loading {', '.join(config.teachers)} …")
-        store = _prepare(config, listing, pool.load(), rows_per_shard)
+        store = _prepare(config, listing, pool.load(), tiers, rows_per_shard)
         tasks = pending(store, config)
         waiting = {name: sum(task.rows for task in tasks if name in task.teachers) for name in config.teachers}
         planned = sum(generation.rows for generation in store.generations())
@@ -143,10 +146,15 @@ def _log_run(place: Place, config: ExtractConfig) -> None:
 
 
 def _prepare(
-    config: ExtractConfig, listing: Listing, records: list[TeacherRecord], rows_per_shard: int
+    config: ExtractConfig,
+    listing: Listing,
+    loaded: list[TeacherRecord],
+    tiers: Mapping[str, Tier],
+    rows_per_shard: int,
 ) -> FeatureStore:
     """Make or extend the store; everything that could be refused is refused before the first change."""
     store = FeatureStore.create(config.out, rows_per_shard=rows_per_shard)
+    records = [tiers[record.fingerprint.teacher].settle(record) for record in loaded]
     with store.place.lock("plan"):
         store.place.sweep()
         store.place.clear_withdrawn()
@@ -157,18 +165,20 @@ def _prepare(
         growth = compare(listing, store)  # again: another run may have planned since
         store.add_generation(entry.sample() for entry in growth.new)
         for record in records:
-            store.put_teacher(record)
+            store.put_teacher(record, tiers[record.fingerprint.teacher].basis)
         for name in store.teachers():  # the arrays of all teachers span all planned rows
             store.put_teacher(store.teacher(name))
     return store
 
 
-def _unchanged(store: FeatureStore, config: ExtractConfig, reporter: Reporter) -> Extraction:
+def _unchanged(store: FeatureStore, config: ExtractConfig, listing: Listing, reporter: Reporter) -> Extraction:
     from olapipe.load import load_teachers, teacher_record
 
     reporter.say("nothing to extract; comparing the teachers with the store's …")
+    tiers = choose(config, listing, store, store.place, reporter)
     for teacher in load_teachers(config, "cpu").values():
-        store.put_teacher(teacher_record(teacher, config.precision))
+        tier = tiers[teacher.name]
+        store.put_teacher(tier.settle(teacher_record(teacher, tier.precision)))
     store.place.sweep()
     _seal(store, config)  # a run that was killed at the very end has not
     return Extraction(store, [summarise(store, name) for name in config.teachers], {}, [])

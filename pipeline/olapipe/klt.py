@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from olapipe.quantise import DeviceBasis
 from olaschema.basis import Basis
 from olaschema.errors import CorpusError
 from olaschema.precision import GROUP
@@ -23,7 +26,8 @@ def fit_basis(features: Sequence[np.ndarray], max_gradient_error: float) -> Basi
     The step is the largest with which 1 − cosine of the smooth-L1 gradients, for predictions at centred cosine 0.9,
     stays within MARGIN of `max_gradient_error`. There a gradient is the prediction's error, 1 − 0.9² of the centred
     variance, and storing adds an independent one: the cosine is 1/√(1 + stored/(0.19 · variance)).
-    Raises CorpusError for fewer than 4 images.
+    Raises CorpusError for fewer than 4 images. All sums run in torch, whose number of threads the caller has set: with
+    another number a sum may differ in its last bit, and then so does the file.
     """
     if len(features) < 4:
         raise CorpusError(
@@ -32,20 +36,22 @@ def fit_basis(features: Sequence[np.ndarray], max_gradient_error: float) -> Basi
     kept = min(STEP_IMAGES, len(features) // 4)
     tokens, channels = int(np.prod(features[0].shape[:-1])), features[0].shape[-1]
     fitted = [feature.reshape(tokens, channels) for feature in features[kept:]]
-    mean = (sum(map(np.float64, fitted)) / len(fitted)).astype(np.float32)
-    by_channel, by_place = np.zeros((channels, channels)), np.zeros((tokens, tokens))
+    mean = np.stack(fitted).mean(axis=0, dtype=np.float64).astype(np.float32)
+    by_channel = torch.zeros(channels, channels, dtype=torch.float64)
+    by_place = torch.zeros(tokens, tokens, dtype=torch.float64)
     for feature in fitted:
-        centred = feature - mean
-        by_channel += centred.T @ centred
-        by_place += centred @ centred.T
+        centred = torch.from_numpy(feature - mean)
+        by_channel += centred.t() @ centred
+        by_place += centred @ centred.t()
     basis = Basis(mean, _components(by_place), _components(by_channel), 2.0**-24)
-    tests = np.stack(features[:kept])
-    return Basis(basis.mean, basis.places, basis.channels, _step(basis.forward(tests), max_gradient_error * MARGIN))
+    tests = torch.from_numpy(np.stack(features[:kept]))
+    coefficients = DeviceBasis(basis, tests.device).forward(tests).numpy()
+    return Basis(basis.mean, basis.places, basis.channels, _step(coefficients, max_gradient_error * MARGIN))
 
 
-def _components(covariance: np.ndarray) -> np.ndarray:
+def _components(covariance: Tensor) -> np.ndarray:
     """Return the orthonormal eigenvectors as rows, the strongest first, each with its largest entry positive."""
-    rows = np.linalg.eigh(covariance)[1].T[::-1]
+    rows = torch.linalg.eigh(covariance)[1].t().flip(0).numpy()
     largest = rows[np.arange(len(rows)), np.abs(rows).argmax(axis=1)]
     return np.ascontiguousarray(rows * np.where(largest < 0, -1, 1)[:, None], dtype=np.float32)
 

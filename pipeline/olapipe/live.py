@@ -15,7 +15,15 @@ import numpy as np
 from olapipe.corpus import read_image
 from olapipe.load import load_teachers
 from olapipe.repair import Source, any_receipt, extract_config
-from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, committed_receipt, decode, error_bound, stored_basis
+from olapipe.stored import (
+    UNREADABLE,
+    StoredArray,
+    array_shard_file,
+    committed_receipt,
+    decode,
+    error_bound,
+    stored_basis,
+)
 from olapipe.teachers.base import Teacher
 from olaschema.errors import DamagedStoreError, ImageError, StoreError
 from olaschema.images import decode_image

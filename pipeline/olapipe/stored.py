@@ -93,7 +93,7 @@ class StoredArray:
 
 @dataclass(frozen=True)
 class StoredBasis:
-    """The file `basis.npy`, taken apart by the format: mean (T, C), places (T, T) and channels (C, C)."""
+    """The file `bases/TEACHER.npy`, taken apart by the format: mean (T, C), places (T, T) and channels (C, C)."""
 
     mean: np.ndarray
     places: np.ndarray

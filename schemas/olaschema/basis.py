@@ -1,4 +1,4 @@
-"""The basis of the tier `klt`: what a teacher's maps have in common, fitted once, kept in the store as `basis.npy`.
+"""The basis of the tier `klt`: what a teacher's maps have in common, fitted once, kept in the store as `bases/TEACHER.npy`.
 
 A map (T tokens of C channels) is stored as integers of `places @ (map - mean) @ channels.T`: the mean map taken away,
 rotated into the principal components of tokens and of channels (Karhunen–Loève, both orthonormal). Every coefficient
@@ -23,7 +23,7 @@ REACH = 127 * 65504 * 0.9
 
 @dataclass(frozen=True)
 class Basis:
-    """What `basis.npy` holds, all float32. T is 1 for vectors."""
+    """What that file holds, all float32. T is 1 for vectors."""
 
     mean: np.ndarray
     """(T, C)."""

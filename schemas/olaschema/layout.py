@@ -16,8 +16,8 @@ def array_document(teacher: str, array: str) -> str:
 
 
 def basis_file(teacher: str) -> str:
-    """Path of the basis of a teacher stored as `klt`."""
-    return f"{teacher}/basis.npy"
+    """Path of the basis of a teacher stored as `klt`; not in its group, where zarr would warn of it."""
+    return f"bases/{teacher}.npy"
 
 
 def receipt_file(teacher: str, shard: int) -> str:

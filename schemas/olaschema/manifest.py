@@ -138,7 +138,7 @@ def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 
 
 class BasisRecord(Frozen):
-    """The file `basis.npy` of a teacher stored as `klt`; it never changes."""
+    """The file `bases/TEACHER.npy` of a teacher stored as `klt`; it never changes."""
 
     bytes: int
     sha256: str

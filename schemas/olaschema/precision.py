@@ -25,7 +25,13 @@ LARGEST_Q: Mapping[Precision, int] = MappingProxyType({"int8": 127, "int4": 7, "
 
 _LARGEST_HALF = 65504
 _DTYPES: Mapping[Precision, np.dtype] = MappingProxyType(
-    {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1"), "int4": np.dtype("u1"), "klt": np.dtype("i1")}
+    {
+        "float32": np.dtype("<f4"),
+        "float16": np.dtype("<f2"),
+        "int8": np.dtype("i1"),
+        "int4": np.dtype("u1"),
+        "klt": np.dtype("i1"),
+    }
 )
 
 

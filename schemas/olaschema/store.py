@@ -260,9 +260,7 @@ class FeatureStore:
         name = basis_file(record.fingerprint.teacher)
         if not self.place.exists(name):
             raise DamagedStoreError(f"{self.place.locate(name)} is missing", "Restore it from a copy.")
-        return read_basis(
-            self.place.read(name), record.basis, record.fingerprint.shape, name=self.place.locate(name)
-        )
+        return read_basis(self.place.read(name), record.basis, record.fingerprint.shape, name=self.place.locate(name))
 
     def put_teacher(self, record: TeacherRecord, basis: Basis | None = None) -> None:
         """Make a teacher's group and arrays, or grow its arrays to the planned rows.
