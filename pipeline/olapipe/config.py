@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from olapipe.teachers.base import ComputeDtype, Preset
+from olaschema.config import StoreUrl
 from olaschema.manifest import Precision, Scalar
 
 
@@ -20,7 +21,7 @@ class ExtractConfig(BaseModel):
     """A folder of images, or a .json or .jsonl file of LLaVA-style conversations."""
     images: Path | None = None
     """The folder that the `image` paths of conversations start from."""
-    out: Path
+    out: StoreUrl
     """The feature store: made if missing, else continued."""
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
     checkpoints: dict[str, str] = Field(default_factory=dict)
@@ -48,7 +49,7 @@ class ExtractConfig(BaseModel):
     retry_failed: bool = False
     """Encode shards that hold failed images again."""
 
-    @field_validator("corpus", "images", "out", mode="before")
+    @field_validator("corpus", "images", mode="before")
     @classmethod
     def _local(cls, value: object) -> object:
         if isinstance(value, str) and "://" in value:

@@ -18,7 +18,7 @@ from olapipe.teachers import registry
 from olapipe.teachers.base import suggest
 from olaschema.errors import StoreError, TeacherError
 from olaschema.manifest import Receipt, TeacherRecord
-from olaschema.place import Place, open_place
+from olaschema.place import Place, absolute_url, open_place
 from olaschema.seal import seal, unseal
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
 
@@ -118,7 +118,7 @@ def _absolute(config: ExtractConfig) -> ExtractConfig:
         name: str(Path(value).expanduser().absolute()) if Path(value).expanduser().exists() else value
         for name, value in config.checkpoints.items()
     }
-    paths = {"corpus": config.corpus.absolute(), "out": config.out.absolute(), "checkpoints": checkpoints}
+    paths = {"corpus": config.corpus.absolute(), "out": absolute_url(config.out), "checkpoints": checkpoints}
     if config.images is not None:
         paths["images"] = config.images.absolute()
     return config.model_copy(update=paths)

@@ -29,6 +29,8 @@ class Place(ABC):
 
     url: str
     """Folder or address as text, for messages and for other processes; holds no credentials."""
+    remote = False
+    """Whether each request takes a round trip over a network."""
     requests: Counter[str]
     """How often files were asked for, by kind: `read`, `list`, `write`, …"""
 
@@ -66,6 +68,10 @@ class Place(ABC):
         """Return a file's bytes; raises StoreError naming the file if it is missing or cannot be read."""
 
     @abstractmethod
+    def find(self, name: str) -> bytes | None:
+        """Return a file's bytes, None if it is missing; raises StoreError if it cannot be read."""
+
+    @abstractmethod
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on, fewer where the file ends before; raises as `read` does."""
 
@@ -98,6 +104,10 @@ class Place(ABC):
 
         Of several processes that try at once, one is told so. Raises as `publish` does.
         """
+
+    @abstractmethod
+    def swap(self, name: str, old: bytes | None, new: bytes) -> bool:
+        """Put `new` if the file holds exactly `old` (None: if there is none), all at once; says whether it was put."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -136,9 +146,14 @@ def open_place(where: str | Path) -> Place:
     """Return the place that a folder or an address names; nothing is read or made yet."""
     text = str(where)
     if "://" in text:
+        scheme = text.partition("://")[0]
+        from olaschema.bucket import SCHEMES, BucketPlace
+
+        if scheme in SCHEMES:
+            return BucketPlace(text)
         raise StoreError(
-            f"{text}: stores are local folders in this version; buckets are not written yet",
-            "Give a folder, or a bucket that is mounted as one.",
+            f"{scheme}://…: no stores are read from such an address",
+            "Give a folder, or an address that begins with s3://, az:// or gs://.",
         )
     return LocalPlace(Path(where))
 
@@ -203,6 +218,15 @@ class LocalPlace(Place):
         """Return a file's bytes; raises StoreError naming the file if it is missing or cannot be read."""
         with self._reading(name):
             return self.path(name).read_bytes()
+
+    def find(self, name: str) -> bytes | None:
+        """Return a file's bytes, None if it is missing; raises StoreError if it cannot be read."""
+        try:
+            return self.read(name)
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                return None
+            raise
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on, fewer where the file ends before; raises as `read` does."""
@@ -275,6 +299,14 @@ class LocalPlace(Place):
                 return False
             raise
         return True
+
+    def swap(self, name: str, old: bytes | None, new: bytes) -> bool:
+        """Put `new` if the file holds exactly `old` (None: if there is none), under a lock."""
+        with self.lock(name.replace("/", "-")):
+            if self.find(name) != old:
+                return False
+            self.publish(name, new)
+            return True
 
     def _put(self, name: str, data: bytes, move: Callable[[Path, Path], None]) -> None:
         target = self.path(name)

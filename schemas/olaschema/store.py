@@ -80,7 +80,8 @@ class FeatureStore:
         place = open_place(root)
         if not place.present():
             raise StoreError(f"{root}: no such feature store", "Give the folder that `olapipe extract --out` wrote.")
-        data, attributes = _ours(place, "zarr.json")
+        data = place.read("zarr.json")
+        attributes = _ours(place, "zarr.json", data)
         if attributes is None:
             raise StoreError(
                 f"{root} is a Zarr group, but not a feature store of ours",
@@ -113,7 +114,8 @@ class FeatureStore:
         if not place.vacant():
             raise StoreError(f"{root} exists and is not a feature store", "Choose a new or empty folder for --out.")
         record = StoreRecord(rows_per_shard=rows_per_shard)
-        place.publish("zarr.json", root_document(record))
+        if not place.publish_if_absent("zarr.json", root_document(record)):
+            return cls.create(root, rows_per_shard=rows_per_shard)  # somebody else made it just now
         return cls(place, record)
 
     def generations(self) -> list[Generation]:
@@ -240,8 +242,8 @@ class FeatureStore:
         found = {}
         for array in self.array_names(teacher):
             name = array_document(teacher, array)
-            data, ours = _ours(self.place, name)
-            _intact(self.place, name, data, ours)
+            data = self.place.read(name)
+            _intact(self.place, name, data, _ours(self.place, name, data))
             found[array] = data
         return found
 
@@ -277,9 +279,8 @@ class FeatureStore:
     def receipt(self, teacher: str, shard: int) -> Receipt | None:
         """Return a shard's receipt, None while it is not committed."""
         name = receipt_file(teacher, shard)
-        if not self.place.exists(name):
-            return None
-        return read_document(Receipt, self.place, name)
+        data = self.place.find(name)
+        return None if data is None else parse_document(Receipt, self.place, name, data)
 
     def committed(self, teacher: str) -> list[int]:
         """Return the numbers of the committed shards of a teacher, ascending."""
@@ -340,11 +341,13 @@ class FeatureStore:
                 self.place.remove(receipt_file(teacher, shard))
             for name, data in objects.items():
                 self._publish_unless_there(name, data)
-            self.place.publish(receipt_file(teacher, shard), sealed(receipt))
+            # a writer presumed dead may have come first after all; then its receipt stands, and what it promises
+            if not self.place.publish_if_absent(receipt_file(teacher, shard), sealed(receipt)):
+                return read_document(Receipt, self.place, receipt_file(teacher, shard))
         return receipt
 
     def _publish_unless_there(self, name: str, data: bytes) -> None:
-        if not (self.place.exists(name) and self.place.read(name) == data):
+        if not self.place.publish_if_absent(name, data) and self.place.find(name) != data:
             self.place.publish(name, data)
 
 
@@ -355,13 +358,16 @@ def _rows(table: pa.Table) -> Iterator[SampleRow]:
 
 def read_document(model: type[Model], place: Place, name: str) -> Model:
     """Return what a document of ours says; raises DamagedStoreError unless its digest and its content are right."""
-    data, ours = _ours(place, name)
-    return _validated(model, _intact(place, name, data, ours), place, name)
+    return parse_document(model, place, name, place.read(name))
 
 
-def _ours(place: Place, name: str) -> tuple[bytes, dict[str, Any] | None]:
-    """Return a file and the object in it that is ours: of a `zarr.json`, the attribute `ola`, if there is one."""
-    data = place.read(name)
+def parse_document(model: type[Model], place: Place, name: str, data: bytes) -> Model:
+    """Return what the bytes `data` of a document of ours say; raises as `read_document` does."""
+    return _validated(model, _intact(place, name, data, _ours(place, name, data)), place, name)
+
+
+def _ours(place: Place, name: str, data: bytes) -> dict[str, Any] | None:
+    """Return the object in a file that is ours: of a `zarr.json`, the attribute `ola`, if there is one."""
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -371,10 +377,10 @@ def _ours(place: Place, name: str) -> tuple[bytes, dict[str, Any] | None]:
     if not isinstance(document, dict):
         raise DamagedStoreError(f"{place.locate(name)} does not hold a JSON object", "Restore it from a copy.")
     if not name.endswith("zarr.json"):
-        return data, document
+        return document
     attributes = document.get("attributes")
     ours = attributes.get("ola") if isinstance(attributes, dict) else None
-    return data, ours if isinstance(ours, dict) else None
+    return ours if isinstance(ours, dict) else None
 
 
 def _intact(place: Place, name: str, data: bytes, ours: dict[str, Any] | None) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def coverage(store: FeatureStore, listing: Listing, teacher: str) -> Coverage:
     return Coverage(np.asarray(ready, dtype=np.int64), sum(uses[row] for row in ready), dict(sorted(missing.items())))
 
 
-def require_features(coverages: Mapping[str, Coverage], store: Path) -> None:
+def require_features(coverages: Mapping[str, Coverage], store: str) -> None:
     """Raise CorpusError naming the teacher that has no feature for any sample."""
     for teacher, found in coverages.items():
         if not found.valid:

@@ -37,7 +37,7 @@ from olatrain.tokens import Items, TaskTokens, locate
 class Source:
     """Where samples come from, and how they become the student's inputs."""
 
-    store: Path
+    store: str
     teachers: tuple[str, ...]
     images: Path
     prompts: PromptBuilder
@@ -151,6 +151,11 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
 
     def __len__(self) -> int:
         return len(self._listing)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the features come over a network."""
+        return "://" in self._source.store
 
     def index(self, position: int) -> int:
         """Return which sample of the listing stands at a position."""
@@ -296,8 +301,9 @@ def make_loader(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin,
-        # stores and the tokenizer are opened after the fork; nothing here starts threads before it
-        multiprocessing_context="fork" if workers else None,
+        # Stores and the tokenizer are opened after the fork; nothing here starts threads before it. But the library
+        # that reads buckets has started some when the run was set up, and they do not survive a fork.
+        multiprocessing_context=("spawn" if stream.remote else "fork") if workers else None,
         # without one of its own the loader draws from the global generator, whose state is part of a checkpoint
         generator=torch.Generator(),
     )
