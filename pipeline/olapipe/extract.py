@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from olapipe.report import TeacherSummary, summarise
 from olapipe.teachers import registry
 from olapipe.teachers.base import suggest
 from olaschema.errors import StoreError, TeacherError
+from olaschema.lease import writing
 from olaschema.manifest import Receipt, TeacherRecord
 from olaschema.place import Place, absolute_url, open_place
 from olaschema.seal import seal, unseal
@@ -44,8 +46,14 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     """Bring the store up to date with the corpus; raises OlaError for what stops the whole run.
 
     A rerun with nothing to do starts no job: the teachers are loaded here, on the CPU, only to compare their
-    fingerprints with the store's.
+    fingerprints with the store's. Two jobs on one store: of one teacher the later waits for the other to end, and then
+    does what is left.
     """
+    with ExitStack() as held:
+        return _extract(config, reporter, held)
+
+
+def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extraction:
     known = registry.available()
     for name in config.teachers:
         if name not in known:
@@ -54,7 +62,10 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     listing = list_corpus(config.corpus, config.images)
     store = _present_store(config)
     # Also shows, before anything is loaded, that the place can be written to.
-    _log_run(open_place(config.out), config)
+    place = open_place(config.out)
+    _log_run(place, config)
+    held.enter_context(writing(place, config.teachers, wait=True, say=reporter.say))
+    store = _present_store(config)  # again: whoever was waited for may have made it
     growth = compare(listing, store)
     reporter.say(_describe(listing, growth))
     tasks = pending(store, config) if store is not None else []

@@ -14,6 +14,7 @@ from olaschema.digest import sealed
 from olaschema.errors import DamagedStoreError, StoreError
 from olaschema.keys import normalise_key, tombstone
 from olaschema.layout import receipt_file, shard_lock
+from olaschema.lease import writing
 from olaschema.manifest import ChannelStatistics, FileReceipt, Generation, RowReceipt, SampleRow
 from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
@@ -39,7 +40,7 @@ def forget(store: FeatureStore, key: str) -> Forgotten:
     Raises StoreError where the store has no such image, DamagedStoreError where a shard of it must be repaired first.
     """
     stone = tombstone(normalise_key(key))
-    with store.place.lock("plan"):
+    with writing(store.place, store.teachers(), wait=False), store.place.lock("plan"):
         generation, part, row = _find(store, key, stone)
         teachers = store.teachers()
         twins = _twins(store, teachers, row)

@@ -15,6 +15,7 @@ from olapipe.verify import Problem, damaged_shards
 from olaschema.config import load_config
 from olaschema.errors import ConfigError, DamagedStoreError, StoreError
 from olaschema.layout import receipt_file
+from olaschema.lease import writing
 from olaschema.manifest import Receipt
 from olaschema.place import absolute_url
 from olaschema.seal import seal, unseal
@@ -102,15 +103,16 @@ def repair(store: FeatureStore, problems: Sequence[Problem], source: Source, rep
     documents = sorted({problem.file for problem in problems if problem.mending == "document"})
     changed: list[str] = []
     lost: list[str] = []
-    with store.place.lock("plan"):
-        unseal(store, teachers)
-        for name in {file.partition("/")[0] for file in documents}:
-            store.put_teacher(store.teacher(name))
-    for teacher in teachers:
-        mine = [shard for shard, names in shards.items() if teacher in names]
-        lost += _extract(store, teacher, mine, source, reporter, changed)
-    with store.place.lock("plan"):
-        seal(store, store.teachers())
+    with writing(store.place, teachers, wait=False):
+        with store.place.lock("plan"):
+            unseal(store, teachers)
+            for name in {file.partition("/")[0] for file in documents}:
+                store.put_teacher(store.teacher(name))
+        for teacher in teachers:
+            mine = [shard for shard, names in shards.items() if teacher in names]
+            lost += _extract(store, teacher, mine, source, reporter, changed)
+        with store.place.lock("plan"):
+            seal(store, store.teachers())
     mended = [(name, shard) for shard, names in shards.items() for name in names]
     return Repair(mended, documents, changed, lost)
 

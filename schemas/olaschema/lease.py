@@ -12,8 +12,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +112,18 @@ def hold(
         lease.release()
 
 
-def writer_lease(teacher: str) -> str:
-    """Name of the lease that whoever writes a teacher's features holds."""
-    return f"_log/leases/{teacher}"
+@contextmanager
+def writing(
+    place: Place, teachers: Iterable[str], *, wait: bool, say: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Hold the leases of all who write features of these teachers; raises StoreError where one is held, unless `wait`.
+
+    Nothing is written under a lease that was lost: the shards' own locks and receipts see to that.
+    """
+    with ExitStack() as held:
+        for teacher in sorted(teachers):  # in one order for all, so that nobody waits in a circle
+            held.enter_context(hold(place, f"_log/leases/{teacher}", wait=wait, say=say))
+        yield
 
 
 def _holder(content: bytes | None) -> dict[str, Any] | None:

@@ -78,7 +78,8 @@ print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 
 
 def _data(config: TrainConfig, samples: str, start: dict[str, Any] | None) -> str:
-    text = f"Conversations `{config.conversations.name}`, features `{PurePosixPath(config.store).name}`. Samples digest `{samples}`."
+    store = PurePosixPath(config.store).name
+    text = f"Conversations `{config.conversations.name}`, features `{store}`. Samples digest `{samples}`."
     if start is not None:
         text += (
             f" An epoch has {start['samples']} samples, {start['text_only']} of them text alone; "

@@ -149,6 +149,14 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         self._readers: dict[str, FeatureReader] | None = None
         self._rows_per_shard = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # for a spawned loader process, which opens the store and makes the order for itself
+        return {name: value for name, value in vars(self).items() if name not in ("_order", "_readers")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _readers=None)
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
     def __len__(self) -> int:
         return len(self._listing)
 
