@@ -57,7 +57,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The server's address, and credentials and endpoint in the environment, also for processes that the test starts."""
+    """The server's address; it and credentials are in the environment, also of processes that the test starts."""
     for name, value in (ENVIRONMENT | {"AWS_ENDPOINT_URL": s3_server}).items():
         monkeypatch.setenv(name, value)
     return s3_server

@@ -122,7 +122,7 @@ def writing(
     """
     with ExitStack() as held:
         for teacher in sorted(teachers):  # in one order for all, so that nobody waits in a circle
-            held.enter_context(hold(place, f"_log/leases/{teacher}", wait=wait, say=say))
+            held.enter_context(hold(place, f"_log/leases/{teacher.replace('/', '%2F')}", wait=wait, say=say))
         yield
 
 
