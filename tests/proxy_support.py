@@ -30,8 +30,9 @@ class Fault:
     """What goes wrong with one request.
 
     `refuse`: the connection is closed, the server never hears of the request. `half-upload`: the server gets half of
-    the body, then both connections break. `lose-reply`: the server acts, its reply is lost. `truncate`: half of the reply's
-    body arrives. `status`: a reply with this `status`. `stall`: nothing for `seconds`, then the connection is closed.
+    the body, then both connections break. `lose-reply`: the server acts, its reply is lost. `truncate`: half of the
+    reply's body arrives. `status`: a reply with this `status`. `stall`: nothing for `seconds`, then the connection
+    is closed.
     """
 
     kind: Literal["refuse", "half-upload", "lose-reply", "truncate", "status", "stall"]
