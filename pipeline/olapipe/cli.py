@@ -32,7 +32,9 @@ _INTERRUPTED = 130
 def extract_command(
     # text, because a Path would turn s3://bucket into the folder s3:/bucket
     corpus: Annotated[str | None, typer.Argument(help="Folder of images, or LLaVA-style .json / .jsonl.")] = None,
-    out: Annotated[str | None, typer.Option(help="Feature store to make or continue.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Feature store to make or continue: a folder, or s3://BUCKET/PREFIX.")
+    ] = None,
     teacher: Annotated[list[str] | None, typer.Option(help="Teacher to run; may be given several times.")] = None,
     checkpoint: Annotated[
         list[str] | None, typer.Option(metavar="TEACHER=PATH_OR_ID", help="Its weights; published id by default.")
