@@ -13,7 +13,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 import zarr
-from place_support import BUCKET, s3, s3_server
+from place_support import BUCKET, az, azure_server, s3, s3_server
 from proxy_support import Fault, Proxy, Request, first
 from store_support import EXECUTION, fill_shard, images, make_store, record
 
@@ -27,16 +27,16 @@ from olaschema.reader import FeatureReader
 from olaschema.seal import MANIFEST, seal
 from olaschema.store import FeatureStore
 
-__all__ = ["s3", "s3_server"]
+__all__ = ["az", "azure_server", "s3", "s3_server"]
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", "s3", "az"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where the test's store goes; another kind of place is another parameter."""
     if request.param == "folder":
         return str(tmp_path / "s")
-    request.getfixturevalue("s3")
-    return f"s3://{BUCKET}/{uuid4().hex}/features.zarr"
+    request.getfixturevalue(request.param)
+    return f"{request.param}://{BUCKET}/{uuid4().hex}/features.zarr"
 
 
 class TestPlace:
