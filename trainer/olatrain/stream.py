@@ -169,7 +169,7 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
     @property
     def remote(self) -> bool:
         """Whether the features come over a network."""
-        return "://" in self._source.store
+        return "://" in str(self._source.store)
 
     def index(self, position: int) -> int:
         """Return which sample of the listing stands at a position."""
