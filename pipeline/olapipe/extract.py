@@ -64,7 +64,7 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     with worker_pool(config, listing.root, len(tasks) + -(-len(growth.new) // rows_per_shard)) as pool:
         workers = f"{len(pool)} worker{'s' if len(pool) > 1 else ''}"
         reporter.say(f"{workers}, loading {', '.join(config.teachers)} …")
-        store = _prepare(config, listing, pool.load(), rows_per_shard)
+        store = _prepare(config, listing, growth, pool.load(), rows_per_shard)
         tasks = pending(store, config)
         waiting = {name: sum(task.rows for task in tasks if name in task.teachers) for name in config.teachers}
         planned = sum(generation.rows for generation in store.generations())
@@ -151,7 +151,7 @@ def _log_run(place: LocalPlace, config: ExtractConfig) -> None:
 
 
 def _prepare(
-    config: ExtractConfig, listing: Listing, records: list[TeacherRecord], rows_per_shard: int
+    config: ExtractConfig, listing: Listing, growth: Growth, records: list[TeacherRecord], rows_per_shard: int
 ) -> FeatureStore:
     """Make or extend the store; everything that could be refused is refused before the first change."""
     store = FeatureStore.create(config.out, rows_per_shard=rows_per_shard)
@@ -162,8 +162,9 @@ def _prepare(
             if record.fingerprint.teacher in store.teachers():
                 store.put_teacher(record)
         unseal(store, config.teachers)
-        growth = compare(listing, store)  # again: another run may have planned since
-        store.add_generation(entry.sample() for entry in growth.new)
+        if tuple(store.generations()) != growth.basis:  # another run has planned since
+            growth = compare(listing, store)
+        store.add_plan(growth.new.tables())
         for record in records:
             store.put_teacher(record)
         for name in store.teachers():  # the arrays of all teachers span all planned rows
@@ -188,7 +189,7 @@ def _seal(store: FeatureStore, config: ExtractConfig) -> None:
 
 
 def _describe(listing: Listing, growth: Growth) -> str:
-    parts = [f"images in the corpus: {len(listing.entries)}"]
+    parts = [f"images in the corpus: {listing.count}"]
     if growth.known:
         parts.append(f"new: {len(growth.new)}")
     if listing.repeated:
@@ -197,4 +198,7 @@ def _describe(listing: Listing, growth: Growth) -> str:
         parts.append(f"entries without an image: {listing.text_only}")
     if growth.gone:
         parts.append(f"in the store but no longer in the corpus (their features are kept): {growth.gone}")
+    for extension, count in listing.passed_over.items():
+        if count:
+            parts.append(f"{extension} files beside the images, not read: {count}")
     return "; ".join(parts)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
@@ -48,6 +49,7 @@ _SAMPLE_SCHEMA = pa.schema(
         pa.field("problem", pa.string()),
     ]
 )
+_PLANNED_SCHEMA = _SAMPLE_SCHEMA.remove(0)
 
 
 class FeatureStore:
@@ -140,19 +142,22 @@ class FeatureStore:
 
         The same images in the same order make the same bytes. Interrupted halfway, nothing was planned.
         """
+        stream = iter(images)
+        return self.add_plan(_plan_table(piece) for piece in iter(lambda: list(islice(stream, self.part_rows)), []))
+
+    def add_plan(self, tables: Iterable[pa.Table]) -> Generation | None:
+        """Commit a plan of further images, given as tables of key, uri, size and problem, as `add_generation` does."""
         generations = self.generations()
         number = len(generations)
         first = self._next_first_row(generations[-1]) if generations else 0
         parts: dict[str, FileReceipt] = {}
-        part_rows = max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
-        images = iter(images)
         count = 0
-        while chunk := list(islice(images, part_rows)):
+        for table in _rechunked(tables, self.part_rows):
             name = f"samples/{number:04d}-{len(parts):05d}.parquet"
-            data = self.part_bytes(chunk, first + count)
+            data = self._part_bytes(table, first + count)
             self.place.publish(name, data)
             parts[name] = FileReceipt(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-            count += len(chunk)
+            count += len(table)
         if not count:
             return None
         for name in self.place.names("samples"):  # parts of an interrupted, longer plan
@@ -162,21 +167,44 @@ class FeatureStore:
         self.place.publish(f"samples/{number:04d}.json", sealed(generation))
         return generation
 
+    @property
+    def part_rows(self) -> int:
+        """Rows in every parquet part of a plan but its last."""
+        return max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
+
     def part_bytes(self, images: list[SampleRow], first_row: int) -> bytes:
         """Return the parquet file of some images, which become the rows from `first_row` on."""
-        table = pa.table(
-            {
-                "row": range(first_row, first_row + len(images)),
-                "key": [image.key for image in images],
-                "uri": [image.uri for image in images],
-                "size": [image.size for image in images],
-                "problem": [image.problem for image in images],
-            },
-            schema=_SAMPLE_SCHEMA,
-        )
+        return self._part_bytes(_plan_table(images), first_row)
+
+    def _part_bytes(self, table: pa.Table, first_row: int) -> bytes:
+        rows = pa.array(range(first_row, first_row + len(table)), type=pa.int64())
+        # one chunk: where chunks meet would show in the bytes
+        whole = table.add_column(0, "row", rows).cast(_SAMPLE_SCHEMA).combine_chunks()
         sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd", row_group_size=self.rows_per_shard, store_schema=False)
+        pq.write_table(whole, sink, compression="zstd", row_group_size=self.rows_per_shard, store_schema=False)
         return sink.getvalue()
+
+    def plan_tables(self) -> Iterator[pa.Table]:
+        """Yield the plan as tables of row, key, uri, size and problem, one per part, in row order."""
+        for generation in self.generations():
+            for name in generation.parts:
+                with self._part(generation, name) as part:
+                    yield part.read()
+
+    def find(self, keys: Collection[str]) -> tuple[Generation, str, SampleRow] | None:
+        """Return the first planned image with one of `keys`, its generation and part; None if there is none.
+
+        Reads part after part, and holds one.
+        """
+        wanted = pa.array(keys, type=pa.string())
+        for generation in self.generations():
+            for name in generation.parts:
+                with self._part(generation, name) as part:
+                    hits = pc.is_in(part.read(["key"])["key"], value_set=wanted)
+                    place = pc.index(hits, True).as_py()
+                    if place >= 0:
+                        return generation, name, next(_rows(part.read().slice(place, 1)))
+        return None
 
     def samples(self) -> Iterator[SampleRow]:
         """Yield every planned image in row order."""
@@ -196,7 +224,7 @@ class FeatureStore:
         for generation in self.generations():
             offset = first - generation.first_row
             if 0 <= offset < generation.rows:
-                part_rows = max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
+                part_rows = self.part_rows
                 name = list(generation.parts)[offset // part_rows]  # canonical JSON keeps them sorted
                 with self._part(generation, name) as part:
                     return list(_rows(part.read_row_group(offset % part_rows // self.rows_per_shard)))
@@ -335,6 +363,29 @@ class FeatureStore:
     def _publish_unless_there(self, name: str, data: bytes) -> None:
         if not (self.place.exists(name) and self.place.read(name) == data):
             self.place.publish(name, data)
+
+
+def _plan_table(images: list[SampleRow]) -> pa.Table:
+    columns = {name: [getattr(image, name) for image in images] for name in _PLANNED_SCHEMA.names}
+    return pa.table(columns, schema=_PLANNED_SCHEMA)
+
+
+def _rechunked(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """Yield the rows of tables as tables of `rows`, the last one shorter."""
+    held: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        held.append(table.cast(_PLANNED_SCHEMA))
+        count += len(table)
+        if count < rows:
+            continue
+        whole = pa.concat_tables(held)
+        for start in range(0, count - count % rows, rows):
+            yield whole.slice(start, rows)
+        count %= rows
+        held = [whole.slice(len(whole) - count, count)]
+    if count:
+        yield pa.concat_tables(held)
 
 
 def _rows(table: pa.Table) -> Iterator[SampleRow]:
