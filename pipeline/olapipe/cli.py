@@ -31,7 +31,9 @@ _INTERRUPTED = 130
 @app.command("extract")
 def extract_command(
     # text, because a Path would turn s3://bucket into the folder s3:/bucket
-    corpus: Annotated[str | None, typer.Argument(help="Folder of images, or LLaVA-style .json / .jsonl.")] = None,
+    corpus: Annotated[
+        str | None, typer.Argument(help="Folder of images, tar or parquet files; or LLaVA-style .json / .jsonl.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Feature store to make or continue.")] = None,
     teacher: Annotated[list[str] | None, typer.Option(help="Teacher to run; may be given several times.")] = None,
     checkpoint: Annotated[
@@ -50,6 +52,7 @@ def extract_command(
     retry_failed: Annotated[
         bool | None, typer.Option("--retry-failed", help="Encode shards with failed images again.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print which shards would be extracted.")] = False,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any setting, e.g. options.depth.pooling=last.")
@@ -83,10 +86,13 @@ def extract_command(
         flags |= {f"checkpoints.{name}": value for name, value in _pairs(checkpoint or [], "--checkpoint")}
         settings = load_config(ExtractConfig, file=config, flags=flags, overrides=overrides or [])
 
-        from olapipe.extract import extract
+        from olapipe.extract import extract, plan_only
         from olapipe.progress import make_reporter
         from olapipe.report import print_summary, visible
 
+        if dry_run:
+            plan_only(settings, make_reporter()).show(_console())
+            return
         result = extract(settings, make_reporter())
         print_summary(_console(), result.store, result.summaries, result.rates)
         for lost in result.lost:

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from olapipe.config import ExtractConfig
 from olapipe.corpus import Growth, Listing, compare, list_corpus
-from olapipe.job import LostShard, ShardTask, worker_pool
+from olapipe.dryrun import DryRun, dry_run
+from olapipe.job import LostShard, worker_pool
 from olapipe.progress import Reporter
 from olapipe.report import TeacherSummary, summarise
+from olapipe.tasks import Pending, Planned
 from olapipe.teachers import registry
-from olapipe.teachers.base import suggest
+from olapipe.teachers.base import TeacherSettings, resolve_options, suggest
 from olaschema.errors import StoreError, TeacherError
-from olaschema.manifest import Receipt, TeacherRecord
+from olaschema.manifest import TeacherRecord
 from olaschema.place import LocalPlace
 from olaschema.seal import seal, unseal
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
@@ -46,10 +48,7 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     A rerun with nothing to do starts no job: the teachers are loaded here, on the CPU, only to compare their
     fingerprints with the store's.
     """
-    known = registry.available()
-    for name in config.teachers:
-        if name not in known:
-            raise TeacherError(f"there is no teacher {name!r}", suggest(name, known, "teachers"))
+    _require_usable(config)
     config = _absolute(config)
     listing = list_corpus(config.corpus, config.images)
     store = _present_store(config)
@@ -57,16 +56,16 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     _log_run(LocalPlace(config.out), config)
     growth = compare(listing, store)
     reporter.say(_describe(listing, growth))
-    tasks = pending(store, config) if store is not None else []
+    tasks = pending(store, config) if store is not None else None
     if store is not None and not growth.new and not tasks:
         return _unchanged(store, config, reporter)
     rows_per_shard = store.rows_per_shard if store else config.shard_size or DEFAULT_ROWS_PER_SHARD
-    with worker_pool(config, listing.root, len(tasks) + -(-len(growth.new) // rows_per_shard)) as pool:
+    with worker_pool(config, listing.root, len(tasks or ()) + -(-len(growth.new) // rows_per_shard)) as pool:
         workers = f"{len(pool)} worker{'s' if len(pool) > 1 else ''}"
         reporter.say(f"{workers}, loading {', '.join(config.teachers)} …")
         store = _prepare(config, listing, growth, pool.load(), rows_per_shard)
         tasks = pending(store, config)
-        waiting = {name: sum(task.rows for task in tasks if name in task.teachers) for name in config.teachers}
+        waiting = {name: tasks.images(name) for name in config.teachers}
         planned = sum(generation.rows for generation in store.generations())
         before = {name: planned - waiting[name] for name in config.teachers}
         reporter.begin(dict.fromkeys(config.teachers, planned), before)
@@ -77,29 +76,36 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
             reporter.end()
         spent = time.monotonic() - started
     _seal(store, config)
-    summaries = [summarise(store, name) for name in config.teachers]
+    summaries = [summarise(store, name, brief=True) for name in config.teachers]
     rates = {name: rows / spent for name, rows in waiting.items() if rows}
     return Extraction(store, summaries, rates, lost)
 
 
-def pending(store: FeatureStore, config: ExtractConfig) -> list[ShardTask]:
+def plan_only(config: ExtractConfig, reporter: Reporter) -> DryRun:
+    """Return what `extract` would do, and touch nothing."""
+    _require_usable(config)
+    config = _absolute(config)
+    listing = list_corpus(config.corpus, config.images)
+    store = _present_store(config)
+    growth = compare(listing, store)
+    reporter.say(_describe(listing, growth))
+    return dry_run(config, store, len(growth.new))
+
+
+def _require_usable(config: ExtractConfig) -> None:
+    """Refuse what can be refused before anything is loaded or started."""
+    known = registry.available()
+    for name in config.teachers:
+        if name not in known:
+            raise TeacherError(f"there is no teacher {name!r}", suggest(name, known, "teachers"))
+        if not known[name].problem:
+            settings = TeacherSettings(preset=config.preset, options=config.options.get(name, {}))
+            resolve_options(name, known[name].all_options, settings)
+
+
+def pending(store: FeatureStore, config: ExtractConfig) -> Pending:
     """Return the shards that lack a receipt of at least one teacher or, with `retry_failed`, hold failed images."""
-    committed = {name: set(store.committed(name)) for name in config.teachers}
-    tasks = []
-    for shard, rows in shard_rows(store).items():
-        missing = [name for name in config.teachers if shard not in committed[name]]
-        failed = []
-        if config.retry_failed:
-            receipts = {name: store.receipt(name, shard) for name in config.teachers if name not in missing}
-            failed = [name for name, receipt in receipts.items() if receipt is not None and _mendable(receipt)]
-        if missing or failed:
-            wanted = tuple(name for name in config.teachers if name in missing or name in failed)
-            tasks.append(ShardTask(shard, wanted, rows, replace=config.retry_failed))
-    return tasks
-
-
-def _mendable(receipt: Receipt) -> bool:
-    return any(row.status == "failed" and row.reason != "forgotten" for row in receipt.rows)
+    return Pending(store, Planned.of(store), config.teachers, retry_failed=config.retry_failed)
 
 
 def shard_rows(store: FeatureStore) -> dict[int, int]:
@@ -180,7 +186,7 @@ def _unchanged(store: FeatureStore, config: ExtractConfig, reporter: Reporter) -
         store.put_teacher(teacher_record(teacher, config.precision))
     store.place.sweep()
     _seal(store, config)  # a run that was killed at the very end has not
-    return Extraction(store, [summarise(store, name) for name in config.teachers], {}, [])
+    return Extraction(store, [summarise(store, name, brief=True) for name in config.teachers], {}, [])
 
 
 def _seal(store: FeatureStore, config: ExtractConfig) -> None:

@@ -27,7 +27,7 @@ class ParquetImages:
 
     def __init__(self, handle: int, name: str) -> None:
         try:
-            with pq.ParquetFile(pa.PythonFile(os.fdopen(os.dup(handle), "rb"), mode="r")) as file:
+            with os.fdopen(os.dup(handle), "rb") as raw, pq.ParquetFile(raw) as file:
                 metadata, schema = file.metadata, file.schema_arrow
         except (pa.ArrowException, OSError) as error:
             raise ImageError("truncated", f"the parquet file cannot be read: {_first_line(error)}") from error
@@ -61,7 +61,7 @@ class ParquetImages:
     def read_group(self, handle: int, group: int) -> pa.Array:
         """Return the images of a row group, `{bytes, path}` or bytes; raises ImageError (`truncated`)."""
         try:
-            with pq.ParquetFile(pa.PythonFile(os.fdopen(os.dup(handle), "rb"), mode="r")) as file:
+            with os.fdopen(os.dup(handle), "rb") as raw, pq.ParquetFile(raw) as file:
                 # no threads of Arrow: DataLoader workers are forked
                 return file.read_row_group(group, columns=[self.column], use_threads=False)[0].combine_chunks()
         except (pa.ArrowException, OSError) as error:

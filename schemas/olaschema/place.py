@@ -56,6 +56,19 @@ class LocalPlace:
         except FileNotFoundError:
             return []
 
+    def stamps(self, folder: str) -> dict[str, str]:
+        """Return the files directly in `folder`, each with a text that changes when it is published again."""
+        found = {}
+        try:
+            with os.scandir(self.path(folder)) as entries:
+                for entry in entries:
+                    if entry.is_file():
+                        status = entry.stat()
+                        found[entry.name] = f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
+        except FileNotFoundError:
+            return {}
+        return found
+
     def publish(self, name: str, data: bytes) -> None:
         """Put `data` at `name`, replacing what was there, all at once and durably.
 

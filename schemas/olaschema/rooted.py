@@ -45,7 +45,7 @@ def rooted_size(root: Path, uri: str) -> int:
     try:
         container, member = split(root, uri)
         if container is None:
-            found = os.stat(root / uri)
+            found = os.stat(f"{root}/{uri}")
             return found.st_size if stat.S_ISREG(found.st_mode) else -1
         if container.suffix.lower() == PARQUET:
             return -1

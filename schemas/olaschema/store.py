@@ -298,6 +298,12 @@ class FeatureStore:
             return None
         return read_document(Receipt, self.place, name)
 
+    def receipt_bytes(self, teacher: str, shard: int) -> tuple[bytes, Receipt]:
+        """Return a receipt's file and what it says; raises StoreError if there is none."""
+        name = receipt_file(teacher, shard)
+        data, ours = _ours(self.place, name)
+        return data, _validated(Receipt, _intact(self.place, name, data, ours), self.place, name)
+
     def committed(self, teacher: str) -> list[int]:
         """Return the numbers of the committed shards of a teacher, ascending."""
         stems = (name.removesuffix(".json") for name in self.place.names(f"receipts/{teacher}"))

@@ -82,7 +82,7 @@ def members(handle: int) -> Iterator[Member]:
         size = long_size if long_size is not None else size
         long_name = long_size = None
         stored = 0 if kind in _EMPTY else size
-        if kind != b"5" and not (kind in _REGULAR and name.endswith("/")):
+        if kind != b"5" and not (kind == b"\0" and name.endswith("/")):
             yield Member(name, data, size, kind in _REGULAR)
         offset = data + _padded(stored)
 
@@ -120,8 +120,9 @@ def _pax(data: bytes, offset: int) -> dict[str, str]:
     while data:
         digits = data.partition(b" ")[0]
         length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
+        whole = len(digits) + 1 < length <= len(data)
         record, data = data[len(digits) + 1 : length], data[length:]
-        if length <= len(digits) + 1 or not record.endswith(b"\n"):
+        if not whole or not record.endswith(b"\n"):
             raise TarDamage(offset, "a pax header is malformed")
         key, _, value = record[:-1].partition(b"=")
         fields[_text(key)] = _text(value)
