@@ -91,7 +91,9 @@ def read_ledger(store: FeatureStore, teacher: str, *, keep: bool = False) -> Led
     stems = {name.removesuffix(".json"): stamp for name, stamp in stamps.items() if name.endswith(".json")}
     numbers = {int(stem): stamp for stem, stamp in stems.items() if stem.isdecimal()}
     known = _kept(store, teacher)
-    present = pa.array([numbers.get(shard) == stamp for shard, stamp in _stamped(known)], type=pa.bool_())
+    present = pa.array(
+        [bool(stamp) and numbers.get(shard) == stamp for shard, stamp in _stamped(known)], type=pa.bool_()
+    )
     valid = known.filter(present)
     missing = sorted(numbers.keys() - set(valid["shard"].to_pylist()))
     fresh = pa.Table.from_pylist([_row(store, teacher, shard, numbers[shard]) for shard in missing], schema=_SCHEMA)
