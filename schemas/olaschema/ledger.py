@@ -139,7 +139,9 @@ def _kept(store: FeatureStore, teacher: str) -> pa.Table:
         table = pq.read_table(io.BytesIO(store.place.read(_file(teacher))))
     except (pa.ArrowException, OSError, StoreError):
         return empty
-    return table if table.schema.equals(_SCHEMA, check_metadata=True) else empty
+    if (table.schema.metadata or {}).get(b"ledger") != _FORMAT or table.schema.names != _SCHEMA.names:
+        return empty
+    return table.cast(_SCHEMA)
 
 
 def _file(teacher: str) -> str:

@@ -201,10 +201,12 @@ def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
         list_corpus(path, None)
     _parquet(path, [b"1" * 5000, b"2" * 5000], group=1)
     data = bytearray(path.read_bytes())
+    pages = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    start = pages.dictionary_page_offset or pages.data_page_offset
     path.write_bytes(data[:-40])
     (entry,) = list_corpus(tmp_path, None).entries
     assert _reason(tmp_path, entry)[0] == "truncated"
-    data[20:60] = b"\xff" * 40
+    data[start : start + 40] = b"\xff" * 40
     path.write_bytes(data)
     first, second = list_corpus(tmp_path, None).entries
     assert _reason(tmp_path, first)[0] == "truncated"

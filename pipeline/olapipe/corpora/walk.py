@@ -18,12 +18,11 @@ def walk(root: Path) -> Iterator[bytes]:
     be listed.
     """
     top = os.path.realpath(os.fsencode(root))
-    yield from _below(os.fsencode(root), b"", top, None)
+    yield from _below(os.fsencode(root), b"", top, set(), linked=False)
 
 
-def _below(folder: bytes, prefix: bytes, top: bytes, outside: set[tuple[int, int]] | None) -> Iterator[bytes]:
-    """`outside`: the folders outside of `top` that were listed, None while no link was followed."""
-    seen: set[tuple[int, int]] = set() if outside is None else outside
+def _below(folder: bytes, prefix: bytes, top: bytes, outside: set[tuple[int, int]], *, linked: bool) -> Iterator[bytes]:
+    """`outside`: the folders outside of `top` that were listed. `linked`: this is one of them."""
     try:
         with os.scandir(folder) as scan:
             # a folder sorts as its name and a slash: then walking in order is the order of whole paths
@@ -39,10 +38,9 @@ def _below(folder: bytes, prefix: bytes, top: bytes, outside: set[tuple[int, int
             yield prefix + name
             continue
         path = os.path.join(folder, name[:-1])
-        if outside is None and not os.path.islink(path):
-            yield from _below(path, prefix + name, top, None)
-        elif _first_visit(path, top, seen):
-            yield from _below(path, prefix + name, top, seen)
+        leads_out = linked or os.path.islink(path)
+        if not leads_out or _first_visit(path, top, outside):
+            yield from _below(path, prefix + name, top, outside, linked=leads_out)
 
 
 def _leads_on(entry: os.DirEntry[bytes]) -> bool:
