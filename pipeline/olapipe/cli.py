@@ -105,6 +105,54 @@ def extract_command(
         raise typer.Exit(result.exit_code)
 
 
+@app.command("plan")
+def plan_command(
+    corpus: Annotated[str, typer.Argument(help="Corpus, as for extract.")],
+    teacher: Annotated[list[str], typer.Option(help="Teacher to run; may be given several times.")],
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(metavar="TEACHER=PATH_OR_ID", help="Its weights; published id by default.")
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="Folder that the paths in a JSON corpus start from.")] = None,
+    precision: Annotated[str | None, typer.Option(help="As for extract.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per forward pass (8).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes of a node.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (default), cpu or cuda.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any setting of extract.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="Machines like this one.")] = 1,
+    epochs: Annotated[int, typer.Option(help="Epochs of a training run.")] = 1,
+    runs: Annotated[int, typer.Option(help="Training runs that use the features.")] = 1,
+    price_hour: Annotated[float | None, typer.Option(min=0, help="Price of a node per hour; none by default.")] = None,
+    price_tb_month: Annotated[
+        float | None, typer.Option(min=0, help="Price of 10^12 bytes per month; none by default.")
+    ] = None,
+    months: Annotated[float, typer.Option(min=0, help="How long the features are kept.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="How long the sample may take, about.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure this machine on a sample; tell time, size, cost, licences, and whether caching pays."""
+    with _user_errors():
+        from olapipe.config import ExtractConfig
+        from olapipe.plan import Assumptions, make_plan
+        from olaschema.config import load_config
+
+        flags: dict[str, Any] = {
+            "corpus": corpus,
+            "out": "unused",  # the sample goes to a temporary folder
+            "teachers": teacher,
+            "images": images,
+            "precision": precision,
+            "batch_size": batch_size,
+            "workers": workers,
+            "device": device,
+        }
+        flags |= {f"checkpoints.{name}": value for name, value in _pairs(checkpoint or [], "--checkpoint")}
+        settings = load_config(ExtractConfig, flags=flags, overrides=overrides or [])
+        given = Assumptions(nodes, epochs, runs, price_hour, price_tb_month, months, seconds)
+        make_plan(settings, given).show(_console(), as_json=as_json)
+
+
 @app.command("inspect")
 def inspect_command(
     store: Annotated[str, typer.Argument(help="Feature store.")],

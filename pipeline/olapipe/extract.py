@@ -48,7 +48,7 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     A rerun with nothing to do starts no job: the teachers are loaded here, on the CPU, only to compare their
     fingerprints with the store's.
     """
-    _require_usable(config)
+    require_usable(config)
     config = _absolute(config)
     listing = list_corpus(config.corpus, config.images)
     store = _present_store(config)
@@ -83,7 +83,7 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
 
 def plan_only(config: ExtractConfig, reporter: Reporter) -> DryRun:
     """Return what `extract` would do, and touch nothing."""
-    _require_usable(config)
+    require_usable(config)
     config = _absolute(config)
     listing = list_corpus(config.corpus, config.images)
     store = _present_store(config)
@@ -92,7 +92,7 @@ def plan_only(config: ExtractConfig, reporter: Reporter) -> DryRun:
     return dry_run(config, store, len(growth.new))
 
 
-def _require_usable(config: ExtractConfig) -> None:
+def require_usable(config: ExtractConfig) -> None:
     """Refuse what can be refused before anything is loaded or started."""
     known = registry.available()
     for name in config.teachers:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from archives_support import write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipeline_support import image_bytes, write_images
@@ -19,15 +20,6 @@ from olapipe.corpus import list_corpus, read_image
 from olaschema.errors import CorpusError, ImageError
 from olaschema.rooted import is_rooted, read_rooted
 from olaschema.tarindex import Member, TarDamage, members
-
-
-def write_tar(path: Path, files: dict[str, bytes], *, form: int = tarfile.USTAR_FORMAT) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=form) as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def _walk(path: Path) -> list[Member]:

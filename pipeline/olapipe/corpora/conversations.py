@@ -154,7 +154,9 @@ def _image_names(sample: Any, where: str) -> list[str]:
     if not isinstance(sample, dict):
         raise CorpusError(f"{where} is a {type(sample).__name__}, not an object", remedy)
     value = sample.get("image")
-    names = [] if value is None else [value] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [value]
+    names = [] if value is None else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CorpusError(f"{where}: `image` is {str(value)[:80]!r}", remedy)
     return names
