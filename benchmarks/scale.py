@@ -186,6 +186,8 @@ def run_child(kind: str, arguments: list[str]) -> None:
 
 def measure(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
     found: dict[str, Any] = {"jsonl": {}, "tar": {}, "dict": {}, "resume": {}}
+    if arguments.add:
+        found = json.loads(arguments.out.read_text(encoding="utf-8"))["results"]
     work = Path(tempfile.mkdtemp(dir=arguments.work))
     empty = work / "images"
     empty.mkdir()
@@ -193,25 +195,25 @@ def measure(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None
         for images in arguments.images:
             corpus = work / "c.jsonl"
             write_jsonl(corpus, images)
-            found["jsonl"][images] = child("plan", str(corpus), str(empty), str(work / "s"))
-            print("jsonl", images, found["jsonl"][images], flush=True)
+            found["jsonl"][str(images)] = child("plan", str(corpus), str(empty), str(work / "s"))
+            print("jsonl", images, found["jsonl"][str(images)], flush=True)
             if images <= arguments.dict_up_to:
-                found["dict"][images] = child("plain", str(corpus), str(empty), str(work / "d"))
-                print("dict", images, found["dict"][images], flush=True)
+                found["dict"][str(images)] = child("plain", str(corpus), str(empty), str(work / "d"))
+                print("dict", images, found["dict"][str(images)], flush=True)
             corpus.unlink()
             shutil.rmtree(work / "s")
             save(found)
         for images in arguments.tar_images:
             write_tars(work / "tars", images)
-            found["tar"][images] = child("plan", str(work / "tars"), "", str(work / "s"))
-            print("tar", images, found["tar"][images], flush=True)
+            found["tar"][str(images)] = child("plan", str(work / "tars"), "", str(work / "s"))
+            print("tar", images, found["tar"][str(images)], flush=True)
             shutil.rmtree(work / "tars")
             shutil.rmtree(work / "s")
             save(found)
         for shards in arguments.shards:
             make_store(work / "r", shards)
-            found["resume"][shards] = child("resume", str(shards), str(work / "r"))
-            print("resume", shards, found["resume"][shards], flush=True)
+            found["resume"][str(shards)] = child("resume", str(shards), str(work / "r"))
+            print("resume", shards, found["resume"][str(shards)], flush=True)
             shutil.rmtree(work / "r")
             save(found)
     finally:
@@ -226,6 +228,7 @@ def main() -> None:
     parser.add_argument("--dict-up-to", type=int, default=10**6, help="largest corpus for the dict in memory")
     parser.add_argument("--work", type=Path, help="folder for the generated corpora, 12 GB at 10^7 images")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--add", action="store_true", help="keep the other figures of the result file")
     parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

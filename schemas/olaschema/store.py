@@ -35,21 +35,12 @@ from olaschema.manifest import (
     TeacherRecord,
 )
 from olaschema.place import LocalPlace, Place, open_place
+from olaschema.plantable import part_bytes, plan_table, rechunked, sample_rows
 from olaschema.precision import Stored
 
 DEFAULT_ROWS_PER_SHARD = 256
 _PART_ROWS = 1 << 16
 Model = TypeVar("Model", bound=Frozen)
-_SAMPLE_SCHEMA = pa.schema(
-    [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("problem", pa.string()),
-    ]
-)
-_PLANNED_SCHEMA = _SAMPLE_SCHEMA.remove(0)
 
 
 class FeatureStore:
@@ -150,7 +141,7 @@ class FeatureStore:
         The same images in the same order make the same bytes. Interrupted halfway, nothing was planned.
         """
         stream = iter(images)
-        return self.add_plan(_plan_table(piece) for piece in iter(lambda: list(islice(stream, self.part_rows)), []))
+        return self.add_plan(plan_table(piece) for piece in iter(lambda: list(islice(stream, self.part_rows)), []))
 
     def add_plan(self, tables: Iterable[pa.Table]) -> Generation | None:
         """Commit a plan of further images, given as tables of key, uri, size and problem, as `add_generation` does."""
@@ -159,9 +150,9 @@ class FeatureStore:
         first = self._next_first_row(generations[-1]) if generations else 0
         parts: dict[str, FileReceipt] = {}
         count = 0
-        for table in _rechunked(tables, self.part_rows):
+        for table in rechunked(tables, self.part_rows):
             name = f"samples/{number:04d}-{len(parts):05d}.parquet"
-            data = self._part_bytes(table, first + count)
+            data = part_bytes(table, first + count, self.rows_per_shard)
             self.place.publish(name, data)
             parts[name] = FileReceipt(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
             count += len(table)
@@ -181,15 +172,7 @@ class FeatureStore:
 
     def part_bytes(self, images: list[SampleRow], first_row: int) -> bytes:
         """Return the parquet file of some images, which become the rows from `first_row` on."""
-        return self._part_bytes(_plan_table(images), first_row)
-
-    def _part_bytes(self, table: pa.Table, first_row: int) -> bytes:
-        rows = pa.array(range(first_row, first_row + len(table)), type=pa.int64())
-        # one chunk: where chunks meet would show in the bytes
-        whole = table.add_column(0, "row", rows).cast(_SAMPLE_SCHEMA).combine_chunks()
-        sink = io.BytesIO()
-        pq.write_table(whole, sink, compression="zstd", row_group_size=self.rows_per_shard, store_schema=False)
-        return sink.getvalue()
+        return part_bytes(plan_table(images), first_row, self.rows_per_shard)
 
     def plan_tables(self) -> Iterator[pa.Table]:
         """Yield the plan as tables of row, key, uri, size and problem, one per part, in row order."""
@@ -210,7 +193,7 @@ class FeatureStore:
                     hits = pc.is_in(part.read(["key"])["key"], value_set=wanted)
                     place = pc.index(hits, True).as_py()
                     if place >= 0:
-                        return generation, name, next(_rows(part.read().slice(place, 1)))
+                        return generation, name, next(sample_rows(part.read().slice(place, 1)))
         return None
 
     def samples(self) -> Iterator[SampleRow]:
@@ -223,7 +206,7 @@ class FeatureStore:
         """Yield the planned images of one parquet part of a generation."""
         with self._part(generation, name) as part:
             for group in range(part.num_row_groups):
-                yield from _rows(part.read_row_group(group))
+                yield from sample_rows(part.read_row_group(group))
 
     def shard_samples(self, shard: int) -> list[SampleRow]:
         """Return the planned images of one shard; fewer than `rows_per_shard` in the last one of a generation."""
@@ -234,7 +217,7 @@ class FeatureStore:
                 part_rows = self.part_rows
                 name = list(generation.parts)[offset // part_rows]  # canonical JSON keeps them sorted
                 with self._part(generation, name) as part:
-                    return list(_rows(part.read_row_group(offset % part_rows // self.rows_per_shard)))
+                    return list(sample_rows(part.read_row_group(offset % part_rows // self.rows_per_shard)))
         raise StoreError(f"{self.url} has no shard {shard}: {self.shard_count()} shards are planned")
 
     def _part(self, generation: Generation, name: str) -> pq.ParquetFile:
@@ -380,34 +363,6 @@ class FeatureStore:
     def _publish_unless_there(self, name: str, data: bytes) -> None:
         if not (self.place.exists(name) and self.place.read(name) == data):
             self.place.publish(name, data)
-
-
-def _plan_table(images: list[SampleRow]) -> pa.Table:
-    columns = {name: [getattr(image, name) for image in images] for name in _PLANNED_SCHEMA.names}
-    return pa.table(columns, schema=_PLANNED_SCHEMA)
-
-
-def _rechunked(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """Yield the rows of tables as tables of `rows`, the last one shorter."""
-    held: list[pa.Table] = []
-    count = 0
-    for table in tables:
-        held.append(table.cast(_PLANNED_SCHEMA))
-        count += len(table)
-        if count < rows:
-            continue
-        whole = pa.concat_tables(held)
-        for start in range(0, count - count % rows, rows):
-            yield whole.slice(start, rows)
-        count %= rows
-        held = [whole.slice(len(whole) - count, count)]
-    if count:
-        yield pa.concat_tables(held)
-
-
-def _rows(table: pa.Table) -> Iterator[SampleRow]:
-    for row in table.to_pylist():
-        yield SampleRow.model_validate(row)
 
 
 def read_document(model: type[Model], place: Place, name: str) -> Model:

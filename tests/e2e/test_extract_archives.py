@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from archives_support import write_tar
-from pipeline_support import DEPTH, depth_arguments, digests, image_bytes, olapipe
+from pipeline_support import DEPTH, depth_arguments, digests, image_bytes, olapipe, ray_session
 
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
+
+__all__ = ["ray_session"]
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SIZE = (72, 56)
