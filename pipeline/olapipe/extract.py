@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,14 @@ from olapipe.tasks import Pending, Planned
 from olapipe.teachers import registry
 from olapipe.teachers.base import TeacherSettings, resolve_options, suggest
 from olaschema.errors import StoreError, TeacherError
+from olaschema.ledger import read_ledger
 from olaschema.manifest import TeacherRecord
 from olaschema.place import Place, open_place
 from olaschema.seal import seal, unseal
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
 
 RUNS = "runs.jsonl"
+_LEDGER_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
         reporter.begin(dict.fromkeys(config.teachers, planned), before)
         started = time.monotonic()
         try:
-            lost = pool.run(store, tasks, lambda name, rows: reporter.update({name: before[name] + rows}))
+            lost = pool.run(store, tasks, _following(store, before, reporter))
         finally:
             reporter.end()
         spent = time.monotonic() - started
@@ -79,6 +82,21 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     summaries = [summarise(store, name, brief=True) for name in config.teachers]
     rates = {name: rows / spent for name, rows in waiting.items() if rows}
     return Extraction(store, summaries, rates, lost)
+
+
+def _following(store: FeatureStore, before: Mapping[str, int], reporter: Reporter) -> Callable[[str, int], None]:
+    """Return what is told of progress. Every few minutes it notes the new receipts, so that none is opened twice."""
+    noted = time.monotonic()
+
+    def progress(name: str, rows: int) -> None:
+        nonlocal noted
+        reporter.update({name: before[name] + rows})
+        if time.monotonic() - noted > _LEDGER_SECONDS:
+            for teacher in before:
+                read_ledger(store, teacher, keep=True)
+            noted = time.monotonic()
+
+    return progress
 
 
 def plan_only(config: ExtractConfig, reporter: Reporter) -> DryRun:
