@@ -47,7 +47,8 @@ def measure(size: tuple[int, int], arguments: argparse.Namespace, work: Path) ->
     write_images(corpus, size, arguments.images)
     config = ExtractConfig(
         corpus=corpus, out=work / f"{size[0]}.zarr", teachers=("depth",),
-        checkpoints={"depth": str(arguments.checkpoint)}, batch_size=arguments.batch_size, device="cpu", shard_size=arguments.shard_size,
+        checkpoints={"depth": str(arguments.checkpoint)}, batch_size=arguments.batch_size, device="cpu",
+        shard_size=arguments.shard_size,
     )  # fmt: skip
     with open(os.devnull, "w") as nowhere:
         plan = make_plan(config, Assumptions(seconds=arguments.seconds))

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
     (root / "c").mkdir()
     for name, data in _images(5).items():
         (root / "c" / name).write_bytes(data)
-    _run(*depth_arguments(root / "c", root / "s", "--shard-size", 4))
+    _run(*depth_arguments(root / "c", root / "s", "--shard-size", 4, "--workers", 1))
     return root / "s"
 
 
@@ -53,7 +53,7 @@ def test_tar_files_give_the_features_of_their_images_and_grow(tmp_path: Path, fo
     names = list(images)
     write_tar(corpus / "00000.tar", {name: images[name] for name in names[:3]})
     write_tar(corpus / "00001.tar", {name: images[name] for name in names[3:5]})
-    arguments = depth_arguments(corpus, store, "--shard-size", 4)
+    arguments = depth_arguments(corpus, store, "--shard-size", 4, "--workers", 1)
     assert "teacher" in _run(*arguments, "--dry-run") and not store.exists()
     _run(*arguments)
     assert [sample.key for sample in FeatureStore.open(store).samples()][3] == "00001.tar/000000003.png"
@@ -89,12 +89,12 @@ def test_parquet_and_conversations_over_archives(tmp_path: Path, folder: Path) -
     rows = [{"bytes": data, "path": name} for name, data in images.items()]
     (tmp_path / "c").mkdir()
     pq.write_table(pa.table({"image": pa.array(rows, type=kind)}), tmp_path / "c" / "train.parquet", row_group_size=2)
-    _run(*depth_arguments(tmp_path / "c", tmp_path / "s", "--shard-size", 4))
+    _run(*depth_arguments(tmp_path / "c", tmp_path / "s", "--shard-size", 4, "--workers", 1))
     for mine, theirs in zip(_features(tmp_path / "s"), _features(folder), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     lines = [{"image": f"train.parquet/{row}"} for row in (3, 1)]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    _run(*depth_arguments(tmp_path / "c.jsonl", tmp_path / "t", "--images", tmp_path / "c"))
+    _run(*depth_arguments(tmp_path / "c.jsonl", tmp_path / "t", "--images", tmp_path / "c", "--workers", 1))
     for mine, row in zip(_features(tmp_path / "t"), (3, 1), strict=True):
         np.testing.assert_array_equal(mine, _features(folder)[row])
 
