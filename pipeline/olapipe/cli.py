@@ -31,7 +31,9 @@ _INTERRUPTED = 130
 @app.command("extract")
 def extract_command(
     # text, because a Path would turn s3://bucket into the folder s3:/bucket
-    corpus: Annotated[str | None, typer.Argument(help="Folder of images, or LLaVA-style .json / .jsonl.")] = None,
+    corpus: Annotated[
+        str | None, typer.Argument(help="Folder of images, tar or parquet files; or LLaVA-style .json / .jsonl.")
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help="Feature store to make or continue: a folder, or s3://BUCKET/PREFIX.")
     ] = None,
@@ -52,6 +54,7 @@ def extract_command(
     retry_failed: Annotated[
         bool | None, typer.Option("--retry-failed", help="Encode shards with failed images again.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print which shards would be extracted.")] = False,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any setting, e.g. options.depth.pooling=last.")
@@ -85,10 +88,13 @@ def extract_command(
         flags |= {f"checkpoints.{name}": value for name, value in _pairs(checkpoint or [], "--checkpoint")}
         settings = load_config(ExtractConfig, file=config, flags=flags, overrides=overrides or [])
 
-        from olapipe.extract import extract
+        from olapipe.extract import extract, plan_only
         from olapipe.progress import make_reporter
         from olapipe.report import print_summary, visible
 
+        if dry_run:
+            plan_only(settings, make_reporter()).show(_console())
+            return
         result = extract(settings, make_reporter())
         print_summary(_console(), result.store, result.summaries, result.rates)
         for lost in result.lost:
@@ -99,6 +105,54 @@ def extract_command(
             log = result.store.place.locate("_log/errors.log")
             _errors().print(f"details in {visible(log)}; run the same command to try again", markup=False)
         raise typer.Exit(result.exit_code)
+
+
+@app.command("plan")
+def plan_command(
+    corpus: Annotated[str, typer.Argument(help="Corpus, as for extract.")],
+    teacher: Annotated[list[str], typer.Option(help="Teacher to run; may be given several times.")],
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(metavar="TEACHER=PATH_OR_ID", help="Its weights; published id by default.")
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="Folder that the paths in a JSON corpus start from.")] = None,
+    precision: Annotated[str | None, typer.Option(help="As for extract.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per forward pass (8).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes of a node.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (default), cpu or cuda.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any setting of extract.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="Machines like this one.")] = 1,
+    epochs: Annotated[int, typer.Option(help="Epochs of a training run.")] = 1,
+    runs: Annotated[int, typer.Option(help="Training runs that use the features.")] = 1,
+    price_hour: Annotated[float | None, typer.Option(min=0, help="Price of a node per hour; none by default.")] = None,
+    price_tb_month: Annotated[
+        float | None, typer.Option(min=0, help="Price of 10^12 bytes per month; none by default.")
+    ] = None,
+    months: Annotated[float, typer.Option(min=0, help="How long the features are kept.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="How long the sample may take, about.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure this machine on a sample; tell time, size, cost, licences, and whether caching pays."""
+    with _user_errors():
+        from olapipe.config import ExtractConfig
+        from olapipe.plan import Assumptions, make_plan
+        from olaschema.config import load_config
+
+        flags: dict[str, Any] = {
+            "corpus": corpus,
+            "out": "unused",  # the sample goes to a temporary folder
+            "teachers": teacher,
+            "images": images,
+            "precision": precision,
+            "batch_size": batch_size,
+            "workers": workers,
+            "device": device,
+        }
+        flags |= {f"checkpoints.{name}": value for name, value in _pairs(checkpoint or [], "--checkpoint")}
+        settings = load_config(ExtractConfig, flags=flags, overrides=overrides or [])
+        given = Assumptions(nodes, epochs, runs, price_hour, price_tb_month, months, seconds)
+        make_plan(settings, given).show(_console(), as_json=as_json)
 
 
 @app.command("inspect")

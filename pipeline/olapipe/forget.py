@@ -56,11 +56,10 @@ def forget(store: FeatureStore, key: str) -> Forgotten:
 
 def _find(store: FeatureStore, key: str, stone: str) -> tuple[Generation, str, int]:
     wanted = {key, normalise_key(key), stone}
-    for generation in store.generations():
-        for part in generation.parts:
-            for sample in store.part_samples(generation, part):
-                if sample.key in wanted:
-                    return generation, part, sample.row
+    found = store.find(wanted)
+    if found is not None:
+        generation, part, sample = found
+        return generation, part, sample.row
     raise StoreError(
         f"{store.url} has no image {visible(key)}", "Keys are paths relative to the image folder, with extension."
     )

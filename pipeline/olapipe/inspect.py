@@ -184,14 +184,15 @@ def find(store: FeatureStore, key: str) -> ImageStatus:
     wanted = {key}
     with contextlib.suppress(ImageError):  # a stand-in is no key
         wanted |= {normalise_key(key), tombstone(normalise_key(key))}
-    sample = next((sample for sample in store.samples() if sample.key in wanted), None)
-    if sample is None:
+    planned = store.find(wanted)
+    if planned is None:
         first = next(store.samples(), None)
         example = f", for example {visible(first.key)}" if first else ""
         raise StoreError(
             f"{store.url} has no image {visible(key)}",
             f"Keys are paths relative to the image folder, with extension{example}.",
         )
+    sample = planned[2]
     status: dict[str, RowReceipt | None] = {}
     features = {}
     for name in store.teachers():

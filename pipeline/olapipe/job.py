@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +144,7 @@ class WorkerPool:
             return records
 
     def run(
-        self, store: FeatureStore, tasks: Sequence[ShardTask], progress: Callable[[str, int], None]
+        self, store: FeatureStore, tasks: Iterable[ShardTask], progress: Callable[[str, int], None]
     ) -> list[LostShard]:
         """Encode every task's shard; return those given up.
 
@@ -154,14 +154,19 @@ class WorkerPool:
         """
         import ray
 
-        queue = deque(tasks)
+        coming = iter(tasks)
+        again: deque[ShardTask] = deque()
         attempts: Counter[int] = Counter()
         finished: Counter[str] = Counter()
         lost: list[LostShard] = []
-        while queue or any(slot.task for slot in self._slots):
+        following = next(coming, None)
+        while following or again or any(slot.task for slot in self._slots):
             for slot in self._slots:
-                if slot.loaded and slot.task is None and queue:
-                    slot.task = queue.popleft()
+                if slot.loaded and slot.task is None and (again or following):
+                    if again:
+                        slot.task = again.popleft()
+                    else:
+                        slot.task, following = following, next(coming, None)
                     slot.settled = {}
                     slot.doing = slot.actor.encode.remote(absolute_url(store.url), slot.task)
             busy = {slot.doing: slot for slot in self._slots if slot.task or not slot.loaded}
@@ -177,7 +182,7 @@ class WorkerPool:
                     continue
                 attempts[task.shard] += 1
                 if attempts[task.shard] < _ATTEMPTS:
-                    queue.appendleft(task)
+                    again.append(task)
                 else:
                     lost.append(LostShard(task.shard, problem))
             self._poll()

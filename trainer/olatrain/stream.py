@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from olaschema.errors import ImageError, OlaError, StoreError
-from olaschema.files import read_regular
 from olaschema.images import decode_image
 from olaschema.manifest import RowReceipt
 from olaschema.place import Place
 from olaschema.precision import ArrayFormat, Stored
 from olaschema.reader import FeatureReader
+from olaschema.rooted import read_rooted
 from olaschema.store import FeatureStore
 from olatrain.conversations import SampleError
 from olatrain.join import Listing
@@ -221,9 +221,8 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         return self._readers
 
     def _pixels(self, key: str, statuses: Mapping[str, RowReceipt | None]) -> Tensor:
-        path = self._source.images / key
         try:
-            data = read_regular(path)
+            data = read_rooted(self._source.images, key)
         except ImageError as error:
             raise ImageError(error.reason, f"{key}: {error.problem}") from error
         _require_same(data, key, statuses)
