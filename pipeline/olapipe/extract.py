@@ -9,20 +9,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from olapipe.bottleneck import Bottleneck, bottleneck
 from olapipe.config import ExtractConfig
 from olapipe.corpus import Growth, Listing, compare, list_corpus
-from olapipe.job import LostShard, ShardTask, worker_pool
+from olapipe.job import worker_pool
 from olapipe.progress import Reporter
 from olapipe.report import TeacherSummary, summarise
+from olapipe.tally import LostShard, ShardTask, Stop, Tally
 from olapipe.teachers import registry
 from olapipe.teachers.base import suggest
+from olapipe.watch import watched
 from olaschema.errors import StoreError, TeacherError
 from olaschema.manifest import Receipt, TeacherRecord
-from olaschema.place import LocalPlace
+from olaschema.place import Place, open_place
 from olaschema.seal import seal, unseal
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
 
 RUNS = "runs.jsonl"
+_STOPPED: dict[Stop, int] = {"max-failures": 3, "SIGINT": 130, "SIGTERM": 143}
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,23 @@ class Extraction:
     summaries: list[TeacherSummary]
     rates: dict[str, float]
     lost: list[LostShard]
+    tally: Tally | None = None
+    """What this run did; None where there was nothing to do."""
+    bottleneck: Bottleneck | None = None
+
+    @property
+    def stopped(self) -> Stop | None:
+        """What ended the run early."""
+        return self.tally.stopped if self.tally is not None else None
 
     @property
     def exit_code(self) -> int:
-        """1 if a shard was given up, or a teacher has not one feature; single failed images are no error."""
+        """1 if a shard was given up, or a teacher has not one feature; single failed images are no error.
+
+        Stopped: 3 by --max-failures, 130 by Ctrl-C, 143 by SIGTERM.
+        """
+        if self.stopped is not None:
+            return _STOPPED[self.stopped]
         return 1 if self.lost or any(summary.ok == 0 for summary in self.summaries) else 0
 
 
@@ -54,7 +71,7 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     listing = list_corpus(config.corpus, config.images)
     store = _present_store(config)
     # Also shows, before anything is loaded, that the place can be written to.
-    _log_run(LocalPlace(config.out), config)
+    _log_run(open_place(config.out), config)
     growth = compare(listing, store)
     reporter.say(_describe(listing, growth))
     tasks = pending(store, config) if store is not None else []
@@ -71,15 +88,15 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
         before = {name: planned - waiting[name] for name in config.teachers}
         reporter.begin(dict.fromkeys(config.teachers, planned), before)
         started = time.monotonic()
-        try:
-            lost = pool.run(store, tasks, lambda name, rows: reporter.update({name: before[name] + rows}))
-        finally:
-            reporter.end()
+        most = config.most_failures(max(waiting.values(), default=0))
+        with watched(store.place, reporter, config, before, waiting) as watch:
+            done = pool.run(store, tasks, watch, most_failures=most)
         spent = time.monotonic() - started
     _seal(store, config)
     summaries = [summarise(store, name) for name in config.teachers]
-    rates = {name: rows / spent for name, rows in waiting.items() if rows}
-    return Extraction(store, summaries, rates, lost)
+    rates = {name: done.settled[name] / spent for name, rows in waiting.items() if rows}
+    slowest = bottleneck(done.seconds, spent, len(pool), config.decoders)
+    return Extraction(store, summaries, rates, done.lost, done, slowest)
 
 
 def pending(store: FeatureStore, config: ExtractConfig) -> list[ShardTask]:
@@ -126,25 +143,17 @@ def _absolute(config: ExtractConfig) -> ExtractConfig:
 
 def _present_store(config: ExtractConfig) -> FeatureStore | None:
     """Return the store at `out`, None where there is none yet and one can be made."""
-    place = LocalPlace(config.out)
-    try:
-        if place.exists("zarr.json"):
-            if config.shard_size is not None:
-                return FeatureStore.create(config.out, rows_per_shard=config.shard_size)
-            return FeatureStore.open(config.out)
-        usable = not config.out.exists() or (
-            config.out.is_dir() and all(entry.name == "_log" for entry in config.out.iterdir())
-        )
-    except OSError as error:
-        raise StoreError(
-            f"{config.out} cannot be used: {error.strerror}", "Choose another folder for --out."
-        ) from error
-    if not usable:
+    place = open_place(config.out)
+    if place.exists("zarr.json"):
+        if config.shard_size is not None:
+            return FeatureStore.create(config.out, rows_per_shard=config.shard_size)
+        return FeatureStore.open(config.out)
+    if not place.vacant():
         raise StoreError(f"{config.out} exists and is not a feature store", "Choose a new or empty folder for --out.")
     return None
 
 
-def _log_run(place: LocalPlace, config: ExtractConfig) -> None:
+def _log_run(place: Place, config: ExtractConfig) -> None:
     settings = config.model_dump(mode="python")
     line = {"started": time.time(), "host": platform.node(), "pid": os.getpid(), "settings": settings}
     place.append_log(RUNS, json.dumps(line, default=str))

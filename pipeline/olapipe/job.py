@@ -15,10 +15,11 @@ from olapipe.config import ExtractConfig
 from olapipe.metrics import JobMetrics
 from olapipe.poison import Suspects
 from olapipe.signals import StopFlag, stop_flag
-from olapipe.tasks import ERRORS, LostShard, ShardTask, Tally
+from olapipe.tally import ERRORS, LostShard, ShardTask, Tally
 from olapipe.worker import ShardWorker
 from olaschema.errors import ConfigError, OlaError, StoreError, TeacherError
 from olaschema.manifest import TeacherRecord
+from olaschema.place import absolute_url
 from olaschema.store import FeatureStore
 
 _ATTEMPTS = 3
@@ -182,6 +183,7 @@ class _Run:
     ) -> None:
         self._pool = pool
         self._store = store
+        self._url = absolute_url(store.url)
         self._tasks = tasks
         self._watch = watch
         self._most_failures = most_failures
@@ -246,9 +248,9 @@ class _Run:
     def _begin(self, slot: _Slot, work: _Work) -> None:
         if work.suspects is not None:
             teacher, index = work.suspects.next()
-            reference = slot.actor.probe.remote(self._store.root, work.task.shard, teacher, index)
+            reference = slot.actor.probe.remote(self._url, work.task.shard, teacher, index)
         else:
-            reference = slot.actor.encode.remote(self._store.root, work.task)
+            reference = slot.actor.encode.remote(self._url, work.task)
         slot.doing[reference] = work
 
     def _settle(self, slot: _Slot, reference: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from olapipe.tasks import ShardResult, Tally
+from olapipe.tally import ShardResult, Tally
 
 
 class WorkerMetrics:

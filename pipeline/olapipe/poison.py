@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from olapipe.tasks import ShardTask
+from olapipe.tally import ShardTask
 
 # Whatever is killed from outside in the very moment that an innocent image is tried must not count against it.
 _DEATHS = 2

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olapipe.bottleneck import Bottleneck
+from olapipe.tally import Tally
 from olapipe.teachers.info import TeacherInfo
 from olaschema import precision
 from olaschema.errors import OlaError
@@ -103,7 +105,7 @@ def print_summary(
     console: Console, store: FeatureStore, summaries: Sequence[TeacherSummary], rates: Mapping[str, float]
 ) -> None:
     """Print the closing table and the failures. `rates` are images per second of this run."""
-    table = Table(title=Text(f"features in {visible(str(store.root))}"), title_justify="left")
+    table = Table(title=Text(f"features in {visible(store.url)}"), title_justify="left")
     table.add_column("teacher", no_wrap=True)
     for column in ("images", "failed", "waiting", "stored", "× smaller than float32", "images/s"):
         table.add_column(column, justify="right")
@@ -120,6 +122,33 @@ def print_summary(
         )
     console.print(table)
     print_failures(console, store, summaries)
+
+
+def print_job(console: Console, tally: Tally, slowest: Bottleneck | None) -> None:
+    """Print what a run says of itself: batches that were made smaller, the slowest stage, the shards given up."""
+    for name, shards in tally.smaller.items():
+        sizes = Counter(shards.values())
+        counts = ", ".join(f"{count} at {used}" for used, count in sorted(sizes.items(), reverse=True))
+        numbers = ", ".join(map(str, sorted(shards)[:_NAMED])) + (", …" if len(shards) > _NAMED else "")
+        console.print(
+            Text(
+                f"{name}: the batch did not fit the device in {len(shards)} shards ({numbers}), they were encoded with "
+                f"smaller ones: {counts}. Use --batch-size {min(sizes)} to have all alike, and faster."
+            ),
+            soft_wrap=True,
+        )
+    if slowest is not None:
+        console.print(
+            Text(f"slowest stage: {slowest.stage}, busy {slowest.busy:.0%} of the time. Faster: {slowest.advice}."),
+            soft_wrap=True,
+        )
+    if tally.lost:
+        table = Table(title="shards given up after several attempts", title_justify="left")
+        table.add_column("shard", justify="right")
+        table.add_column("why")
+        for lost in sorted(tally.lost, key=lambda lost: lost.shard):
+            table.add_row(str(lost.shard), Text(visible(lost.reason)))
+        console.print(table)
 
 
 def print_failures(console: Console, store: FeatureStore, summaries: Sequence[TeacherSummary]) -> None:
@@ -143,7 +172,7 @@ def print_failures(console: Console, store: FeatureStore, summaries: Sequence[Te
             console.print(Text(f"    {visible(failure.key)}: {visible(failure.detail)}{only}"), soft_wrap=True)
         if count > _NAMED:
             console.print(Text(f"    and {count - _NAMED} more"))
-    console.print(Text(f"  all of them: olapipe inspect {visible(str(store.root))} --json"), soft_wrap=True)
+    console.print(Text(f"  all of them: olapipe inspect {visible(store.url)} --json"), soft_wrap=True)
 
 
 def print_error(console: Console, error: OlaError) -> None:

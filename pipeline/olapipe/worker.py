@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from olapipe.config import ExtractConfig
-from olapipe.tasks import ShardResult, ShardTask
+from olapipe.tally import ShardResult, ShardTask
 from olaschema.manifest import TeacherRecord
 from olaschema.store import FeatureStore
 
@@ -37,7 +37,7 @@ class ShardWorker:
         self._teachers = load_teachers(self._config, self._device)
         return [teacher_record(teacher, self._config.precision) for teacher in self._teachers.values()]
 
-    def encode(self, out: Path, task: ShardTask) -> ShardResult:
+    def encode(self, out: str, task: ShardTask) -> ShardResult:
         """Encode and commit one shard."""
         encoder = self._ready(out)
         timings: dict[str, float] = {}
@@ -62,7 +62,7 @@ class ShardWorker:
         self._metrics.shard(result)
         return result
 
-    def probe(self, out: Path, shard: int, teacher: str, index: int) -> None:
+    def probe(self, out: str, shard: int, teacher: str, index: int) -> None:
         """Take one image of a shard as far as its feature, and drop it; dies or raises if the image is to blame."""
         self._ready(out).probe(shard, teacher, index)
 
@@ -70,13 +70,13 @@ class ShardWorker:
         """Return how many rows of the shards under way are settled, by shard and teacher."""
         return {shard: dict(settled) for shard, settled in list(self._settled.items())}
 
-    def _ready(self, out: Path) -> Any:
+    def _ready(self, out: str) -> Any:
         with self._making:
             if self._encoder is None:
                 self._encoder = self._make_encoder(out)
         return self._encoder
 
-    def _make_encoder(self, out: Path) -> Any:
+    def _make_encoder(self, out: str) -> Any:
         import warnings
 
         from olapipe.encode import Limits, ShardEncoder, execution

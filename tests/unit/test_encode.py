@@ -261,7 +261,7 @@ def test_memory_of_the_device_and_shapes_are_the_teachers_errors(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(teacher, "encode", exhausted)
-    with pytest.raises(TeacherError, match="do not fit") as caught:
+    with pytest.raises(TeacherError, match="not even one image") as caught:
         encoder.encode(0, ["fake"], _ignore)
     assert "--batch-size" in caught.value.remedy
     monkeypatch.setattr(teacher, "encode", lambda pixels_bchw: torch.zeros(len(pixels_bchw), 2, 2, 5))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ERRORS = "errors.log"
-STOP = Literal["SIGINT", "SIGTERM", "max-failures"]
+Stop = Literal["SIGINT", "SIGTERM", "max-failures"]
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Tally:
     workers: int = 0
     """Workers that have loaded their teachers."""
     in_flight: int = 0
-    stopped: STOP | None = None
+    stopped: Stop | None = None
 
     def add(self, task: ShardTask, result: ShardResult, batch_size: int) -> None:
         """Count a finished shard; `batch_size` is the one asked for."""
         self.shards += 1
         self.ok.update(result.ok)
         self.failed.update(result.failed)
-        self.seconds.update(result.seconds)  # type: ignore[arg-type]  # a Counter adds floats as well
+        self.seconds.update(result.seconds)
         for name, used in result.batch_size.items():
             if used < batch_size:
                 self.smaller.setdefault(name, {})[task.shard] = used
