@@ -50,6 +50,8 @@ class TeacherSummary:
     """Bytes of the committed shards by array: `values`, and `scale` beside integers."""
     statistics: ChannelStatistics = field(default_factory=lambda: ChannelStatistics(1))
     failures: list[Failure] = field(default_factory=list)
+    batch_sizes: Counter[int] = field(default_factory=Counter)
+    """How many shards were encoded with which batch size: more than one where some did not fit the device."""
 
     @property
     def waiting(self) -> int:
@@ -85,6 +87,7 @@ def summarise(store: FeatureStore, teacher: str) -> TeacherSummary:
             continue
         summary.committed += 1
         summary.ok += receipt.ok
+        summary.batch_sizes[receipt.execution.batch_size] += 1
         summary.failed += receipt.failed
         summary.absent += len(receipt.rows) - receipt.ok - receipt.failed
         for path, file in receipt.files.items():
