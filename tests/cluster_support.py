@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
 
 PLUGINS = Path(__file__).parent / "plugins"
@@ -35,8 +36,13 @@ class Nodes:
         with _environment():
             self.cluster = Cluster(
                 initialize_head=True,
-                head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": _SOON},
+                head_node_args={
+                    "num_cpus": 0,
+                    "include_dashboard": False,
+                    "_system_config": _SOON,
+                },
             )
+        reset_ray_address()  # or every other Ray of this machine would join it
         self.restarted = 0
         for _ in range(2):
             self._add()

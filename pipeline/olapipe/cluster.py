@@ -54,6 +54,7 @@ def _initialise(address: str | None, cpus: int, scratch: str | None) -> None:
     import ray
 
     where: dict[str, Any] = {
+        "address": "local",  # not one that somebody else runs on this machine
         "num_cpus": max(cpus, os.cpu_count() or 1),
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
