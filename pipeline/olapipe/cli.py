@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from olapipe.signals import Terminated, sigterm_raises
 from olaschema.errors import ConfigError, OlaError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130
+_TERMINATED = 143
+_GO_ON = "stopped; what was finished is kept. Run the same command again to go on."
 
 
 @app.command("extract")
@@ -51,6 +54,10 @@ def extract_command(
     compile: Annotated[bool | None, typer.Option("--compile", help="Run the teachers through torch.compile.")] = None,
     max_megapixels: Annotated[float | None, typer.Option(help="Larger images are refused (100).")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; by default Ray is started here.")] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(help="Part of a GPU for each worker (1).")] = None,
+    max_failures: Annotated[
+        str | None, typer.Option(metavar="N|P%", help="Stop when more images fail: a number, or a share as 5%.")
+    ] = None,
     retry_failed: Annotated[
         bool | None, typer.Option("--retry-failed", help="Encode shards with failed images again.")
     ] = None,
@@ -63,7 +70,8 @@ def extract_command(
     """Extract features of all images of CORPUS. Run the same command again to continue or to add images.
 
     Images that cannot be used are listed with the reason and the rest goes on. Exit status: 0; 1 if a shard could not
-    be finished or no image had a feature; 2 for unusable settings, corpus or teacher; 130 when stopped.
+    be finished or no image had a feature; 2 for unusable settings, corpus or teacher; 3 when --max-failures stopped it;
+    130 or 143 when Ctrl-C or SIGTERM did.
     """
     with _user_errors():
         from olapipe.config import ExtractConfig
@@ -83,6 +91,8 @@ def extract_command(
             "compile": compile,
             "max_megapixels": max_megapixels,
             "address": address,
+            "gpus_per_worker": gpus_per_worker,
+            "max_failures": max_failures,
             "retry_failed": retry_failed,
         }
         flags |= {f"checkpoints.{name}": value for name, value in _pairs(checkpoint or [], "--checkpoint")}
@@ -90,20 +100,27 @@ def extract_command(
 
         from olapipe.extract import extract, plan_only
         from olapipe.progress import make_reporter
-        from olapipe.report import print_summary, visible
+        from olapipe.report import print_job, print_summary, visible
 
         if dry_run:
             plan_only(settings, make_reporter()).show(_console())
             return
-        result = extract(settings, make_reporter())
+        with sigterm_raises():
+            result = extract(settings, make_reporter())
         print_summary(_console(), result.store, result.summaries, result.rates)
-        for lost in result.lost:
-            _errors().print(
-                f"shard {lost.shard} was given up after several attempts: {visible(lost.reason)}", markup=False
-            )
+        if result.tally is not None:
+            print_job(_console(), result.tally, result.bottleneck)
         if result.lost:
             log = result.store.place.locate("_log/errors.log")
             _errors().print(f"details in {visible(log)}; run the same command to try again", markup=False)
+        if result.stopped == "max-failures":
+            _errors().print(
+                f"error: stopped, because more images failed than --max-failures {settings.max_failures} allows\n"
+                "Look at the failures above; what was finished is kept. Run the same command again to go on.",
+                markup=False,
+            )
+        elif result.stopped is not None:
+            _errors().print(_GO_ON, style="bold", markup=False)
         raise typer.Exit(result.exit_code)
 
 
@@ -242,6 +259,19 @@ def drop_command(
         _console().print(visible(f"{store}: {said}"), markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("status")
+def status_command(
+    store: Annotated[str, typer.Argument(help="Feature store.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how far the jobs on a store are: from any machine that can read it."""
+    with _user_errors():
+        from olapipe.status import show_status
+        from olaschema.store import FeatureStore
+
+        show_status(_console(), FeatureStore.open(store), as_json=as_json)
+
+
 @app.command("forget")
 def forget_command(
     store: Annotated[str, typer.Argument(help="Feature store.")],
@@ -340,10 +370,11 @@ def _user_errors() -> Iterator[None]:
 
         print_error(_errors(), error)
         raise typer.Exit(error.exit_code) from None
+    except Terminated:
+        _errors().print(_GO_ON, style="bold", markup=False)
+        raise typer.Exit(_TERMINATED) from None
     except KeyboardInterrupt:
-        _errors().print(
-            "stopped; what was finished is kept. Run the same command again to go on.", style="bold", markup=False
-        )
+        _errors().print(_GO_ON, style="bold", markup=False)
         raise typer.Exit(_INTERRUPTED) from None
 
 

@@ -6,20 +6,23 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from olapipe.bottleneck import Bottleneck, bottleneck
 from olapipe.config import ExtractConfig
 from olapipe.corpus import Growth, Listing, compare, list_corpus
 from olapipe.dryrun import DryRun, dry_run
-from olapipe.job import LostShard, worker_pool
+from olapipe.job import worker_pool
 from olapipe.progress import Reporter
 from olapipe.report import TeacherSummary, summarise
+from olapipe.tally import LostShard, Stop, Tally
 from olapipe.tasks import Pending, Planned
 from olapipe.teachers import registry
 from olapipe.teachers.base import TeacherSettings, resolve_options, suggest
+from olapipe.watch import watched
 from olaschema.errors import StoreError, TeacherError
 from olaschema.lease import writing
 from olaschema.ledger import read_ledger
@@ -30,6 +33,7 @@ from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
 
 RUNS = "runs.jsonl"
 _LEDGER_SECONDS = 300.0
+_STOPPED: dict[Stop, int] = {"max-failures": 3, "SIGINT": 130, "SIGTERM": 143}
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,23 @@ class Extraction:
     summaries: list[TeacherSummary]
     rates: dict[str, float]
     lost: list[LostShard]
+    tally: Tally | None = None
+    """What this run did; None where there was nothing to do."""
+    bottleneck: Bottleneck | None = None
+
+    @property
+    def stopped(self) -> Stop | None:
+        """What ended the run early."""
+        return self.tally.stopped if self.tally is not None else None
 
     @property
     def exit_code(self) -> int:
-        """1 if a shard was given up, or a teacher has not one feature; single failed images are no error."""
+        """1 if a shard was given up, or a teacher has not one feature; single failed images are no error.
+
+        Stopped: 3 by --max-failures, 130 by Ctrl-C, 143 by SIGTERM.
+        """
+        if self.stopped is not None:
+            return _STOPPED[self.stopped]
         return 1 if self.lost or any(summary.ok == 0 for summary in self.summaries) else 0
 
 
@@ -84,30 +101,30 @@ def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extr
         before = {name: planned - waiting[name] for name in config.teachers}
         reporter.begin(dict.fromkeys(config.teachers, planned), before)
         started = time.monotonic()
-        try:
-            lost = pool.run(store, tasks, _following(store, before, reporter))
-        finally:
-            reporter.end()
+        most = config.most_failures(max(waiting.values(), default=0))
+        with watched(store.place, reporter, config, before, waiting) as watch:
+            done = pool.run(store, tasks, _noting(store, config.teachers, watch), most_failures=most)
         spent = time.monotonic() - started
     _seal(store, config)
     summaries = [summarise(store, name, brief=True) for name in config.teachers]
-    rates = {name: rows / spent for name, rows in waiting.items() if rows}
-    return Extraction(store, summaries, rates, lost)
+    rates = {name: done.settled[name] / spent for name, rows in waiting.items() if rows}
+    slowest = bottleneck(done.seconds, spent, len(pool), config.decoders)
+    return Extraction(store, summaries, rates, done.lost, done, slowest)
 
 
-def _following(store: FeatureStore, before: Mapping[str, int], reporter: Reporter) -> Callable[[str, int], None]:
-    """Return what is told of progress. Every few minutes it notes the new receipts, so that none is opened twice."""
+def _noting(store: FeatureStore, teachers: Iterable[str], watch: Callable[[Tally], None]) -> Callable[[Tally], None]:
+    """Return `watch`, noting the new receipts every few minutes as well, so that none is opened twice."""
     noted = time.monotonic()
 
-    def progress(name: str, rows: int) -> None:
+    def watch_and_note(tally: Tally) -> None:
         nonlocal noted
-        reporter.update({name: before[name] + rows})
+        watch(tally)
         if time.monotonic() - noted > _LEDGER_SECONDS:
-            for teacher in before:
+            for teacher in teachers:
                 read_ledger(store, teacher, keep=True)
             noted = time.monotonic()
 
-    return progress
+    return watch_and_note
 
 
 def plan_only(config: ExtractConfig, reporter: Reporter) -> DryRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -13,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olapipe.bottleneck import Bottleneck
+from olapipe.tally import Tally
 from olapipe.teachers.info import TeacherInfo
 from olaschema import precision
 from olaschema.errors import OlaError
@@ -52,6 +55,8 @@ class TeacherSummary:
     """In order of rows; of a brief summary the first few of each reason."""
     failed_rows: dict[str, np.ndarray] = field(default_factory=dict)
     """Rows of all failures by reason, ascending."""
+    batch_sizes: Counter[int] = field(default_factory=Counter)
+    """How many shards were encoded with which batch size: more than one where some did not fit the device."""
 
     @property
     def waiting(self) -> int:
@@ -87,6 +92,7 @@ def summarise(store: FeatureStore, teacher: str, *, brief: bool = False) -> Teac
     summary.ok, summary.failed, summary.absent = (ledger.total(name) for name in ("ok", "failed", "absent"))
     summary.array_bytes = ledger.array_bytes()
     summary.failed_rows = ledger.failed_rows()
+    summary.batch_sizes = ledger.batch_sizes()
     named = [rows[:_NAMED] if brief else rows for rows in summary.failed_rows.values()]
     summary.failures = list(_failures(store, teacher, sorted(row for rows in named for row in rows.tolist())))
     summary.statistics = ChannelStatistics(record.fingerprint.channels) if brief else store.statistics(teacher)
@@ -125,6 +131,33 @@ def print_summary(
         )
     console.print(table)
     print_failures(console, store, summaries)
+
+
+def print_job(console: Console, tally: Tally, slowest: Bottleneck | None) -> None:
+    """Print what a run says of itself: batches that were made smaller, the slowest stage, the shards given up."""
+    for name, shards in tally.smaller.items():
+        sizes = Counter(shards.values())
+        counts = ", ".join(f"{count} at {used}" for used, count in sorted(sizes.items(), reverse=True))
+        numbers = ", ".join(map(str, sorted(shards)[:_NAMED])) + (", …" if len(shards) > _NAMED else "")
+        console.print(
+            Text(
+                f"{name}: the batch did not fit the device in {len(shards)} shards ({numbers}), they were encoded with "
+                f"smaller ones: {counts}. Use --batch-size {min(sizes)} to have all alike, and faster."
+            ),
+            soft_wrap=True,
+        )
+    if slowest is not None:
+        console.print(
+            Text(f"slowest stage: {slowest.stage}, busy {slowest.busy:.0%} of the time. Faster: {slowest.advice}."),
+            soft_wrap=True,
+        )
+    if tally.lost:
+        table = Table(title="shards given up after several attempts", title_justify="left")
+        table.add_column("shard", justify="right")
+        table.add_column("why")
+        for lost in sorted(tally.lost, key=lambda lost: lost.shard):
+            table.add_row(str(lost.shard), Text(visible(lost.reason)))
+        console.print(table)
 
 
 def print_failures(console: Console, store: FeatureStore, summaries: Sequence[TeacherSummary]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from olapipe.job import ShardTask
+from olapipe.tally import ShardTask
 from olaschema.ledger import read_ledger
 from olaschema.store import FeatureStore
 

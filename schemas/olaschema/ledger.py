@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from olaschema.errors import StoreError
 from olaschema.store import FeatureStore
 
-_FORMAT = b"1"
+_FORMAT = b"2"
 _SCHEMA = pa.schema(
     [
         ("shard", pa.int64()),
@@ -29,6 +30,7 @@ _SCHEMA = pa.schema(
         ("ok", pa.int32()),
         ("failed", pa.int32()),
         ("absent", pa.int32()),
+        ("batch", pa.int32()),
         ("arrays", pa.list_(pa.string())),
         ("bytes", pa.list_(pa.int64())),
         ("places", pa.list_(pa.int32())),
@@ -67,6 +69,10 @@ class Ledger:
         for name, size in zip(names, _flat(self.table["bytes"]).to_pylist(), strict=True):
             found[name] = found.get(name, 0) + size
         return found
+
+    def batch_sizes(self) -> Counter[int]:
+        """How many shards were encoded with which batch size."""
+        return Counter(self.table["batch"].to_pylist())
 
     def failed_rows(self) -> dict[str, np.ndarray]:
         """Rows of the store without a feature, by reason, ascending int64."""
@@ -123,6 +129,7 @@ def _row(store: FeatureStore, teacher: str, shard: int, stamp: str) -> Mapping[s
         "ok": receipt.ok,
         "failed": len(failed),
         "absent": len(receipt.rows) - receipt.ok - len(failed),
+        "batch": receipt.execution.batch_size,
         "arrays": list(arrays),
         "bytes": list(arrays.values()),
         "places": [place for place, _ in failed],

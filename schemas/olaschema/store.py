@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -296,8 +297,8 @@ class FeatureStore:
     def receipt_bytes(self, teacher: str, shard: int) -> tuple[bytes, Receipt]:
         """Return a receipt's file and what it says; raises StoreError if there is none."""
         name = receipt_file(teacher, shard)
-        data, ours = _ours(self.place, name)
-        return data, _validated(Receipt, _intact(self.place, name, data, ours), self.place, name)
+        data = self.place.read(name)
+        return data, parse_document(Receipt, self.place, name, data)
 
     def committed(self, teacher: str) -> list[int]:
         """Return the numbers of the committed shards of a teacher, ascending."""
@@ -323,15 +324,18 @@ class FeatureStore:
         execution: Execution,
         *,
         replace: bool = False,
+        timings: dict[str, float] | None = None,
     ) -> Receipt:
         """Publish the stored arrays `(rows_per_shard, ...)` of one shard, then its receipt.
 
         A shard that is committed already stays as it is, unless `replace`: its receipt is returned, so a writer
-        presumed dead changes nothing. Rows that are not `ok` must decode to NaN (`precision.blank`). Raises StoreError
+        presumed dead changes nothing. Seconds are added to `timings["compress"]` and `["write"]`. Rows that are not
+        `ok` must decode to NaN (`precision.blank`). Raises StoreError
         for arrays of another precision or shape than the record's.
         """
         from olaschema.zarrbytes import encode_shard
 
+        started = time.perf_counter()
         teacher = record.fingerprint.teacher
         objects = {
             shard_file(teacher, shard, stored.values.ndim, array): data
@@ -350,6 +354,7 @@ class FeatureStore:
             statistics=statistics.to_json(),
             execution=execution,
         )
+        compressed = time.perf_counter()
         with self.place.lock(shard_lock(teacher, shard)):
             present = self.receipt(teacher, shard)
             if present is not None and not replace:
@@ -361,6 +366,9 @@ class FeatureStore:
             # a writer presumed dead may have come first after all; then its receipt stands, and what it promises
             if not self.place.publish_if_absent(receipt_file(teacher, shard), sealed(receipt)):
                 return read_document(Receipt, self.place, receipt_file(teacher, shard))
+        if timings is not None:
+            timings["compress"] = timings.get("compress", 0.0) + compressed - started
+            timings["write"] = timings.get("write", 0.0) + time.perf_counter() - compressed
         return receipt
 
     def _publish_unless_there(self, name: str, data: bytes) -> None:
