@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olapipe.drift import ShardStatistics
 from olapipe.teachers.info import TeacherInfo
 from olaschema import precision
 from olaschema.errors import OlaError
@@ -48,6 +49,8 @@ class TeacherSummary:
     """Bytes of the committed shards by array: `values`, and `scale` beside integers."""
     statistics: ChannelStatistics = field(default_factory=lambda: ChannelStatistics(1))
     failures: list[Failure] = field(default_factory=list)
+    by_shard: list[ShardStatistics] = field(default_factory=list)
+    """Of each committed shard that has features, in order."""
 
     @property
     def waiting(self) -> int:
@@ -88,7 +91,10 @@ def summarise(store: FeatureStore, teacher: str) -> TeacherSummary:
         for path, file in receipt.files.items():
             array = path.removeprefix(f"{teacher}/").split("/")[0]
             summary.array_bytes[array] = summary.array_bytes.get(array, 0) + file.bytes
-        summary.statistics.merge(ChannelStatistics.from_json(receipt.statistics, channels))
+        statistics = ChannelStatistics.from_json(receipt.statistics, channels)
+        summary.statistics.merge(statistics)
+        if statistics.count:
+            summary.by_shard.append(ShardStatistics(shard, receipt.ok, statistics))
         if receipt.failed:
             samples = store.shard_samples(shard)
             summary.failures += [

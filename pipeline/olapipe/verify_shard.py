@@ -12,6 +12,7 @@ from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, decode, er
 from olaschema.errors import StoreError
 from olaschema.layout import receipt_file
 from olaschema.manifest import ChannelStatistics, Receipt, TeacherRecord
+from olaschema.norms import NormHistogram, squared_norms
 from olaschema.store import FeatureStore
 
 _SLACK = 1e-9
@@ -169,7 +170,8 @@ def _check_values(
         rows = np.flatnonzero(present)
         wrong.setdefault((main, "rows with a feature hold NaN or infinity"), set()).update(rows[bad] + first)
         statistics.update(features[~bad])
-        bounds.update(error_bound({name: part[present][~bad] for name, part in parts.items()}, channels))
+        bound = error_bound({name: part[present][~bad] for name, part in parts.items()}, channels)
+        bounds.update(bound, features[~bad])
         checked.rows += step
     for (file, what), indices in wrong.items():
         if indices:
@@ -183,15 +185,24 @@ def _check_values(
 
 
 class _Bounds:
-    """Error bounds of all elements of a channel: their sum, sum of squares and maximum."""
+    """Error bounds of all elements of a channel: their sum, sum of squares and maximum; of tokens: shortest, longest.
+
+    The norm of a token differs from that of the feature by the norm of the errors at most.
+    """
 
     def __init__(self, channels: int) -> None:
         self.total = np.zeros(channels)
         self.squares = np.zeros(channels)
         self.largest = np.zeros(channels)
+        self.shortest = NormHistogram()
+        self.longest = NormHistogram()
 
-    def update(self, bound: np.ndarray) -> None:
+    def update(self, bound: np.ndarray, features: np.ndarray) -> None:
         flat = bound.reshape(-1, bound.shape[-1]).astype(np.float64)
+        norms = np.sqrt(squared_norms(features.reshape(flat.shape)))
+        errors = np.sqrt(squared_norms(flat)) + _SLACK * norms
+        self.shortest.update(np.square(np.maximum(norms - errors, 0.0)))
+        self.longest.update(np.square(norms + errors))
         self.total += flat.sum(axis=0)
         self.squares += np.square(flat).sum(axis=0)
         self.largest = np.maximum(self.largest, flat.max(axis=0, initial=0.0))
@@ -220,6 +231,22 @@ def _statistics_differ(receipt: Receipt, of_values: ChannelStatistics, bounds: _
         worst = int(np.argmax(difference - limit))
         if not difference[worst] <= limit[worst]:
             return f"{name} of channel {worst} differs by {difference[worst]:.4g}, {limit[worst]:.4g} is the limit"
+    return _norms_differ(told.norms, bounds) if "norms" in receipt.statistics else None
+
+
+def _norms_differ(told: NormHistogram, bounds: _Bounds) -> str | None:
+    """Say so unless, below each edge, there are as many tokens as storing them can have put there."""
+    if told.total != bounds.shortest.total:
+        return f"the histogram of norms counts {told.total} tokens, there are {bounds.shortest.total}"
+    found = [told, bounds.shortest, bounds.longest]
+    first = min(histogram.first for histogram in found)
+    bins = max(histogram.first + len(histogram.counts) for histogram in found) - first
+    below, most, least = (histogram.zero + np.cumsum(histogram.spread(first, bins)) for histogram in found)
+    wrong = np.flatnonzero((below < least) | (below > most))
+    if told.zero > bounds.shortest.zero or told.zero < bounds.longest.zero or len(wrong):
+        return (
+            f"the histogram of norms is not that of the tokens from bin {first + int(wrong[0]) if len(wrong) else 0} on"
+        )
     return None
 
 
