@@ -104,7 +104,8 @@ def inspect_command(
     store: Annotated[str, typer.Argument(help="Feature store.")],
     key: Annotated[str | None, typer.Argument(help="One image: its path relative to the image folder.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Save the image and its features as colours (PNG).")] = None,
-    images: Annotated[Path | None, typer.Option(help="Image folder, for --picture.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write all of it as one page with a gallery and a search.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Image folder, for --picture and --html.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a feature store holds, or what it holds of one image."""
@@ -112,11 +113,22 @@ def inspect_command(
         from olapipe import inspect
         from olaschema.store import FeatureStore
 
-        if (picture is None) != (images is None):
+        if html is None and (picture is None) != (images is None):
             raise ConfigError("--picture and --images go together", "Give both, or neither.")
+        if html is not None and (key is not None or picture is not None or as_json):
+            raise ConfigError("--html shows the whole store", "Leave out KEY, --picture and --json.")
+        if html is not None and images is not None and not images.is_dir():
+            raise ConfigError(f"--images {images}: no such folder", "Give the folder that keys start from.")
         if picture is not None and key is None:
             raise ConfigError("--picture needs the KEY of one image", "Give it after the store.")
         opened = FeatureStore.open(store)
+        if html is not None:
+            from olapipe.report import visible
+            from olapipe.webpage import write_page
+
+            write_page(opened, images, html)
+            _console().print(visible(f"written: {html}"), markup=False, highlight=False, soft_wrap=True)
+            return
         if key is None:
             inspect.show_store(_console(), opened, as_json=as_json)
             return
