@@ -221,6 +221,53 @@ def forget_command(
             _console().print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("copy")
+def copy_command(
+    store: Annotated[str, typer.Argument(help="Feature store.")],
+    out: Annotated[str, typer.Argument(help="New place.")],
+) -> None:
+    """Copy a store to another place, and verify the copy. Run the same command again to finish an interrupted one."""
+    with _user_errors():
+        from olapipe.copy import copy
+        from olapipe.progress import make_reporter
+        from olapipe.report import size, visible
+        from olaschema.store import FeatureStore
+
+        done = copy(FeatureStore.open(store), out, make_reporter())
+        before = f", {done.present} of them were there already" if done.present else ""
+        _say(visible(f"{out}: {done.files} files, {size(done.bytes)}{before}; verified"))
+
+
+@app.command("merge")
+def merge_command(
+    stores: Annotated[list[str], typer.Argument(help="Feature stores, two or more; the first one's rows come first.")],
+    out: Annotated[str, typer.Option(help="New place.")],
+) -> None:
+    """Write one store of the images and features of several, and verify it. A rerun finishes an interrupted one.
+
+    Images are joined by key. The same key with other bytes is refused, as are features that differ in meaning or
+    precision. What one store has forgotten, the result has forgotten.
+    """
+    with _user_errors():
+        from olapipe.merge import merge
+        from olapipe.progress import make_reporter
+        from olapipe.report import visible
+        from olaschema.store import FeatureStore
+
+        if len(stores) < 2:
+            raise ConfigError(
+                "there is nothing to merge a single store with", "Give two stores, or use `olapipe copy`."
+            )
+        done = merge([FeatureStore.open(store) for store in stores], out, make_reporter())
+        counts = f"{done.images} images, {done.repeated} of them repeated, {done.forgotten} forgotten"
+        _say(visible(f"{out}: {counts}; {done.taken} shards as they were, {done.rebuilt} put together; verified"))
+        for teacher, features in done.left.items():
+            _say(
+                f"{teacher}: {features} features are left out, because other images of their shards are not extracted: "
+                "`olapipe extract` over all images fills them in"
+            )
+
+
 @app.command("preview")
 def preview_command(
     store: Annotated[str, typer.Argument(help="Feature store, of targets or of predictions.")],
@@ -301,6 +348,10 @@ def _user_errors() -> Iterator[None]:
             "stopped; what was finished is kept. Run the same command again to go on.", style="bold", markup=False
         )
         raise typer.Exit(_INTERRUPTED) from None
+
+
+def _say(line: str) -> None:
+    _console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _finish(page: Page, out: Path) -> None:

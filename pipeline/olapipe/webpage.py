@@ -97,7 +97,7 @@ def render(store: FeatureStore, images: Path | None) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(store.root)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{text(store.place.name)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(sections)
         + f'\n</main>\n<script type="application/json" id="data">{embedded}</script>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
@@ -153,9 +153,8 @@ def _head(store: FeatureStore, summaries: Sequence[TeacherSummary]) -> str:
     ]
     items = "".join(f"<li><b>{text(number)}</b>{text(label)}</li>" for number, label in figures)
     place = f"{len(generations)} generation{'s' * (len(generations) != 1)}, {store.rows_per_shard} rows per shard"
-    return (
-        f'<header><h1>{text(store.root)}</h1><p class="soft">{text(place)}</p><ul class="figures">{items}</ul></header>'
-    )
+    title = f'<h1>{text(store.place.name)}</h1><p class="soft">{text(place)}</p>'
+    return f'<header>{title}<ul class="figures">{items}</ul></header>'
 
 
 def _flags(described: dict[str, dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import json
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from olaschema.errors import FingerprintError
 from olaschema.norms import NormHistogram, squared_norms
@@ -257,6 +257,21 @@ class RowReceipt(Frozen):
     """Pixels of the decoded image before any EXIF rotation."""
     reason: str | None = None
     detail: str | None = None
+    same_as: int | None = None
+    """Row of the store that holds the feature of this image too, as both have the same bytes (only where ok)."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether the feature is in this row itself."""
+        return self.status == "ok" and self.same_as is None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # receipts from before there were shared rows stay what they are, byte for byte
+        data: dict[str, Any] = handler(self)
+        if self.same_as is None:
+            del data["same_as"]
+        return data
 
 
 class FileReceipt(Frozen):
@@ -296,6 +311,11 @@ class Receipt(Frozen):
     def ok(self) -> int:
         """Number of rows with a feature."""
         return sum(row.status == "ok" for row in self.rows)
+
+    @property
+    def shared(self) -> int:
+        """Number of those whose feature is in another row."""
+        return sum(row.same_as is not None for row in self.rows)
 
     @property
     def failed(self) -> int:
