@@ -268,6 +268,23 @@ def merge_command(
             )
 
 
+@app.command("dedup")
+def dedup_command(store: Annotated[str, typer.Argument(help="Feature store.")]) -> None:
+    """Let images of the same bytes share one row. A rerun finishes an interrupted pass.
+
+    Stop what is reading the store first.
+    """
+    with _user_errors():
+        from olapipe.dedup import dedup
+        from olapipe.progress import make_reporter
+        from olapipe.report import size
+        from olaschema.store import FeatureStore
+
+        for teacher, done in dedup(FeatureStore.open(store), make_reporter()).items():
+            before = f" ({done.already} did before)" if done.already else ""
+            _say(f"{teacher}: {done.rows} rows share another one{before}; {size(max(done.bytes, 0))} given back")
+
+
 @app.command("preview")
 def preview_command(
     store: Annotated[str, typer.Argument(help="Feature store, of targets or of predictions.")],

@@ -45,6 +45,8 @@ class TeacherSummary:
     failed: int = 0
     absent: int = 0
     committed: int = 0
+    shared: int = 0
+    """Images with a feature that is stored in another row."""
     array_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of the committed shards by array: `values`, and `scale` beside integers."""
     statistics: ChannelStatistics = field(default_factory=lambda: ChannelStatistics(1))
@@ -87,6 +89,7 @@ def summarise(store: FeatureStore, teacher: str) -> TeacherSummary:
         summary.committed += 1
         summary.ok += receipt.ok
         summary.failed += receipt.failed
+        summary.shared += receipt.shared
         summary.absent += len(receipt.rows) - receipt.ok - receipt.failed
         for path, file in receipt.files.items():
             array = path.removeprefix(f"{teacher}/").split("/")[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, decode, error_bound
 from olaschema.errors import StoreError
 from olaschema.layout import receipt_file
-from olaschema.manifest import ChannelStatistics, Receipt, TeacherRecord
+from olaschema.manifest import ChannelStatistics, Receipt, RowReceipt, TeacherRecord
 from olaschema.norms import NormHistogram, squared_norms
 from olaschema.store import FeatureStore
 
@@ -40,12 +40,17 @@ class Checked:
 
 
 def check_shard(
-    store: FeatureStore, record: TeacherRecord, shard: int, planned: int | None, documents: Mapping[str, bytes]
+    store: FeatureStore,
+    record: TeacherRecord,
+    shard: int,
+    planned: int | None,
+    documents: Mapping[str, bytes],
+    shared: Callable[[int], RowReceipt | None],
 ) -> Checked:
     """Check one committed shard of a teacher.
 
     `planned` is the number of images that the plan gives it, None where the plan is damaged; `documents` are the
-    `zarr.json` of the teacher's arrays by name.
+    `zarr.json` of the teacher's arrays by name; `shared` gives the receipt of a row that another one shares.
     """
     checked = Checked()
     name = receipt_file(record.fingerprint.teacher, shard)
@@ -57,7 +62,7 @@ def check_shard(
     checked.files += 1
     if receipt is not None:
         checked.bytes += store.place.size(name)
-        texts = list(_receipt_troubles(receipt, record, shard, store.rows_per_shard, planned))
+        texts = list(_receipt_troubles(receipt, record, shard, store.rows_per_shard, planned, shared))
         checked.troubles += [Trouble(name, text) for text in texts]
         if texts:
             receipt = None  # its rows cannot be held against the values
@@ -76,7 +81,12 @@ def check_shard(
 
 
 def _receipt_troubles(
-    receipt: Receipt, record: TeacherRecord, shard: int, rows_per_shard: int, planned: int | None
+    receipt: Receipt,
+    record: TeacherRecord,
+    shard: int,
+    rows_per_shard: int,
+    planned: int | None,
+    shared: Callable[[int], RowReceipt | None],
 ) -> Iterator[str]:
     teacher = record.fingerprint.teacher
     if (receipt.teacher, receipt.shard) != (teacher, shard):
@@ -94,6 +104,12 @@ def _receipt_troubles(
     absent = [row.status == "absent" for row in receipt.rows]
     if any(absent[:planned]) or not all(absent[planned:]):
         yield f"it must speak of the first {planned} rows and call the others absent"
+    for index, row in enumerate(receipt.rows):
+        if row.same_as is not None:
+            other = shared(row.same_as)
+            if row.status != "ok" or other is None or not other.stored or other.sha256 != row.sha256:
+                place = shard * rows_per_shard + index
+                yield f"row {place} shares row {row.same_as}, which has no feature of the same image"
     if receipt.revision != sum(row.reason == "forgotten" for row in receipt.rows):
         yield f"revision {receipt.revision} is not the number of forgotten images"
 
@@ -145,7 +161,7 @@ def _check_values(
 ) -> None:
     """Decode the shard chunk by chunk: features where the receipt says ok, the fill value elsewhere, the statistics."""
     channels = record.fingerprint.channels
-    ok = np.asarray([row.status == "ok" for row in receipt.rows])
+    ok = np.asarray([row.stored for row in receipt.rows])
     first_row = shard * len(ok)
     # only floats and scales can hold a NaN, and it is what they are filled with; integers cannot
     main = next(file for file, (_, array) in arrays.items() if np.isnan(array.fill))
