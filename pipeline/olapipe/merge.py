@@ -127,7 +127,10 @@ class _Teacher:
                 mine, theirs = reader.read(place).arrays, self._reader(row).read(row.row).arrays
                 if any(mine[name].tobytes() != theirs[name].tobytes() for name in theirs):
                     self.target.place.remove(ROOT)
-                    raise DamagedStoreError(f"{self.target.url}: row {place} of {self.name} is not that of its source")
+                    raise DamagedStoreError(
+                        f"{self.target.url}: row {place} of {self.name} is not that of its source",
+                        "Delete this unfinished store and run the same command again; twice is a defect.",
+                    )
 
     def _shards(self) -> Iterator[tuple[int, list[Chosen | None]]]:
         for generation in self.target.generations():

@@ -111,6 +111,21 @@ def test_a_taken_and_a_rebuilt_shard_differ_in_nothing_that_is_read(
     assert _features(FeatureStore.open(tmp_path / "rebuilt")) == _features(a) | _features(b)
 
 
+def test_a_feature_in_the_wrong_row_is_found_though_the_store_is_sound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _store(tmp_path / "a", _keys(0, 6))
+    _store(tmp_path / "b", _keys(5, 10), seed=1)
+    right = merge_module._Teacher._rebuild
+    monkeypatch.setattr(
+        merge_module._Teacher, "_rebuild", lambda self, shard, rows, told: right(self, shard, rows[::-1], told)
+    )
+    result = olapipe("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c")
+    assert result.exit_code == 1
+    assert "of depth is not that of its source" in result.stderr
+    assert not (tmp_path / "c" / "zarr.json").exists()
+
+
 def test_teachers_of_both_and_a_feature_that_only_the_second_has(tmp_path: Path) -> None:
     a = _store(tmp_path / "a", _keys(0, 8), failed=("002.jpg",))
     b = _store(tmp_path / "b", _keys(2, 10), teachers=("depth", "seg"), seed=1)

@@ -19,10 +19,9 @@ from olaschema.manifest import ChannelStatistics, RowReceipt, SampleRow
 from olaschema.precision import blank, encode
 from olaschema.store import FeatureStore
 
-# the file names are those on disk too: they may hold no slash
 EVIL = "<img src=x onerror=document.title='owned'>.jpg"
-KEYS = [EVIL, "</script><script>document.title='owned'<", "\"'><b>&amp;.jpg", *(f"cat {i:02d}.jpg" for i in range(37))]
-KEYS = [key if key.endswith(".jpg") else key.replace("/", "%") + ".jpg" for key in KEYS]
+ENDING = "a</script><script>document.title='owned'</script>.jpg"  # a path with folders
+KEYS = [EVIL, ENDING, "\"'><b>&amp;.jpg", *(f"cat {i:02d}.jpg" for i in range(37))]
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder.mkdir()
     contents = {key: image_bytes(seed, (96, 72), "JPEG") for seed, key in enumerate(KEYS)}
     for key, data in contents.items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
         (folder / key).write_bytes(data)
     store = FeatureStore.create(root / "<i>store", rows_per_shard=5)
     store.add_generation(SampleRow(row=0, key=key, uri=key, size=len(contents[key])) for key in KEYS)
@@ -110,6 +110,9 @@ def test_names_of_images_stay_inert(browser: Browser) -> None:
     assert browser.run("return document.querySelectorAll('main b img, main script, main i').length") == 0
     assert "owned" not in browser.run("return document.title")
     assert EVIL in browser.run("return document.querySelector('.gallery').innerText")
+    browser.run("document.getElementById('search').value = ''")
+    browser.type("#search", "</script>")
+    assert browser.run("return document.querySelector('#results td.key').textContent") == ENDING
     assert browser.console() == []
     # and were something to slip through, the policy of the page stops it
     browser.run("document.body.insertAdjacentHTML('beforeend', arguments[0])", EVIL)
