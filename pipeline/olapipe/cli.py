@@ -177,7 +177,8 @@ def inspect_command(
     store: Annotated[str, typer.Argument(help="Feature store.")],
     key: Annotated[str | None, typer.Argument(help="One image: its path relative to the image folder.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Save the image and its features as colours (PNG).")] = None,
-    images: Annotated[Path | None, typer.Option(help="Image folder, for --picture.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write all of it as one page with a gallery and a search.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Image folder, for --picture and --html.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a feature store holds, or what it holds of one image."""
@@ -185,11 +186,22 @@ def inspect_command(
         from olapipe import inspect
         from olaschema.store import FeatureStore
 
-        if (picture is None) != (images is None):
+        if html is None and (picture is None) != (images is None):
             raise ConfigError("--picture and --images go together", "Give both, or neither.")
+        if html is not None and (key is not None or picture is not None or as_json):
+            raise ConfigError("--html shows the whole store", "Leave out KEY, --picture and --json.")
+        if html is not None and images is not None and not images.is_dir():
+            raise ConfigError(f"--images {images}: no such folder", "Give the folder that keys start from.")
         if picture is not None and key is None:
             raise ConfigError("--picture needs the KEY of one image", "Give it after the store.")
         opened = FeatureStore.open(store)
+        if html is not None:
+            from olapipe.report import visible
+            from olapipe.webpage import write_page
+
+            write_page(opened, images, html)
+            _console().print(visible(f"written: {html}"), markup=False, highlight=False, soft_wrap=True)
+            return
         if key is None:
             inspect.show_store(_console(), opened, as_json=as_json)
             return
@@ -295,6 +307,70 @@ def forget_command(
             _console().print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("copy")
+def copy_command(
+    store: Annotated[str, typer.Argument(help="Feature store.")],
+    out: Annotated[str, typer.Argument(help="New place.")],
+) -> None:
+    """Copy a store to another place, and verify the copy. Run the same command again to finish an interrupted one."""
+    with _user_errors():
+        from olapipe.copy import copy
+        from olapipe.progress import make_reporter
+        from olapipe.report import size, visible
+        from olaschema.store import FeatureStore
+
+        done = copy(FeatureStore.open(store), out, make_reporter())
+        before = f", {done.present} of them were there already" if done.present else ""
+        _say(visible(f"{out}: {done.files} files, {size(done.bytes)}{before}; verified"))
+
+
+@app.command("merge")
+def merge_command(
+    stores: Annotated[list[str], typer.Argument(help="Feature stores, two or more; the first one's rows come first.")],
+    out: Annotated[str, typer.Option(help="New place.")],
+) -> None:
+    """Write one store of the images and features of several, and verify it. A rerun finishes an interrupted one.
+
+    Images are joined by key. The same key with other bytes is refused, as are features that differ in meaning or
+    precision. What one store has forgotten, the result has forgotten.
+    """
+    with _user_errors():
+        from olapipe.merge import merge
+        from olapipe.progress import make_reporter
+        from olapipe.report import visible
+        from olaschema.store import FeatureStore
+
+        if len(stores) < 2:
+            raise ConfigError(
+                "there is nothing to merge a single store with", "Give two stores, or use `olapipe copy`."
+            )
+        done = merge([FeatureStore.open(store) for store in stores], out, make_reporter())
+        counts = f"{done.images} images, {done.repeated} of them repeated, {done.forgotten} forgotten"
+        _say(visible(f"{out}: {counts}; {done.taken} shards as they were, {done.rebuilt} put together; verified"))
+        for teacher, features in done.left.items():
+            _say(
+                f"{teacher}: {features} features are left out, because other images of their shards are not extracted: "
+                "`olapipe extract` over all images fills them in"
+            )
+
+
+@app.command("dedup")
+def dedup_command(store: Annotated[str, typer.Argument(help="Feature store.")]) -> None:
+    """Let images of the same bytes share one row. A rerun finishes an interrupted pass.
+
+    Stop what is reading the store first.
+    """
+    with _user_errors():
+        from olapipe.dedup import dedup
+        from olapipe.progress import make_reporter
+        from olapipe.report import size
+        from olaschema.store import FeatureStore
+
+        for teacher, done in dedup(FeatureStore.open(store), make_reporter()).items():
+            before = f" ({done.already} did before)" if done.already else ""
+            _say(f"{teacher}: {done.rows} rows share another one{before}; {size(max(done.bytes, 0))} given back")
+
+
 @app.command("preview")
 def preview_command(
     store: Annotated[str, typer.Argument(help="Feature store, of targets or of predictions.")],
@@ -376,6 +452,10 @@ def _user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         _errors().print(_GO_ON, style="bold", markup=False)
         raise typer.Exit(_INTERRUPTED) from None
+
+
+def _say(line: str) -> None:
+    _console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _finish(page: Page, out: Path) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from olapipe.bottleneck import Bottleneck
+from olapipe.drift import ShardStatistics
 from olapipe.tally import Tally
 from olapipe.teachers.info import TeacherInfo
 from olaschema import precision
@@ -48,6 +49,8 @@ class TeacherSummary:
     failed: int = 0
     absent: int = 0
     committed: int = 0
+    shared: int = 0
+    """Images with a feature that is stored in another row."""
     array_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of the committed shards by array: `values`, and `scale` beside integers."""
     statistics: ChannelStatistics = field(default_factory=lambda: ChannelStatistics(1))
@@ -57,6 +60,8 @@ class TeacherSummary:
     """Rows of all failures by reason, ascending."""
     batch_sizes: Counter[int] = field(default_factory=Counter)
     """How many shards were encoded with which batch size: more than one where some did not fit the device."""
+    by_shard: list[ShardStatistics] = field(default_factory=list)
+    """Of each committed shard that has features, in order."""
 
     @property
     def waiting(self) -> int:
@@ -95,7 +100,17 @@ def summarise(store: FeatureStore, teacher: str, *, brief: bool = False) -> Teac
     summary.batch_sizes = ledger.batch_sizes()
     named = [rows[:_NAMED] if brief else rows for rows in summary.failed_rows.values()]
     summary.failures = list(_failures(store, teacher, sorted(row for rows in named for row in rows.tolist())))
-    summary.statistics = ChannelStatistics(record.fingerprint.channels) if brief else store.statistics(teacher)
+    summary.statistics = ChannelStatistics(record.fingerprint.channels)
+    summary.shared = ledger.total("shared")
+    if not brief:
+        for shard in ledger.shards.tolist():
+            receipt = store.receipt(teacher, shard)
+            if receipt is None:
+                continue
+            statistics = ChannelStatistics.from_json(receipt.statistics, record.fingerprint.channels)
+            summary.statistics.merge(statistics)
+            if statistics.count:
+                summary.by_shard.append(ShardStatistics(shard, receipt.ok, statistics))
     return summary
 
 

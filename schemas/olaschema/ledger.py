@@ -30,6 +30,7 @@ _SCHEMA = pa.schema(
         ("ok", pa.int32()),
         ("failed", pa.int32()),
         ("absent", pa.int32()),
+        ("shared", pa.int32()),
         ("batch", pa.int32()),
         ("arrays", pa.list_(pa.string())),
         ("bytes", pa.list_(pa.int64())),
@@ -48,7 +49,7 @@ class Ledger:
     rows_per_shard: int
 
     def total(self, column: str) -> int:
-        """Sum of `ok`, `failed` or `absent` rows."""
+        """Sum of `ok`, `failed`, `absent` or `shared` rows."""
         return int(self.table[column].to_numpy().sum())
 
     @property
@@ -129,6 +130,7 @@ def _row(store: FeatureStore, teacher: str, shard: int, stamp: str) -> Mapping[s
         "ok": receipt.ok,
         "failed": len(failed),
         "absent": len(receipt.rows) - receipt.ok - len(failed),
+        "shared": receipt.shared,
         "batch": receipt.execution.batch_size,
         "arrays": list(arrays),
         "bytes": list(arrays.values()),

@@ -204,6 +204,8 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
             statuses = {t: reader.status(row) if row >= 0 else None for t, reader in readers.items()}
             pixels = self._pixels(conversation.key, statuses)
             features = {t: self._feature(t, reader, row) for t, reader in readers.items()}
+            # keys that share a row are one image: none is a negative of another
+            row = min([s.same_as for s in statuses.values() if s is not None and s.same_as is not None], default=row)
             asked = self._asked() - asked
         return Sample(
             position, conversation.key, row, prompt.input_ids, prompt.labels, pixels, features, prompt.cut, asked
