@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -184,7 +185,16 @@ def inspect_command(
     """Show what a feature store holds, or what it holds of one image."""
     with _user_errors():
         from olapipe import inspect
+        from olaschema.packed import PackedSet, is_packed
         from olaschema.store import FeatureStore
+
+        if is_packed(store):
+            if key is not None or picture is not None:
+                raise ConfigError(
+                    f"{store} is a packed training set: images are looked up in its store", "Leave KEY out."
+                )
+            inspect.show_packed(_console(), PackedSet.open(store), as_json=as_json)
+            return
 
         if html is None and (picture is None) != (images is None):
             raise ConfigError("--picture and --images go together", "Give both, or neither.")
@@ -237,6 +247,10 @@ def verify_command(
     for damage, stray files, or features that --live finds different; 2 for unusable settings.
     """
     with _user_errors():
+        from olaschema.packed import is_packed
+
+        if is_packed(store):
+            _verify_packed(store, given=bool(teacher or repair or live), as_json=as_json)
         from olapipe.audit import Request, audit
         from olapipe.progress import make_reporter
         from olapipe.repair import Source
@@ -247,6 +261,36 @@ def verify_command(
         report = audit(request, make_reporter())
         report.show(_console(), as_json=as_json)
         raise typer.Exit(report.exit_code)
+
+
+@app.command("pack")
+def pack_command(
+    store: Annotated[str, typer.Argument(help="Feature store.")],
+    conversations: Annotated[Path, typer.Option(help="LLaVA-style .json or .jsonl.")],
+    images: Annotated[Path, typer.Option(help="Folder that the conversations' images are relative to.")],
+    out: Annotated[str, typer.Option(help="Folder of the shards to make or continue.")],
+    teacher: Annotated[list[str] | None, typer.Option(help="Only this teacher's features; several times.")] = None,
+    samples_per_tar: Annotated[
+        int | None, typer.Option(help="Samples of a tar; by default a tar holds the images of one shard of the store.")
+    ] = None,
+) -> None:
+    """Write features, images and conversations as WebDataset shards. Run the same command again to continue."""
+    with _user_errors():
+        from olapipe.pack import PackSettings, pack
+        from olapipe.report import visible
+
+        settings = PackSettings(store, conversations, images, out, tuple(teacher) if teacher else None, samples_per_tar)
+        done = pack(settings)
+        record = done.record
+        lines = [f"{out}: {record.conversations} conversations in {record.samples} samples, {len(record.tars)} tars"]
+        lines[0] += f", {done.made} of them written now"
+        for name, missing in done.missing.items():
+            shown = ", ".join(f"{count} {reason}" for reason, count in missing.items())
+            lines += [f"{name}: images without a feature: {shown}"] if missing else []
+        shown = ", ".join(f"{count} {reason}" for reason, count in record.left_out.items())
+        lines += [f"conversations left out (the indices say which): {shown}"] if shown else []
+        for line in lines:
+            _console().print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("drop")
@@ -452,6 +496,28 @@ def _user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         _errors().print(_GO_ON, style="bold", markup=False)
         raise typer.Exit(_INTERRUPTED) from None
+
+
+def _verify_packed(where: str, *, given: bool, as_json: bool) -> NoReturn:
+    from olapipe.report import visible
+    from olapipe.verify_packed import verify_packed
+    from olaschema.packed import PackedSet
+
+    if given:
+        raise ConfigError(
+            f"{where} is a packed training set: it is checked as a whole", "Leave --teacher, --repair and --live out."
+        )
+    packed = PackedSet.open(where)
+    problems = verify_packed(packed)
+    if as_json:
+        sys.stdout.write(json.dumps([{"file": name, "problem": text} for name, text in problems], indent=1) + "\n")
+    else:
+        for name, text in problems:
+            _console().print(visible(f"damaged: {name}: {text}"), markup=False, highlight=False, soft_wrap=True)
+        if not problems:
+            said = f"{where}: {len(packed.record.tars)} tars, every byte is as it was written"
+            _console().print(visible(said), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1 if problems else 0)
 
 
 def _say(line: str) -> None:

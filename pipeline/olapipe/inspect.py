@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from olaschema.keys import normalise_key, tombstone
 from olaschema.layout import array_document
 from olaschema.manifest import RowReceipt, SampleRow
 from olaschema.norms import edges
+from olaschema.packed import PackedSet
 from olaschema.precision import array_formats
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
@@ -314,3 +316,33 @@ def _pixels(receipt: RowReceipt | None) -> str:
 def _print_json(console: Console, data: dict[str, Any]) -> None:
     # past rich: no wrapping, no highlighting
     console.file.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def show_packed(console: Console, packed: PackedSet, *, as_json: bool) -> None:
+    """Print what a packed training set holds."""
+    record = packed.record
+    images = list(packed.listing())
+    teachers: dict[str, dict[str, Any]] = {
+        name: {
+            "precision": teacher.precision,
+            "licence": teacher.licence,
+            "fingerprint": teacher.fingerprint.digest(),
+            "images": dict(sorted(Counter(image.statuses[name] for image in images).items())),
+        }
+        for name, teacher in record.teachers.items()
+    }
+    totals = {"conversations": record.conversations, "samples": record.samples, "images": len(images)}
+    sizes = {"tars": len(record.tars), "bytes": sum(tar.tar.bytes for tar in record.tars)}
+    plain = {"set": packed.place.url, **totals, **sizes, "left_out": record.left_out, "teachers": teachers}
+    if as_json:
+        console.file.write(json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+        return
+    table = Table("teacher", "precision", "licence", "images")
+    for name, found in teachers.items():
+        shown = ", ".join(f"{count} {reason}" for reason, count in found["images"].items())
+        table.add_row(*map(visible, (name, found["precision"], found["licence"], shown)))
+    words = [f"{count} {what}" for what, count in (totals | {"tars": sizes["tars"]}).items()]
+    console.print(
+        visible(f"{packed.place.url}: {', '.join(words)}, {size(sizes['bytes'])}"), markup=False, soft_wrap=True
+    )
+    console.print(table)

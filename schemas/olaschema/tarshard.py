@@ -12,6 +12,7 @@ import io
 import re
 import tarfile
 from collections.abc import Iterable
+from functools import lru_cache
 
 import google_crc32c
 import numpy as np
@@ -194,9 +195,17 @@ def read_npy(data: bytes, wanted: ArrayFormat) -> np.ndarray:
 
     The header is compared, not parsed: nothing else can be read, objects least of all.
     """
-    blank = npy(np.zeros(wanted.shape, wanted.dtype))
-    head = len(blank) - wanted.row_bytes
-    if len(data) != len(blank) or data[:head] != blank[:head]:
+    header = _npy_header(wanted.shape, wanted.dtype.str)
+    if len(data) != len(header) + wanted.row_bytes or not data.startswith(header):
         raise ValueError(f"it is not a .npy file of {wanted.dtype} {wanted.shape}")
-    array: np.ndarray = np.frombuffer(data, wanted.dtype, offset=head).reshape(wanted.shape).copy()
+    array: np.ndarray = np.frombuffer(data, wanted.dtype, offset=len(header)).reshape(wanted.shape).copy()
     return array
+
+
+@lru_cache(maxsize=64)
+def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    sink = io.BytesIO()
+    # headers of version 1.0 say nothing of the content
+    descr = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(sink, descr)
+    return sink.getvalue()
