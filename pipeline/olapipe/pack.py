@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from olapipe.corpus import read_entries
+from olapipe.corpora.conversations import samples as read_entries
 from olaschema.digest import sealed
 from olaschema.errors import CorpusError, DamagedStoreError, ImageError, StoreError
 from olaschema.files import read_regular
