@@ -118,12 +118,12 @@ def decoding(docs: str, precision: str) -> Callable[..., np.ndarray]:
     code = compile(line.split("|")[3].strip().strip("`"), "docs/store-format.md", "eval")
 
     def decode(*, channels: int, basis: Path | None = None, **arrays: np.ndarray) -> np.ndarray:
-        names = {"np": np, "C": channels}
+        names: dict[str, object] = {"np": np, "C": channels}
         if basis is not None:  # what stands above the table
-            names |= {"T": int(np.prod(arrays["values"].shape[-3:-1])) if arrays["values"].ndim > 2 else 1}
-            lines = [line for line in docs.splitlines() if line.startswith(("basis =", "mean, places"))]
-            exec("\n".join(lines).replace('"features.zarr/bases/depth.npy"', "path"), names | {"path": basis}, names)  # noqa: S102
-            names["mean"], names["places"] = names["mean"].reshape(names["T"], -1), names["places"]
+            values = arrays["values"]
+            names["T"] = int(np.prod(values.shape[-3:-1])) if values.ndim > 2 else 1
+            lines = [line for line in docs.splitlines() if line.startswith(("basis = np", "mean, places"))]
+            exec("\n".join(lines).replace('"features.zarr/bases/depth.npy"', repr(str(basis))), names)  # noqa: S102
         feature: np.ndarray = eval(code, names, arrays)  # noqa: S307
         return feature
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from olapipe.teachers.base import ComputeDtype, Preset
+from olaschema.config import StoreUrl
 from olaschema.manifest import Precision, Scalar
 
 
@@ -20,7 +21,7 @@ class ExtractConfig(BaseModel):
     """A folder of images, or a .json or .jsonl file of LLaVA-style conversations."""
     images: Path | None = None
     """The folder that the `image` paths of conversations start from."""
-    out: Path
+    out: StoreUrl
     """The feature store: made if missing, else continued."""
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
     checkpoints: dict[str, str] = Field(default_factory=dict)
@@ -50,10 +51,14 @@ class ExtractConfig(BaseModel):
     max_megapixels: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
     address: str | None = None
     """A running Ray cluster; by default Ray is started here, for this command only."""
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of a GPU that one worker takes: 0.5 puts two workers on each."""
+    max_failures: Annotated[str, Field(pattern=r"^(\d+|\d+(\.\d+)?%)$", coerce_numbers_to_str=True)] | None = None
+    """A number of images, or a share of those this run has to do as `5%`: with more failures the run stops."""
     retry_failed: bool = False
     """Encode shards that hold failed images again."""
 
-    @field_validator("corpus", "images", "out", mode="before")
+    @field_validator("corpus", "images", mode="before")
     @classmethod
     def _local(cls, value: object) -> object:
         if isinstance(value, str) and "://" in value:
@@ -74,6 +79,14 @@ class ExtractConfig(BaseModel):
         if stray and self.precision not in ("auto", "klt"):
             raise ValueError(f"{' and '.join(stray)}: only --precision auto and klt are fitted, not {self.precision}")
         return self
+
+    def most_failures(self, images: int) -> int | None:
+        """Return how many images may fail of the `images` that a run has to do; None means any number."""
+        if self.max_failures is None:
+            return None
+        if self.max_failures.endswith("%"):
+            return int(float(self.max_failures[:-1]) / 100 * images)
+        return int(self.max_failures)
 
     @property
     def max_pixels(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from olaschema.layout import basis_file
+from olaschema.lease import writing
 from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
 
@@ -13,7 +14,7 @@ def drop(store: FeatureStore, teacher: str) -> bool:
     Each step takes a whole folder away at once, and the bytes are deleted afterwards. Says whether the teacher was in
     the store; raises StoreError where it was not and there was nothing to finish either.
     """
-    with store.place.lock("plan"):
+    with writing(store.place, [teacher], wait=False), store.place.lock("plan"):
         present = teacher in store.teachers()
         if present:
             unseal(store, [teacher])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 from olapipe.config import ExtractConfig
 from olapipe.extract import shard_rows
-from olapipe.job import ShardTask, worker_pool
+from olapipe.job import worker_pool
 from olapipe.progress import Reporter
+from olapipe.signals import interrupted
+from olapipe.tally import ShardTask
 from olapipe.verify import Problem, damaged_shards
 from olaschema.config import load_config
 from olaschema.errors import ConfigError, DamagedStoreError, StoreError
 from olaschema.layout import receipt_file
+from olaschema.lease import writing
 from olaschema.manifest import Receipt
 from olaschema.place import absolute_url
 from olaschema.seal import seal, unseal
@@ -104,15 +108,16 @@ def repair(store: FeatureStore, problems: Sequence[Problem], source: Source, rep
     documents = sorted({problem.file for problem in problems if problem.mending == "document"})
     changed: list[str] = []
     lost: list[str] = []
-    with store.place.lock("plan"):
-        unseal(store, teachers)
-        for name in {file.partition("/")[0] for file in documents}:
-            store.put_teacher(store.teacher(name))
-    for teacher in teachers:
-        mine = [shard for shard, names in shards.items() if teacher in names]
-        lost += _extract(store, teacher, mine, source, reporter, changed)
-    with store.place.lock("plan"):
-        seal(store, store.teachers())
+    with writing(store.place, teachers, wait=False):
+        with store.place.lock("plan"):
+            unseal(store, teachers)
+            for name in {file.partition("/")[0] for file in documents}:
+                store.put_teacher(store.teacher(name))
+        for teacher in teachers:
+            mine = [shard for shard, names in shards.items() if teacher in names]
+            lost += _extract(store, teacher, mine, source, reporter, changed)
+        with store.place.lock("plan"):
+            seal(store, store.teachers())
     mended = [(name, shard) for shard, names in shards.items() for name in names]
     return Repair(mended, documents, changed, lost)
 
@@ -147,15 +152,17 @@ def _extract(
         total = sum(task.rows for task in tasks)
         reporter.begin({teacher: total}, {teacher: 0})
         try:
-            lost = pool.run(store, tasks, lambda name, rows: reporter.update({name: rows}))
+            done = pool.run(store, tasks, lambda tally: reporter.update({teacher: tally.settled[teacher]}))
         finally:
             reporter.end()
+    if done.stopped in ("SIGINT", "SIGTERM"):
+        raise interrupted(signal.Signals[done.stopped])
     for shard, known in before.items():
         now = _readable(store, teacher, shard)
         if known is not None and now is not None:
             pairs = zip(store.shard_samples(shard), known.rows, now.rows, strict=False)
             changed += [sample.key for sample, old, new in pairs if old.sha256 != new.sha256]
-    return [f"{teacher} shard {entry.shard}: {entry.reason}" for entry in lost]
+    return [f"{teacher} shard {entry.shard}: {entry.reason}" for entry in done.lost]
 
 
 def _readable(store: FeatureStore, teacher: str, shard: int) -> Receipt | None:

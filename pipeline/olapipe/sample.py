@@ -37,7 +37,8 @@ def from_corpus(listing: Listing, teacher: Teacher, most: int, max_pixels: int, 
 
     Depends on the listing and the settings alone. Raises CorpusError if no image can be used.
     """
-    chosen = [listing.entries[place] for place in spread(len(listing.entries), most)]
+    places = set(spread(len(listing.entries), most))
+    chosen = [entry for place, entry in enumerate(listing.entries) if place in places]
     keys: list[str] = []
     features: list[np.ndarray] = []
     for first in range(0, len(chosen), batch_size):

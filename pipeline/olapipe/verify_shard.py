@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,8 @@ import numpy as np
 from olapipe.stored import UNREADABLE, StoredArray, StoredBasis, array_shard_file, decode, error_bound
 from olaschema.errors import StoreError
 from olaschema.layout import receipt_file
-from olaschema.manifest import ChannelStatistics, Receipt, TeacherRecord
+from olaschema.manifest import ChannelStatistics, Receipt, RowReceipt, TeacherRecord
+from olaschema.norms import NormHistogram, squared_norms
 from olaschema.store import FeatureStore
 
 _SLACK = 1e-9
@@ -45,12 +46,14 @@ def check_shard(
     shard: int,
     planned: int | None,
     documents: Mapping[str, bytes],
-    basis: StoredBasis | None = None,
+    shared: Callable[[int], RowReceipt | None],
+    basis: StoredBasis | None,
 ) -> Checked:
     """Check one committed shard of a teacher.
 
     `planned` is the number of images that the plan gives it, None where the plan is damaged; `documents` are the
-    `zarr.json` of the teacher's arrays by name. Without the `basis` that klt needs, digests are checked and no values.
+    `zarr.json` of the teacher's arrays by name; `shared` gives the receipt of a row that another one shares. Without
+    the `basis` that klt needs, digests are checked and no values.
     """
     checked = Checked()
     name = receipt_file(record.fingerprint.teacher, shard)
@@ -62,7 +65,7 @@ def check_shard(
     checked.files += 1
     if receipt is not None:
         checked.bytes += store.place.size(name)
-        texts = list(_receipt_troubles(receipt, record, shard, store.rows_per_shard, planned))
+        texts = list(_receipt_troubles(receipt, record, shard, store.rows_per_shard, planned, shared))
         checked.troubles += [Trouble(name, text) for text in texts]
         if texts:
             receipt = None  # its rows cannot be held against the values
@@ -82,7 +85,12 @@ def check_shard(
 
 
 def _receipt_troubles(
-    receipt: Receipt, record: TeacherRecord, shard: int, rows_per_shard: int, planned: int | None
+    receipt: Receipt,
+    record: TeacherRecord,
+    shard: int,
+    rows_per_shard: int,
+    planned: int | None,
+    shared: Callable[[int], RowReceipt | None],
 ) -> Iterator[str]:
     teacher = record.fingerprint.teacher
     if (receipt.teacher, receipt.shard) != (teacher, shard):
@@ -100,6 +108,12 @@ def _receipt_troubles(
     absent = [row.status == "absent" for row in receipt.rows]
     if any(absent[:planned]) or not all(absent[planned:]):
         yield f"it must speak of the first {planned} rows and call the others absent"
+    for index, row in enumerate(receipt.rows):
+        if row.same_as is not None:
+            other = shared(row.same_as)
+            if row.status != "ok" or other is None or not other.stored or other.sha256 != row.sha256:
+                place = shard * rows_per_shard + index
+                yield f"row {place} shares row {row.same_as}, which has no feature of the same image"
     if receipt.revision != sum(row.reason == "forgotten" for row in receipt.rows):
         yield f"revision {receipt.revision} is not the number of forgotten images"
 
@@ -152,7 +166,7 @@ def _check_values(
 ) -> None:
     """Decode the shard chunk by chunk: features where the receipt says ok, the fill value elsewhere, the statistics."""
     channels = record.fingerprint.channels
-    ok = np.asarray([row.status == "ok" for row in receipt.rows])
+    ok = np.asarray([row.stored for row in receipt.rows])
     first_row = shard * len(ok)
     # only floats and scales can hold a NaN, and it is what they are filled with; integers cannot
     main = next(file for file, (_, array) in arrays.items() if np.isnan(array.fill))
@@ -178,7 +192,7 @@ def _check_values(
         wrong.setdefault((main, "rows with a feature hold NaN or infinity"), set()).update(rows[bad] + first)
         statistics.update(features[~bad])
         bound = error_bound({name: part[present][~bad] for name, part in parts.items()}, channels, basis)
-        bounds.update(bound) if basis is None else bounds.update_images(bound)
+        bounds.update(bound, features[~bad], whole=basis is not None)
         checked.rows += step
     for (file, what), indices in wrong.items():
         if indices:
@@ -192,26 +206,37 @@ def _check_values(
 
 
 class _Bounds:
-    """Error bounds of all elements of a channel: their sum, sum of squares and maximum."""
+    """Error bounds of all elements of a channel: their sum, sum of squares and maximum; of tokens: shortest, longest.
+
+    The norm of a token differs from that of the feature by the norm of the errors at most.
+    """
 
     def __init__(self, channels: int) -> None:
         self.total = np.zeros(channels)
         self.squares = np.zeros(channels)
         self.largest = np.zeros(channels)
+        self.shortest = NormHistogram()
+        self.longest = NormHistogram()
 
-    def update(self, bound: np.ndarray) -> None:
+    def update(self, bound: np.ndarray, features: np.ndarray, *, whole: bool) -> None:
+        """Add features `(N, ..., C)`, each element with its bound.
+
+        Where `whole`, bounds are of the root mean square error of images, all of which may lie in one channel or token.
+        """
         flat = bound.reshape(-1, bound.shape[-1]).astype(np.float64)
-        self.total += flat.sum(axis=0)
-        self.squares += np.square(flat).sum(axis=0)
-        self.largest = np.maximum(self.largest, flat.max(axis=0, initial=0.0))
-
-    def update_images(self, bound: np.ndarray) -> None:
-        """Add bounds `(N, ..., C)` of the root mean square error of whole images: all of it may lie in any channel."""
-        channels = bound.shape[-1]
-        tokens = bound[0, ..., 0].size if len(bound) else 0
-        self.update(bound * math.sqrt(channels))
-        if tokens:
-            self.largest = np.maximum(self.largest, bound.max() * math.sqrt(channels * tokens))
+        channels = flat.shape[1]
+        tokens = len(flat) // max(len(bound), 1)
+        by_channel, by_token, most = flat, flat, flat.max(axis=0, initial=0.0)
+        if whole:
+            by_channel, by_token = flat * math.sqrt(channels), flat * math.sqrt(tokens)
+            most = most * math.sqrt(channels * tokens)
+        norms = np.sqrt(squared_norms(features.reshape(flat.shape)))
+        errors = np.sqrt(squared_norms(by_token)) + _SLACK * norms
+        self.shortest.update(np.square(np.maximum(norms - errors, 0.0)))
+        self.longest.update(np.square(norms + errors))
+        self.total += by_channel.sum(axis=0)
+        self.squares += np.square(by_channel).sum(axis=0)
+        self.largest = np.maximum(self.largest, most)
 
 
 def _statistics_differ(receipt: Receipt, of_values: ChannelStatistics, bounds: _Bounds) -> str | None:
@@ -237,6 +262,22 @@ def _statistics_differ(receipt: Receipt, of_values: ChannelStatistics, bounds: _
         worst = int(np.argmax(difference - limit))
         if not difference[worst] <= limit[worst]:
             return f"{name} of channel {worst} differs by {difference[worst]:.4g}, {limit[worst]:.4g} is the limit"
+    return _norms_differ(told.norms, bounds) if "norms" in receipt.statistics else None
+
+
+def _norms_differ(told: NormHistogram, bounds: _Bounds) -> str | None:
+    """Say so unless, below each edge, there are as many tokens as storing them can have put there."""
+    if told.total != bounds.shortest.total:
+        return f"the histogram of norms counts {told.total} tokens, there are {bounds.shortest.total}"
+    found = [told, bounds.shortest, bounds.longest]
+    first = min(histogram.first for histogram in found)
+    bins = max(histogram.first + len(histogram.counts) for histogram in found) - first
+    below, most, least = (histogram.zero + np.cumsum(histogram.spread(first, bins)) for histogram in found)
+    wrong = np.flatnonzero((below < least) | (below > most))
+    if told.zero > bounds.shortest.zero or told.zero < bounds.longest.zero or len(wrong):
+        return (
+            f"the histogram of norms is not that of the tokens from bin {first + int(wrong[0]) if len(wrong) else 0} on"
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""The basis of the tier `klt`: what a teacher's maps have in common, fitted once, kept in the store as `bases/TEACHER.npy`.
+"""The basis of the tier `klt`: what a teacher's maps have in common, fitted once, kept as `bases/TEACHER.npy`.
 
 A map (T tokens of C channels) is stored as integers of `places @ (map - mean) @ channels.T`: the mean map taken away,
 rotated into the principal components of tokens and of channels (Karhunen–Loève, both orthonormal). Every coefficient

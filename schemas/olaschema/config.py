@@ -6,14 +6,16 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from olaschema.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+StoreUrl = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A feature store: a folder, or an address such as `s3://bucket/prefix`, which as a path would lose a slash."""
 
 
 def load_config(

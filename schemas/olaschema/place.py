@@ -29,6 +29,8 @@ class Place(ABC):
 
     url: str
     """Folder or address as text, for messages and for other processes; holds no credentials."""
+    remote = False
+    """Whether each request takes a round trip over a network."""
     requests: Counter[str]
     """How often files were asked for, by kind: `read`, `list`, `write`, …"""
 
@@ -66,6 +68,10 @@ class Place(ABC):
         """Return a file's bytes; raises StoreError naming the file if it is missing or cannot be read."""
 
     @abstractmethod
+    def find(self, name: str) -> bytes | None:
+        """Return a file's bytes, None if it is missing; raises StoreError if it cannot be read."""
+
+    @abstractmethod
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on, fewer where the file ends before; raises as `read` does."""
 
@@ -76,6 +82,13 @@ class Place(ABC):
     @abstractmethod
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of the files directly in `folder`; empty if it does not exist."""
+
+    def stamps(self, folder: str) -> dict[str, str]:
+        """Return the files directly in `folder`, each with a text that changes whenever it is published again.
+
+        The text is empty where the place cannot say.
+        """
+        return dict.fromkeys(self.names(folder), "")
 
     @abstractmethod
     def folders(self, folder: str) -> list[str]:
@@ -98,6 +111,10 @@ class Place(ABC):
 
         Of several processes that try at once, one is told so. Raises as `publish` does.
         """
+
+    @abstractmethod
+    def swap(self, name: str, old: bytes | None, new: bytes) -> bool:
+        """Put `new` if the file holds exactly `old` (None: if there is none), all at once; says whether it was put."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -136,9 +153,14 @@ def open_place(where: str | Path) -> Place:
     """Return the place that a folder or an address names; nothing is read or made yet."""
     text = str(where)
     if "://" in text:
+        scheme = text.partition("://")[0]
+        from olaschema.bucket import SCHEMES, BucketPlace
+
+        if scheme in SCHEMES:
+            return BucketPlace(text)
         raise StoreError(
-            f"{text}: stores are local folders in this version; buckets are not written yet",
-            "Give a folder, or a bucket that is mounted as one.",
+            f"{scheme}://…: no stores are read from such an address",
+            "Give a folder, or an address that begins with s3://, az:// or gs://.",
         )
     return LocalPlace(Path(where))
 
@@ -204,6 +226,15 @@ class LocalPlace(Place):
         with self._reading(name):
             return self.path(name).read_bytes()
 
+    def find(self, name: str) -> bytes | None:
+        """Return a file's bytes, None if it is missing; raises StoreError if it cannot be read."""
+        try:
+            return self.read(name)
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                return None
+            raise
+
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on, fewer where the file ends before; raises as `read` does."""
         with self._reading(name), self.path(name).open("rb") as file:
@@ -244,6 +275,20 @@ class LocalPlace(Place):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def stamps(self, folder: str) -> dict[str, str]:
+        """Return the files directly in `folder`, each with a text that changes when it is published again."""
+        self.requests["list"] += 1
+        found = {}
+        try:
+            with os.scandir(self.path(folder)) as entries:
+                for entry in entries:
+                    if entry.is_file():
+                        status = entry.stat()
+                        found[entry.name] = f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
+        except FileNotFoundError:
+            return {}
+        return found
+
     def walk(self) -> Iterator[str]:
         """Yield the names of all files outside `_log/`, in a fixed order."""
         for folder, folders, files in os.walk(self.root):
@@ -275,6 +320,14 @@ class LocalPlace(Place):
                 return False
             raise
         return True
+
+    def swap(self, name: str, old: bytes | None, new: bytes) -> bool:
+        """Put `new` if the file holds exactly `old` (None: if there is none), under a lock."""
+        with self.lock(name.replace("/", "-")):
+            if self.find(name) != old:
+                return False
+            self.publish(name, new)
+            return True
 
     def _put(self, name: str, data: bytes, move: Callable[[Path, Path], None]) -> None:
         target = self.path(name)

@@ -23,6 +23,9 @@ from olaschema.store import FeatureStore
 
 _INDEX_ENTRY = np.dtype([("offset", "<u8"), ("size", "<u8")])
 _KEPT_SHARDS = 64
+# Over a network a request costs more than bytes do: small files (scales, single vectors) are fetched whole and kept.
+_WHOLE_BYTES = 8 << 20
+_CACHE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,14 @@ class FeatureReader:
         rows = chunk_rows(formats["values"].row_bytes, store.rows_per_shard)
         self._arrays = [_Array(name, found, rows, store.rows_per_shard // rows) for name, found in formats.items()]
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._whole: OrderedDict[str, bytes] = OrderedDict()
         self._zstd = Zstd()
 
     def status(self, row: int) -> RowReceipt | None:
-        """What became of a row; None while its shard is not committed."""
+        """What became of a row; None while its shard is not committed.
+
+        Where `same_as` names another row, `read` follows it.
+        """
         shard, index = divmod(row, self._store.rows_per_shard)
         opened = self._opened(shard)
         return opened.receipt.rows[index] if opened else None
@@ -75,9 +82,22 @@ class FeatureReader:
         """
         shard, index = divmod(row, self._store.rows_per_shard)
         opened = self._opened(shard)
-        if opened is None or opened.receipt.rows[index].status != "ok":
+        status = opened.receipt.rows[index] if opened else None
+        if opened is None or status is None or status.status != "ok":
             raise StoreError(f"{self._store.url}: row {row} has no {self._teacher} feature")
+        if status.same_as is not None:
+            return self._shared(row, status)
         return Stored(**{array.name: self._row(array, opened, shard, row, index) for array in self._arrays})
+
+    def _shared(self, row: int, status: RowReceipt) -> Stored:
+        target = status.same_as
+        other = self.status(target) if target is not None else None
+        if target is None or other is None or not other.stored or other.sha256 != status.sha256:
+            raise self._damage(
+                row // self._store.rows_per_shard,
+                f"{self._store.url}: row {row} of {self._teacher} shares row {target}, which is not of the same image",
+            )
+        return self.read(target)
 
     def feature(self, row: int) -> np.ndarray:
         """Return one row's feature, `(H, W, C)` or `(C,)` float32; raises as `read` does."""
@@ -90,7 +110,7 @@ class FeatureReader:
 
     def _row(self, array: _Array, opened: _OpenShard, shard: int, row: int, index: int) -> np.ndarray:
         chunk, within = divmod(index, array.chunk_rows)
-        raw = self._chunk(array, shard, row, opened.indices[array.name][chunk])
+        raw = self._chunk(array, shard, row, opened, opened.indices[array.name][chunk])
         values = np.frombuffer(raw, dtype=array.format.dtype).reshape(array.chunk_rows, *array.format.shape)
         row_values: np.ndarray = values[within].copy()
         return row_values
@@ -126,7 +146,11 @@ class FeatureReader:
             raise self._damage(shard, f"{path} is not among the files that its receipt names")
         promised = receipt.files[name].bytes
         try:
-            data, size = self._store.place.read_tail(name, length + 4)
+            if self._is_kept(promised):
+                data = self._kept(name, promised)
+                data, size = data[-length - 4 :], len(data)
+            else:
+                data, size = self._store.place.read_tail(name, length + 4)
         except StoreError as error:
             raise self._damage(shard, f"the shard index cannot be read: {error.problem}") from error
         if size != promised:
@@ -135,11 +159,29 @@ class FeatureReader:
             raise self._damage(shard, f"{path}: the shard index fails its checksum")
         return np.frombuffer(data[:length], dtype=_INDEX_ENTRY)
 
-    def _chunk(self, array: _Array, shard: int, row: int, entry: np.void) -> bytes:
+    def _is_kept(self, promised: int) -> bool:
+        return self._store.place.remote and promised <= _WHOLE_BYTES
+
+    def _kept(self, name: str, promised: int) -> bytes:
+        """Return a whole file, from the cache if it is there with the size that is promised."""
+        data = self._whole.pop(name, b"")
+        if len(data) != promised:
+            data = self._store.place.read(name)
+        self._whole[name] = data
+        while sum(map(len, self._whole.values())) > _CACHE_BYTES:
+            self._whole.popitem(last=False)
+        return data
+
+    def _chunk(self, array: _Array, shard: int, row: int, opened: _OpenShard, entry: np.void) -> bytes:
         name = self._file(array, shard)
         path = self._store.place.locate(name)
         try:
-            data = self._store.place.read_range(name, int(entry["offset"]), int(entry["size"]))
+            offset, size = int(entry["offset"]), int(entry["size"])
+            promised = opened.receipt.files[name].bytes
+            if self._is_kept(promised):
+                data = self._kept(name, promised)[offset : offset + size]
+            else:
+                data = self._store.place.read_range(name, offset, size)
         except StoreError as error:
             raise self._damage(shard, f"row {row} cannot be read: {error.problem}") from error
         if len(data) < 4 or _crc32c(data[:-4]) != data[-4:]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
@@ -35,20 +37,12 @@ from olaschema.manifest import (
     TeacherRecord,
 )
 from olaschema.place import LocalPlace, Place, open_place
+from olaschema.plantable import part_bytes, plan_table, rechunked, sample_rows
 from olaschema.precision import Stored
 
 DEFAULT_ROWS_PER_SHARD = 256
 _PART_ROWS = 1 << 16
 Model = TypeVar("Model", bound=Frozen)
-_SAMPLE_SCHEMA = pa.schema(
-    [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("problem", pa.string()),
-    ]
-)
 
 
 class FeatureStore:
@@ -81,7 +75,8 @@ class FeatureStore:
         place = open_place(root)
         if not place.present():
             raise StoreError(f"{root}: no such feature store", "Give the folder that `olapipe extract --out` wrote.")
-        data, attributes = _ours(place, "zarr.json")
+        data = place.read("zarr.json")
+        attributes = _ours(place, "zarr.json", data)
         if attributes is None:
             raise StoreError(
                 f"{root} is a Zarr group, but not a feature store of ours",
@@ -114,7 +109,8 @@ class FeatureStore:
         if not place.vacant():
             raise StoreError(f"{root} exists and is not a feature store", "Choose a new or empty folder for --out.")
         record = StoreRecord(rows_per_shard=rows_per_shard)
-        place.publish("zarr.json", root_document(record))
+        if not place.publish_if_absent("zarr.json", root_document(record)):
+            return cls.create(root, rows_per_shard=rows_per_shard)  # somebody else made it just now
         return cls(place, record)
 
     def generations(self) -> list[Generation]:
@@ -148,19 +144,22 @@ class FeatureStore:
 
         The same images in the same order make the same bytes. Interrupted halfway, nothing was planned.
         """
+        stream = iter(images)
+        return self.add_plan(plan_table(piece) for piece in iter(lambda: list(islice(stream, self.part_rows)), []))
+
+    def add_plan(self, tables: Iterable[pa.Table]) -> Generation | None:
+        """Commit a plan of further images, given as tables of key, uri, size and problem, as `add_generation` does."""
         generations = self.generations()
         number = len(generations)
         first = self._next_first_row(generations[-1]) if generations else 0
         parts: dict[str, FileReceipt] = {}
-        part_rows = max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
-        images = iter(images)
         count = 0
-        while chunk := list(islice(images, part_rows)):
+        for table in rechunked(tables, self.part_rows):
             name = f"samples/{number:04d}-{len(parts):05d}.parquet"
-            data = self.part_bytes(chunk, first + count)
+            data = part_bytes(table, first + count, self.rows_per_shard)
             self.place.publish(name, data)
             parts[name] = FileReceipt(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-            count += len(chunk)
+            count += len(table)
         if not count:
             return None
         for name in self.place.names("samples"):  # parts of an interrupted, longer plan
@@ -170,21 +169,36 @@ class FeatureStore:
         self.place.publish(f"samples/{number:04d}.json", sealed(generation))
         return generation
 
+    @property
+    def part_rows(self) -> int:
+        """Rows in every parquet part of a plan but its last."""
+        return max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
+
     def part_bytes(self, images: list[SampleRow], first_row: int) -> bytes:
         """Return the parquet file of some images, which become the rows from `first_row` on."""
-        table = pa.table(
-            {
-                "row": range(first_row, first_row + len(images)),
-                "key": [image.key for image in images],
-                "uri": [image.uri for image in images],
-                "size": [image.size for image in images],
-                "problem": [image.problem for image in images],
-            },
-            schema=_SAMPLE_SCHEMA,
-        )
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd", row_group_size=self.rows_per_shard, store_schema=False)
-        return sink.getvalue()
+        return part_bytes(plan_table(images), first_row, self.rows_per_shard)
+
+    def plan_tables(self) -> Iterator[pa.Table]:
+        """Yield the plan as tables of row, key, uri, size and problem, one per part, in row order."""
+        for generation in self.generations():
+            for name in generation.parts:
+                with self._part(generation, name) as part:
+                    yield part.read()
+
+    def find(self, keys: Collection[str]) -> tuple[Generation, str, SampleRow] | None:
+        """Return the first planned image with one of `keys`, its generation and part; None if there is none.
+
+        Reads part after part, and holds one.
+        """
+        wanted = pa.array(keys, type=pa.string())
+        for generation in self.generations():
+            for name in generation.parts:
+                with self._part(generation, name) as part:
+                    hits = pc.is_in(part.read(["key"])["key"], value_set=wanted)
+                    place = pc.index(hits, True).as_py()
+                    if place >= 0:
+                        return generation, name, next(sample_rows(part.read().slice(place, 1)))
+        return None
 
     def samples(self) -> Iterator[SampleRow]:
         """Yield every planned image in row order."""
@@ -196,7 +210,7 @@ class FeatureStore:
         """Yield the planned images of one parquet part of a generation."""
         with self._part(generation, name) as part:
             for group in range(part.num_row_groups):
-                yield from _rows(part.read_row_group(group))
+                yield from sample_rows(part.read_row_group(group))
 
     def shard_samples(self, shard: int) -> list[SampleRow]:
         """Return the planned images of one shard; fewer than `rows_per_shard` in the last one of a generation."""
@@ -204,10 +218,10 @@ class FeatureStore:
         for generation in self.generations():
             offset = first - generation.first_row
             if 0 <= offset < generation.rows:
-                part_rows = max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
+                part_rows = self.part_rows
                 name = list(generation.parts)[offset // part_rows]  # canonical JSON keeps them sorted
                 with self._part(generation, name) as part:
-                    return list(_rows(part.read_row_group(offset % part_rows // self.rows_per_shard)))
+                    return list(sample_rows(part.read_row_group(offset % part_rows // self.rows_per_shard)))
         raise StoreError(f"{self.url} has no shard {shard}: {self.shard_count()} shards are planned")
 
     def _part(self, generation: Generation, name: str) -> pq.ParquetFile:
@@ -241,8 +255,8 @@ class FeatureStore:
         found = {}
         for array in self.array_names(teacher):
             name = array_document(teacher, array)
-            data, ours = _ours(self.place, name)
-            _intact(self.place, name, data, ours)
+            data = self.place.read(name)
+            _intact(self.place, name, data, _ours(self.place, name, data))
             found[array] = data
         return found
 
@@ -296,9 +310,14 @@ class FeatureStore:
     def receipt(self, teacher: str, shard: int) -> Receipt | None:
         """Return a shard's receipt, None while it is not committed."""
         name = receipt_file(teacher, shard)
-        if not self.place.exists(name):
-            return None
-        return read_document(Receipt, self.place, name)
+        data = self.place.find(name)
+        return None if data is None else parse_document(Receipt, self.place, name, data)
+
+    def receipt_bytes(self, teacher: str, shard: int) -> tuple[bytes, Receipt]:
+        """Return a receipt's file and what it says; raises StoreError if there is none."""
+        name = receipt_file(teacher, shard)
+        data = self.place.read(name)
+        return data, parse_document(Receipt, self.place, name, data)
 
     def committed(self, teacher: str) -> list[int]:
         """Return the numbers of the committed shards of a teacher, ascending."""
@@ -324,15 +343,18 @@ class FeatureStore:
         execution: Execution,
         *,
         replace: bool = False,
+        timings: dict[str, float] | None = None,
     ) -> Receipt:
         """Publish the stored arrays `(rows_per_shard, ...)` of one shard, then its receipt.
 
         A shard that is committed already stays as it is, unless `replace`: its receipt is returned, so a writer
-        presumed dead changes nothing. Rows that are not `ok` must decode to NaN (`precision.blank`). Raises StoreError
+        presumed dead changes nothing. Seconds are added to `timings["compress"]` and `["write"]`. Rows that are not
+        `ok` must decode to NaN (`precision.blank`). Raises StoreError
         for arrays of another precision or shape than the record's.
         """
         from olaschema.zarrbytes import encode_shard
 
+        started = time.perf_counter()
         teacher = record.fingerprint.teacher
         objects = {
             shard_file(teacher, shard, stored.values.ndim, array): data
@@ -351,6 +373,7 @@ class FeatureStore:
             statistics=statistics.to_json(),
             execution=execution,
         )
+        compressed = time.perf_counter()
         with self.place.lock(shard_lock(teacher, shard)):
             present = self.receipt(teacher, shard)
             if present is not None and not replace:
@@ -359,28 +382,31 @@ class FeatureStore:
                 self.place.remove(receipt_file(teacher, shard))
             for name, data in objects.items():
                 self._publish_unless_there(name, data)
-            self.place.publish(receipt_file(teacher, shard), sealed(receipt))
+            # a writer presumed dead may have come first after all; then its receipt stands, and what it promises
+            if not self.place.publish_if_absent(receipt_file(teacher, shard), sealed(receipt)):
+                return read_document(Receipt, self.place, receipt_file(teacher, shard))
+        if timings is not None:
+            timings["compress"] = timings.get("compress", 0.0) + compressed - started
+            timings["write"] = timings.get("write", 0.0) + time.perf_counter() - compressed
         return receipt
 
     def _publish_unless_there(self, name: str, data: bytes) -> None:
-        if not (self.place.exists(name) and self.place.read(name) == data):
+        if not self.place.publish_if_absent(name, data) and self.place.find(name) != data:
             self.place.publish(name, data)
-
-
-def _rows(table: pa.Table) -> Iterator[SampleRow]:
-    for row in table.to_pylist():
-        yield SampleRow.model_validate(row)
 
 
 def read_document(model: type[Model], place: Place, name: str) -> Model:
     """Return what a document of ours says; raises DamagedStoreError unless its digest and its content are right."""
-    data, ours = _ours(place, name)
-    return _validated(model, _intact(place, name, data, ours), place, name)
+    return parse_document(model, place, name, place.read(name))
 
 
-def _ours(place: Place, name: str) -> tuple[bytes, dict[str, Any] | None]:
-    """Return a file and the object in it that is ours: of a `zarr.json`, the attribute `ola`, if there is one."""
-    data = place.read(name)
+def parse_document(model: type[Model], place: Place, name: str, data: bytes) -> Model:
+    """Return what the bytes `data` of a document of ours say; raises as `read_document` does."""
+    return _validated(model, _intact(place, name, data, _ours(place, name, data)), place, name)
+
+
+def _ours(place: Place, name: str, data: bytes) -> dict[str, Any] | None:
+    """Return the object in a file that is ours: of a `zarr.json`, the attribute `ola`, if there is one."""
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -390,10 +416,10 @@ def _ours(place: Place, name: str) -> tuple[bytes, dict[str, Any] | None]:
     if not isinstance(document, dict):
         raise DamagedStoreError(f"{place.locate(name)} does not hold a JSON object", "Restore it from a copy.")
     if not name.endswith("zarr.json"):
-        return data, document
+        return document
     attributes = document.get("attributes")
     ours = attributes.get("ola") if isinstance(attributes, dict) else None
-    return data, ours if isinstance(ours, dict) else None
+    return ours if isinstance(ours, dict) else None
 
 
 def _intact(place: Place, name: str, data: bytes, ours: dict[str, Any] | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from olaschema.manifest import TeacherRecord
@@ -77,7 +78,8 @@ print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 
 
 def _data(config: TrainConfig, samples: str, start: dict[str, Any] | None) -> str:
-    text = f"Conversations `{config.conversations.name}`, features `{config.store.name}`. Samples digest `{samples}`."
+    store = PurePosixPath(config.store).name
+    text = f"Conversations `{config.conversations.name}`, features `{store}`. Samples digest `{samples}`."
     if start is not None:
         text += (
             f" An epoch has {start['samples']} samples, {start['text_only']} of them text alone; "

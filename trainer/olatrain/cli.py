@@ -97,7 +97,7 @@ def run(
         list[str] | None, typer.Option("--set", metavar="a.b=c", help="Any setting, over file and flags; repeat.")
     ] = None,
     student: Annotated[Path | None, typer.Option(help="Folder that `olatrain compose` wrote.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Feature store that `olapipe extract` wrote.")] = None,
+    store: Annotated[str | None, typer.Option(help="Feature store that `olapipe extract` wrote.")] = None,
     conversations: Annotated[Path | None, typer.Option(help="LLaVA-style JSON or JSONL.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder that the conversations' images are relative to.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; a run in it is continued.")] = None,
@@ -170,7 +170,7 @@ def export(
 @app.command()
 def probe(
     student: Annotated[Path, typer.Option(help="Student to probe; it stays as it is.")],
-    store: Annotated[Path, typer.Option(help="Feature store that `olapipe extract` wrote.")],
+    store: Annotated[str, typer.Option(help="Feature store that `olapipe extract` wrote.")],
     teacher: Annotated[list[str], typer.Option(help="Teacher whose features to read from the layers; repeat.")],
     conversations: Annotated[Path, typer.Option(help="LLaVA-style JSON or JSONL; one of each image is used.")],
     images: Annotated[Path, typer.Option(help="Folder that the conversations' images are relative to.")],

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from olaschema.config import StoreUrl
 from olaschema.errors import ConfigError
 from olaschema.images import DEFAULT_MAX_PIXELS
 from olaschema.manifest import Fingerprint, Frozen
@@ -54,8 +55,8 @@ class TrainConfig(Frozen):
 
     student: Path
     """Folder that `olatrain compose` wrote."""
-    store: Path
-    """Feature store that `olapipe extract` wrote."""
+    store: StoreUrl
+    """Feature store that `olapipe extract` wrote: a folder, or an address such as `s3://bucket/prefix`."""
     conversations: Path
     """LLaVA-style JSON or JSONL."""
     images: Path
@@ -158,7 +159,9 @@ class TrainConfig(Frozen):
 
     def require_inputs(self) -> None:
         """Raise ConfigError naming the first input that is not there, before anything is loaded."""
-        folders = {"student": self.student, "store": self.store, "images": self.images}
+        folders = {"student": self.student, "images": self.images}
+        if "://" not in self.store:  # what an address holds is seen when it is opened
+            folders["store"] = Path(self.store)
         files = {"conversations": self.conversations}
         if self.evaluation is not None:
             files["evaluation.conversations"] = self.evaluation.conversations

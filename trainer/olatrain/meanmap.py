@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from olaschema.store import FeatureStore
 from olatrain.join import Coverage
 
 
-def mean_maps(store: Path, coverages: Mapping[str, Coverage], *, most: int) -> dict[str, Tensor]:
+def mean_maps(store: str, coverages: Mapping[str, Coverage], *, most: int) -> dict[str, Tensor]:
     """Return each teacher's mean over the training images, `(H, W, C)` or `(C,)` float32.
 
     Summed in float64, one row at a time. Where there are more than `most` rows, that many evenly spaced ones are read.

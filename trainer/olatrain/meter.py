@@ -21,7 +21,7 @@ class Meter:
         self._means = means
         self._layers = {teacher: config.layers for teacher, config in bank.configs.items()}
         self.sums: dict[str, Tensor] = {}
-        names = ["loss", "text", "tokens", "samples", "skipped", "cut", "stop"]
+        names = ["loss", "text", "tokens", "samples", "skipped", "cut", "requests", "stop"]
         for teacher, layers in self._layers.items():
             names += [f"{teacher}.{name}" for name in ("valid", "smooth_l1", "contrastive", "cosine", "energy")]
             for layer in layers:

@@ -69,6 +69,7 @@ def run_batch(
     meter.add("samples", batch.samples)
     meter.add("skipped", len(batch.skipped))
     meter.add("cut", batch.cut)
+    meter.add("requests", batch.requests)
     meter.add("stop", float(stop))
     if torch.is_grad_enabled():
         ranks.sum_gradients(list(learner.trainable().values()))

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from olaschema.errors import ImageError, OlaError, StoreError
-from olaschema.files import read_regular
 from olaschema.images import decode_image
 from olaschema.manifest import RowReceipt
+from olaschema.place import Place
 from olaschema.precision import ArrayFormat, Stored
 from olaschema.reader import FeatureReader
+from olaschema.rooted import read_rooted
 from olaschema.store import FeatureStore
 from olatrain.conversations import SampleError
 from olatrain.join import Listing
@@ -37,7 +38,7 @@ from olatrain.tokens import Items, TaskTokens, locate
 class Source:
     """Where samples come from, and how they become the student's inputs."""
 
-    store: Path
+    store: str
     teachers: tuple[str, ...]
     images: Path
     prompts: PromptBuilder
@@ -64,6 +65,8 @@ class Sample:
     features: dict[str, Stored | None]
     """Stored arrays by teacher, None where there is no feature; empty for text alone."""
     cut: int
+    requests: int = 0
+    """How often the store was asked for something."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ class Batch:
     skipped: list[Skipped] = field(default_factory=list)
     cut: int = 0
     """Samples that were cut at `max_length`."""
+    requests: int = 0
+    """How often the store was asked for something."""
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; the loader calls this where a GPU is used."""
@@ -131,7 +136,7 @@ class Batch:
             for m in self.micro
         ]
         features = {teacher: found.pin_memory() for teacher, found in self.features.items()}
-        return Batch(micro, features, self.rows, self.samples, self.skipped, self.cut)
+        return Batch(micro, features, self.rows, self.samples, self.skipped, self.cut, self.requests)
 
 
 class SampleStream(Dataset[Sample | Skipped | Fault]):
@@ -147,10 +152,24 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         self._window = window
         self._order = lru_cache(maxsize=2)(self._make_order)
         self._readers: dict[str, FeatureReader] | None = None
+        self._place: Place | None = None
         self._rows_per_shard = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # for a spawned loader process, which opens the store and makes the order for itself
+        return {name: value for name, value in vars(self).items() if name not in ("_order", "_readers", "_place")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _readers=None, _place=None)
+        self._order = lru_cache(maxsize=2)(self._make_order)
 
     def __len__(self) -> int:
         return len(self._listing)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the features come over a network."""
+        return "://" in str(self._source.store)
 
     def index(self, position: int) -> int:
         """Return which sample of the listing stands at a position."""
@@ -178,25 +197,34 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         conversation = self._listing.conversations[index]
         prompt = self._source.prompts.build(conversation)
         row = int(self._listing.rows[index])
-        pixels, features = None, {}
+        pixels, features, asked = None, {}, 0
         if conversation.key is not None:
+            asked = self._asked()
             readers = self._open()
             statuses = {t: reader.status(row) if row >= 0 else None for t, reader in readers.items()}
             pixels = self._pixels(conversation.key, statuses)
             features = {t: self._feature(t, reader, row) for t, reader in readers.items()}
-        return Sample(position, conversation.key, row, prompt.input_ids, prompt.labels, pixels, features, prompt.cut)
+            # keys that share a row are one image: none is a negative of another
+            row = min([s.same_as for s in statuses.values() if s is not None and s.same_as is not None], default=row)
+            asked = self._asked() - asked
+        return Sample(
+            position, conversation.key, row, prompt.input_ids, prompt.labels, pixels, features, prompt.cut, asked
+        )
+
+    def _asked(self) -> int:
+        return self._place.requests.total() if self._place is not None else 0
 
     def _open(self) -> dict[str, FeatureReader]:
         if self._readers is None:
             store = FeatureStore.open(self._source.store)
+            self._place = store.place
             self._rows_per_shard = store.rows_per_shard
             self._readers = {teacher: FeatureReader(store, teacher) for teacher in self._source.teachers}
         return self._readers
 
     def _pixels(self, key: str, statuses: Mapping[str, RowReceipt | None]) -> Tensor:
-        path = self._source.images / key
         try:
-            data = read_regular(path)
+            data = read_rooted(self._source.images, key)
         except ImageError as error:
             raise ImageError(error.reason, f"{key}: {error.problem}") from error
         _require_same(data, key, statuses)
@@ -253,7 +281,8 @@ class Collator:
         rows = torch.tensor([s.row if s.row >= 0 else -1 - s.position for s in shown], dtype=torch.int64)
         features = {teacher: self._features(teacher, shown) for teacher in self.formats}
         cut = sum(sample.cut > 0 for sample in samples)
-        return Batch(micro, features, rows, len(samples), skipped, cut)
+        requests = sum(sample.requests for sample in samples)
+        return Batch(micro, features, rows, len(samples), skipped, cut, requests)
 
     def _micro(self, samples: list[Sample]) -> MicroBatch:
         length = max(len(sample.input_ids) for sample in samples)
@@ -296,8 +325,9 @@ def make_loader(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin,
-        # stores and the tokenizer are opened after the fork; nothing here starts threads before it
-        multiprocessing_context="fork" if workers else None,
+        # Stores and the tokenizer are opened after the fork; nothing here starts threads before it. But the library
+        # that reads buckets has started some when the run was set up, and they do not survive a fork.
+        multiprocessing_context=("spawn" if stream.remote else "fork") if workers else None,
         # without one of its own the loader draws from the global generator, whose state is part of a checkpoint
         generator=torch.Generator(),
     )

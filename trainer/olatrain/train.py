@@ -159,6 +159,8 @@ def _record(
     found = figures(totals, run.learner.bank, run.config.contrastive)
     for name in run.config.teachers:
         found["teachers"][name]["logit_scale"] = float(run.learner.bank.logit_scales[name].detach())
+    if run.stream.remote:
+        found["requests_per_sample"] = totals["requests"] / max(totals["samples"], 1)
     return {
         "loss": totals["loss"],
         **found,

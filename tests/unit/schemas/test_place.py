@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from olaschema.errors import StoreError
-from olaschema.place import LocalPlace, open_place
+from olaschema.place import LocalPlace
 
 
 def test_publish_replaces_whole_files_and_leaves_no_scratch(tmp_path: Path) -> None:
@@ -27,11 +27,6 @@ def test_what_cannot_be_written_is_named_with_a_remedy(tmp_path: Path, name: str
     with pytest.raises(StoreError, match=r"file.*cannot be written") as caught:
         LocalPlace(tmp_path / "file" / "store").publish(name, b"x")
     assert "--out" in caught.value.remedy
-
-
-def test_buckets_are_refused_with_a_word() -> None:
-    with pytest.raises(StoreError, match="s3://bucket/x"):
-        open_place("s3://bucket/x")
 
 
 _WRITER = """
