@@ -124,8 +124,8 @@ def photographs(count: int, seed: int = 0) -> list[np.ndarray]:
     return pictures[:count]
 
 
-def tiny(teacher: str, count: int) -> np.ndarray:
-    """Return float32 `(count, *shape)`: the tiny checkpoint of a teacher, random weights, run on photographs."""
+def tiny(teacher: str, count: int, dtype: str = "float32") -> np.ndarray:
+    """Return float32 `(count, *shape)`: a teacher's tiny checkpoint, random weights, run in `dtype` on photographs."""
     import torch
     from PIL import Image
 
@@ -133,7 +133,8 @@ def tiny(teacher: str, count: int) -> np.ndarray:
     from olapipe.teachers.base import TeacherSettings
     from olaschema.images import decode_image
 
-    loaded = registry.load(teacher, TeacherSettings(checkpoint=str(TINY[teacher]), preset="ola-vlm", device="cpu"))
+    settings = TeacherSettings(checkpoint=str(TINY[teacher]), preset="ola-vlm", compute_dtype=dtype)
+    loaded = registry.load(teacher, settings)
     features = []
     for index, picture in enumerate(photographs(count)):
         data = io.BytesIO()

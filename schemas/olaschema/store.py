@@ -297,6 +297,8 @@ class FeatureStore:
                     f"{self.url}: {name} is stored as {present.precision}, {record.precision} was asked for",
                     remedy,
                 )
+            if basis is not None and present.basis != record.basis:
+                raise StoreError(f"{self.url}: {name} is stored in another basis", "Another --out holds another basis.")
         elif (record.precision == "klt") != (basis is not None and record.basis is not None):
             raise StoreError(f"{name}: the precision klt, and no other, comes with a basis", "Fit one.")
         elif basis is not None:
