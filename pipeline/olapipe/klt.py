@@ -14,8 +14,9 @@ from olaschema.errors import CorpusError
 from olaschema.precision import GROUP
 
 STEP_IMAGES = 16
-"""At most so many images, and at most a quarter, choose the step and are kept from the components: a basis fits the
-images that it was fitted on too well."""
+STEP_TOKENS = 4096
+"""So many images, or tokens where that is more, but at most a quarter of all, choose the step and are kept from the
+components: a basis fits the images that it was fitted on too well."""
 MARGIN = 0.9
 """Share of the gradient error asked for that the fit aims at, because other images will be scored."""
 
@@ -33,8 +34,8 @@ def fit_basis(features: Sequence[np.ndarray], max_gradient_error: float) -> Basi
         raise CorpusError(
             f"{len(features)} usable images are too few to fit a basis on", "Take another --precision, or more images."
         )
-    kept = min(STEP_IMAGES, len(features) // 4)
     tokens, channels = int(np.prod(features[0].shape[:-1])), features[0].shape[-1]
+    kept = min(max(STEP_IMAGES, STEP_TOKENS // tokens), len(features) // 4)
     fitted = [feature.reshape(tokens, channels) for feature in features[kept:]]
     mean = np.stack(fitted).mean(axis=0, dtype=np.float64).astype(np.float32)
     by_channel = torch.zeros(channels, channels, dtype=torch.float64)
