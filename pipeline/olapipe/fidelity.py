@@ -113,7 +113,7 @@ def show(console: Console, title: str, tiers: Sequence[Figures], notes: Sequence
     """Print the table."""
     table = Table(title=title)
     for column in ("precision", "raw", "stored", "cosine", "relative L2"):
-        table.add_column(column, justify="left" if column == "precision" else "right")
+        table.add_column(column, justify="left" if column == "precision" else "right", no_wrap=column == "precision")
     for at in CENTRED_COSINES:
         for part in ("loss", "smooth-L1", "contrastive"):
             table.add_column(f"{part} at {at}", justify="right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -15,9 +16,18 @@ import zarr
 from pipeline_support import DEPTH, depth_arguments, digests, olapipe, ray_session, start_olapipe, write_images
 from store_support import DOCS, decoding
 
+from olapipe.config import ExtractConfig
+from olapipe.corpus import list_corpus
+from olapipe.progress import LineReporter
 from olapipe.teachers import registry
 from olapipe.teachers.base import TeacherSettings
+from olapipe.tiers import Tier, choose
 from olaschema.images import decode_image
+from olaschema.manifest import ChannelStatistics
+from olaschema.place import LocalPlace
+from olaschema.precision import blank
+from olaschema.reader import FeatureReader
+from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -133,23 +143,17 @@ def test_a_damaged_shard_is_repaired_and_features_agree_live(store: Path, corpus
 
 def _exchange(out: Path) -> Path:
     """Give the first shard the features of the second one, with all digests right."""
-    from olaschema.reader import FeatureReader
-
     store = FeatureStore.open(out)
     reader, record = FeatureReader(store, "depth"), store.teacher("depth")
-    from olaschema.manifest import ChannelStatistics
-    from olaschema.precision import blank
-    from olaschema.seal import seal, unseal
-
+    rows = [(reader.read(row), reader.feature(row)) for row in range(12)]
     unseal(store, ["depth"])
     for shard in range(3):
         receipt = store.receipt("depth", shard)
         assert receipt is not None
         stored, statistics = blank(4, record.fingerprint.shape, "klt"), ChannelStatistics(48)
         for index in range(4):
-            row = (4 * shard + index + 1) % 12
-            stored[index] = reader.read(row)
-            statistics.update(reader.feature(row))
+            stored[index], feature = rows[(4 * shard + index + 1) % 12]
+            statistics.update(feature)
         store.commit_shard(record, shard, stored, list(receipt.rows), statistics, receipt.execution, replace=True)
     seal(store, ["depth"])
     return out
@@ -159,7 +163,7 @@ def test_forget_merge_copy_pack_and_drop(store: Path, corpus: Path, tmp_path: Pa
     out = shutil.copytree(store, tmp_path / "s")
     assert olapipe("forget", out, "05.png", "--yes").exit_code == 0
     assert olapipe("verify", out).exit_code == 0
-    assert olapipe("copy", out, "--out", tmp_path / "copy").exit_code == 0
+    assert olapipe("copy", out, tmp_path / "copy").exit_code == 0
     assert digests(tmp_path / "copy") == digests(out)
     merged = olapipe("merge", out, store, "--out", tmp_path / "merged")
     assert merged.exit_code == 0, merged.output
@@ -178,24 +182,37 @@ def test_forget_merge_copy_pack_and_drop(store: Path, corpus: Path, tmp_path: Pa
 def test_auto_takes_the_smallest_that_passes_and_says_why(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     given = depth_arguments(corpus, out, "--shard-size", 4, "--workers", 1, "--precision", "auto")
-    result = olapipe(*given, "--max-gradient-error", "1e-8")
+    result = olapipe(*given, "--max-gradient-error", "0.4")
     assert result.exit_code == 0, result.output
-    record = FeatureStore.open(out).teacher("depth")
-    (line,) = [json.loads(text) for text in (out / "_log" / "precision.jsonl").read_text().splitlines()]
-    passing = [tier for tier in line["figures"] if tier["changes"] and _error(tier) <= 1e-8]
-    assert record.precision == line["chosen"] == min(passing, key=lambda tier: tier["stored_bytes"])["name"]
-    loose = tmp_path / "loose"
-    given[given.index(str(out))] = str(loose)
-    assert olapipe(*given, "--max-gradient-error", "0.4").exit_code == 0
-    chosen = FeatureStore.open(loose).teacher("depth")
+    chosen = FeatureStore.open(out).teacher("depth")
     assert chosen.precision in ("klt", "int4")
-    wanted = digests(loose)
-    shutil.rmtree(loose)
-    assert olapipe(*given, "--max-gradient-error", "0.4").exit_code == 0
-    assert digests(loose) == wanted
     refused = olapipe(*depth_arguments(corpus, tmp_path / "x", "--max-gradient-error", "0.01"))
     assert refused.exit_code == 2
     assert "only --precision auto and klt are fitted" in refused.stderr
+
+
+def test_the_same_corpus_and_settings_choose_the_same(corpus: Path, tmp_path: Path) -> None:
+    listing, place = list_corpus(corpus, None), LocalPlace(tmp_path)
+
+    def chosen(limit: float) -> Tier:
+        config = ExtractConfig(
+            corpus=corpus, out=tmp_path, teachers=("depth",), checkpoints={"depth": str(DEPTH)}, precision="auto",
+            max_gradient_error=limit, fit_images=9,
+        )  # fmt: skip
+        return choose(config, listing, None, place, LineReporter(io.StringIO()))["depth"]
+
+    tight, loose, again = chosen(1e-8), chosen(0.3), chosen(0.3)
+    assert tight.precision == "float32"
+    assert loose.precision == again.precision
+    assert loose.basis is not None
+    assert again.basis is not None
+    assert loose.basis.to_bytes() == again.basis.to_bytes()
+    lines = [json.loads(text) for text in (tmp_path / "_log" / "precision.jsonl").read_text().splitlines()]
+    assert [line["chosen"] for line in lines] == [tight.precision, loose.precision, loose.precision]
+    for line, limit in zip(lines, (1e-8, 0.3, 0.3), strict=True):
+        assert (line["fitted_on"], line["scored_on"]) == (5, 4)
+        passing = [tier for tier in line["figures"] if tier["changes"] and _error(tier) <= limit]
+        assert line["chosen"] == min(passing, key=lambda tier: tier["stored_bytes"])["name"]
 
 
 def _error(tier: dict) -> float:  # type: ignore[type-arg]
