@@ -66,6 +66,24 @@ def compose(
     typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {view.value}")
 
 
+@app.command()
+def prepare(
+    model: Annotated[Path, typer.Option(help="Folder of a LLaVA, LLaVA-NeXT, Idefics3 or Qwen2.5-VL checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the student to; new or empty.")],
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Teacher with task tokens; repeat, in prompt order. [gen, depth, seg]")
+    ] = None,
+    task_tokens: Annotated[int, typer.Option(min=0, help="Task tokens of each teacher.")] = 8,
+) -> None:
+    """Put task tokens into an existing image-text-to-text checkpoint."""
+    _quiet()
+    from olatrain.prepare import prepare as run_prepare
+
+    tokens = run_prepare(model, out, teachers=tuple(teacher or ("gen", "depth", "seg")), tokens_per_teacher=task_tokens)
+    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
+    typer.echo(f"{out}: {tokens.family} with {count}")
+
+
 @app.command("import-ola")
 def import_ola(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint in the published OLA-VLM layout.")],
