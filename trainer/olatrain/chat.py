@@ -29,7 +29,7 @@ _REWRITE = """\
 {%- set turn.placed = turn.placed + part['text'] -%}
 {%- elif part['type'] in ('image', 'image_url') -%}
 {%- set turn.images = turn.images + 1 -%}
-{%- set turn.placed = turn.placed + '@BLOCK@' -%}
+{%- set turn.placed = turn.placed + '@BLOCK@' + '\\n' -%}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}

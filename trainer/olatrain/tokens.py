@@ -185,6 +185,8 @@ def locate(
     image = torch.zeros(len(found), length, dtype=torch.bool)
     before, after = image.clone(), image.clone()
     text = real & ~special
+    for sample, span, _ in found:  # what stands between the tiles of an image is no text
+        text[sample, span[0] : span[-1] + 1] = False
     for item, (sample, span, _) in enumerate(found):
         first, last = span[0], span[-1] + 1
         if tokens.base_length is None:
