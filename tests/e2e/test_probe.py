@@ -74,7 +74,7 @@ def arguments(corpus: Corpus, student: Path, out: Path, *more: str) -> list[str]
     given = {"student": student, "store": corpus.store, "conversations": corpus.conversations, "images": corpus.images}
     flags = [text for name, value in (given | {"out": out}).items() for text in (f"--{name}", str(value))]
     fast = ["--batch", "18", "--workers", "0", "--held-out", "0.25", "--lr", "1e-2"]
-    return ["probe", *flags, *fast, "--set", "device=cpu", "--set", "tensorboard=false", *more]
+    return ["probe", *flags, *fast, "--set", "device=cpu", "--set", "trackers=[]", *more]
 
 
 @pytest.fixture(scope="module")
