@@ -69,10 +69,7 @@ class PromptBuilder:
         messages = self._messages(conversation)
         text = self._render(messages, generate=False)
         spans = self._answers(conversation, messages, text)
-        # templates of base tokenizers often leave the first token to the tokenizer
-        bos = self._tokenizer.bos_token
-        add = bos is not None and not text.startswith(bos)
-        encoded = self._tokenizer(text, add_special_tokens=add, return_offsets_mapping=True)
+        encoded = self._encode(text)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         labels = self._labels(ids, offsets, text, spans)
         if blocks is None:
@@ -87,6 +84,19 @@ class PromptBuilder:
             )
         cut = max(0, len(ids) - self._max_length)
         return Prompt(ids[: self._max_length], labels[: self._max_length], cut)
+
+    def ask(self, conversation: Conversation, blocks: Sequence[Sequence[int]]) -> list[int]:
+        """Tokenise a conversation up to where its last answer begins: the prompt to generate that answer from."""
+        text = self._render(self._messages(conversation)[:-1], generate=True)
+        ids = self._encode(text)["input_ids"]
+        found, _, _ = self._with_images(conversation, ids, [IGNORED] * len(ids), blocks)
+        return found
+
+    def _encode(self, text: str) -> Any:
+        # templates of base tokenizers often leave the first token to the tokenizer
+        bos = self._tokenizer.bos_token
+        add = bos is not None and not text.startswith(bos)
+        return self._tokenizer(text, add_special_tokens=add, return_offsets_mapping=True)
 
     def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         return [
