@@ -1,6 +1,7 @@
 """Virtual environments that hold some distributions and what they need, and nothing else.
 
-The packages are those of the environment that the tests run in, linked and not installed again, which saves minutes. What is left out cannot be imported, as after `pip install` into a fresh environment.
+The packages are those of the environment that the tests run in, linked and not installed again, which saves minutes.
+What is left out cannot be imported, as after `pip install` into a fresh environment.
 """
 
 from __future__ import annotations
