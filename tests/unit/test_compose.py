@@ -194,6 +194,15 @@ def test_equal_seeds_give_equal_bytes_and_no_path_is_kept(parts: Path, student: 
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_chat_template_that_cannot_be_parsed_is_refused(tmp_path: Path) -> None:
+    llm = make_llm(tmp_path / "llm", template="{% for message in %}")
+    vision = make_vision(tmp_path / "vision")
+    with pytest.raises(ConfigError, match="the chat template cannot be parsed") as caught:
+        compose(llm, vision, tmp_path / "out", seed=0)
+    assert "remove it" in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
 # --- prompts ---
 
 USER = "USER: "
