@@ -230,7 +230,7 @@ def settings(corpus: Corpus, folder: Path, target: Path, /, **changes: Any) -> d
         "window": 2,
         "workers": 0,
         "device": "cpu",
-        "tensorboard": False,
+        "trackers": [],
         "log_every": 1,
         "checkpoint_every": 2,
     }

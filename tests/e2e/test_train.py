@@ -399,7 +399,7 @@ def test_an_embedding_loss_of_exactly_zero_names_the_batch(chosen: Callable[...,
 def test_skipped_images_are_recorded_and_text_alone_trains(student: Path, tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
     (corpus.images / "04.png").unlink()
-    said = run(settings(corpus, student, tmp_path / "out", steps=None, epochs=1, batch=1, tensorboard=True))
+    said = run(settings(corpus, student, tmp_path / "out", steps=None, epochs=1, batch=1, trackers=["tensorboard"]))
     assert "14 samples: 11 with an image, 3 text only" in said
     skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert [(line["sample"], line["reason"]) for line in skipped] == [("04.png", "missing")]

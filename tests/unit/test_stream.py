@@ -29,6 +29,7 @@ from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.compose import load_processor
 from olatrain.conversations import Conversations
+from olatrain.families import open_vision
 from olatrain.join import Listing, coverage, join, require_features, require_images
 from olatrain.meanmap import mean_maps
 from olatrain.order import PositionSampler, cyclic_partners, epoch_order, rank_span
@@ -60,7 +61,7 @@ def source(corpus: Corpus, student: Path, **changes: Any) -> Source:
         "teachers": ("depth", "gen"),
         "images": corpus.images,
         "prompts": PromptBuilder(processor.tokenizer, tokens, max_length=512),
-        "image_processor": processor.image_processor,
+        "vision": open_vision(processor, tokens),
         "exif": True,
         "max_pixels": 10**6,
     }
@@ -74,6 +75,7 @@ def stream(corpus: Corpus, student: Path, *, seed: int | None = None, **changes:
 def collator(student: Path, micro_batch: int | None = None) -> Collator:
     return Collator(
         tokens=TaskTokens.load(student),
+        vision=open_vision(load_processor(student), TaskTokens.load(student)),
         pad_id=2,
         micro_batch=micro_batch,
         formats={name: array_formats(r.fingerprint.shape, r.precision) for name, r in records().items()},
@@ -211,15 +213,15 @@ def test_features_join_by_key_and_keep_their_stored_values(corpus: Corpus, stude
     for position in (0, 9, 10):
         loaded = samples[position]
         assert isinstance(loaded, Sample)
-        row = corpus.keys.index(loaded.key or "")
-        assert loaded.row == row
-        feature = loaded.features["depth"]
+        row = corpus.keys.index(loaded.keys[0])
+        assert loaded.rows == [row]
+        feature = loaded.features[0]["depth"]
         assert feature is not None
         assert feature.values.dtype == np.float16
         np.testing.assert_array_equal(feature.values, reader.read(row).values)
     text = samples[11]
     assert isinstance(text, Sample)
-    assert (text.key, text.row, text.pixels, text.features) == (None, -1, None, {})
+    assert (text.keys, text.rows, text.shown, text.features) == ((), [], [], [])
 
 
 def test_missing_features_mask_that_teacher_only(tmp_path: Path, student: Path) -> None:
@@ -306,8 +308,8 @@ def test_shuffle_control_gives_each_image_anothers_features(corpus: Corpus, stud
     shuffled = stream(corpus, student, partners=partners)[0]
     assert isinstance(shuffled, Sample)
     other = FeatureReader(FeatureStore.open(corpus.store), "gen").read(partners[0])
-    np.testing.assert_array_equal(shuffled.features["gen"].values, other.values)  # type: ignore[union-attr]
-    assert shuffled.row == 0
+    np.testing.assert_array_equal(shuffled.features[0]["gen"].values, other.values)  # type: ignore[union-attr]
+    assert shuffled.rows == [0]
 
 
 def test_mean_map_is_the_mean_of_the_training_rows(corpus: Corpus) -> None:

@@ -66,6 +66,24 @@ def compose(
     typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {view.value}")
 
 
+@app.command()
+def prepare(
+    model: Annotated[Path, typer.Option(help="Folder of a LLaVA, LLaVA-NeXT, Idefics3 or Qwen2.5-VL checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the student to; new or empty.")],
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Teacher with task tokens; repeat, in prompt order. [gen, depth, seg]")
+    ] = None,
+    task_tokens: Annotated[int, typer.Option(min=0, help="Task tokens of each teacher.")] = 8,
+) -> None:
+    """Put task tokens into an existing image-text-to-text checkpoint."""
+    _quiet()
+    from olatrain.prepare import prepare as run_prepare
+
+    tokens = run_prepare(model, out, teachers=tuple(teacher or ("gen", "depth", "seg")), tokens_per_teacher=task_tokens)
+    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
+    typer.echo(f"{out}: {tokens.family} with {count}")
+
+
 @app.command("import-ola")
 def import_ola(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint in the published OLA-VLM layout.")],
@@ -218,6 +236,45 @@ def probe(
     settings = load_config(TrainConfig, flags=flags, overrides=set_ or [])
     settings.require_inputs()
     run_probe(settings, Console(highlight=False), compare=compare or ())
+
+
+class MethodName(enum.StrEnum):
+    """How an answer is read."""
+
+    generate = "generate"
+    likelihood = "likelihood"
+
+
+@app.command("eval")
+def eval_command(
+    student: Annotated[Path, typer.Option(help="Folder that `olatrain export` wrote.")],
+    cv_bench: Annotated[Path, typer.Option(help="Folder of CV-Bench: test_2d.parquet, test_3d.parquet.")],
+    method: Annotated[
+        MethodName, typer.Option(help="Letter read from a generated answer, or the likeliest letter.")
+    ] = MethodName.generate,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="JSON file for scores and answers.")] = None,
+) -> None:
+    """Score a student on CV-Bench: count, relation, depth and distance, averaged by source."""
+    _quiet()
+    import torch
+    from rich.console import Console
+
+    from olatrain.evaluate import evaluate_cv_bench, table, unreadable
+
+    if not cv_bench.is_dir():
+        raise ConfigError(f"--cv-bench {cv_bench}: no such folder", "Give a local copy of nyu-visionx/CV-Bench.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no GPU", "Use --device cpu.")
+    console = Console(highlight=False)
+    with console.status("asking") as status:
+        result = evaluate_cv_bench(
+            student, cv_bench, method=method.value, device=torch.device(device), out=out,
+            tick=lambda count: status.update(f"{count} questions answered"),
+        )  # fmt: skip
+    console.print(table(result))
+    for line in unreadable(result):
+        console.print(line, markup=False)
 
 
 def _layers(given: list[str]) -> dict[str, list[int]]:

@@ -13,6 +13,7 @@ from olaschema.images import DEFAULT_MAX_PIXELS
 from olaschema.manifest import Fingerprint, Frozen
 from olatrain.tokens import Context
 
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Group = Literal["projector", "predictors", "task_tokens"]
 
 PUBLISHED_LAYERS: dict[str, tuple[int, ...]] = {"depth": (18, 20), "seg": (10, 18), "gen": (12, 20)}
@@ -41,6 +42,15 @@ class Evaluation(Frozen):
     conversations: Path
     every: int = Field(default=500, gt=0)
     """Steps between evaluations; there is one before the first step and one after the last."""
+
+
+class PredictionSamples(Frozen):
+    """Predictions that a run keeps, to be drawn beside the targets (`olapipe preview --predictions`)."""
+
+    every: int = Field(default=1000, ge=0)
+    """Steps between them; 0: never."""
+    images: int = Field(default=4, gt=0)
+    """How many, held-out ones where there are any; whole samples, so perhaps a few more."""
 
 
 class Probe(Frozen):
@@ -108,6 +118,7 @@ class TrainConfig(Frozen):
 
     evaluation: Evaluation | None = None
     probe: Probe | None = None
+    predictions: PredictionSamples = PredictionSamples()
     mean_map_rows: int = Field(default=2048, gt=0)
     """Training images that the mean target map is computed from; evenly spaced where there are more."""
 
@@ -120,7 +131,11 @@ class TrainConfig(Frozen):
     keep_last: int = Field(default=2, gt=0)
     log_every: int = Field(default=10, gt=0)
     """Steps between printed lines; metrics.jsonl gets every step."""
-    tensorboard: bool = True
+    look_every: int = Field(default=50, ge=0)
+    """Steps between closer looks (retrieval, effective rank, gradients at the projector), which cost a backward pass of
+    the text loss; the first step has one. 0: never."""
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """Where figures go besides metrics.jsonl; wandb and mlflow must be installed."""
 
     @model_validator(mode="before")
     @classmethod
@@ -178,7 +193,8 @@ class TrainConfig(Frozen):
 # What may differ between a run and its continuation: where things are, how fast they are read, what is reported.
 _FREE = frozenset(
     ("student", "store", "images", "conversations", "out", "device", "nproc", "workers", "micro_batch", "stop_after",
-     "checkpoint_every", "keep_last", "log_every", "tensorboard", "evaluation", "mean_map_rows", "fingerprints")
+     "checkpoint_every", "keep_last", "log_every", "look_every", "trackers", "evaluation", "predictions",
+     "mean_map_rows", "fingerprints")
 )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def require_prompts(processor: Any, tokens: TaskTokens) -> None:
     Structured content, and plain strings that hold `<image>`, as evaluation harnesses pass them.
     """
     parts = [{"type": "image"}, {"type": "text", "text": _PROBE}]
-    wanted = [tokens.image_id, *tokens.flat]
+    wanted = [tokens.image_id, *tokens.after_image, *tokens.flat]
     for form, content in (("structured", parts), ("plain", f"{IMAGE_TOKEN}\n{_PROBE}")):
         try:
             text = processor.apply_chat_template(

@@ -24,24 +24,33 @@ class Listing:
 
     conversations: Conversations
     rows: np.ndarray
-    """(N,) int64: row in the store, -1 for text alone and for images that the store does not plan."""
+    """(N,) int64: row of the first image, -1 for text alone and for images that the store does not plan."""
     shards: np.ndarray
     """(N,) int64: shard of that row, or -1."""
+    image_rows: np.ndarray
+    """(M,) int64: rows of all images, sample after sample; -1 where the store does not plan one."""
+    ends: np.ndarray
+    """(N,) int64: where each sample's images end in `image_rows`."""
     digest: str
     """Changes with any conversation, its order, or its row: the order of samples depends on nothing else."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def rows_of(self, place: int) -> list[int]:
+        """Return the rows of one sample's images, in order."""
+        found: list[int] = self.image_rows[self.ends[place - 1] if place else 0 : self.ends[place]].tolist()
+        return found
+
     def select(self, places: np.ndarray) -> Listing:
         """Return the samples at `places`, in that order."""
-        conversations, rows = self.conversations.select(places.tolist()), self.rows[places]
-        return Listing(conversations, rows, self.shards[places], _digest(conversations, rows))
+        chosen = [self.rows_of(int(place)) for place in places]
+        return _listing(self.conversations.select(places.tolist()), chosen, self.shards[places])
 
 
 def join(conversations: Conversations, store: FeatureStore) -> Listing:
     """Find the row of every conversation's image."""
-    wanted = {key for key in conversations.keys if key is not None}
+    wanted = {key for keys in conversations.keys for key in keys}
     found: dict[str, int] = {}
     forgotten: dict[str, int] = {}
     for sample in store.samples():
@@ -52,13 +61,17 @@ def join(conversations: Conversations, store: FeatureStore) -> Listing:
     if forgotten:  # they keep their rows, so that a run that has begun keeps its order; they have no features
         stones = {tombstone(key): key for key in wanted - found.keys()}
         found |= {stones[stone]: row for stone, row in forgotten.items() if stone in stones}
-    rows = np.asarray([-1 if key is None else found.get(key, -1) for key in conversations.keys], dtype=np.int64)
-    shards = np.where(rows >= 0, rows // store.rows_per_shard, -1)
-    return Listing(conversations, rows, shards, _digest(conversations, rows))
+    by_sample = [[found.get(key, -1) for key in keys] for keys in conversations.keys]
+    firsts = np.asarray([rows[0] if rows else -1 for rows in by_sample], dtype=np.int64)
+    return _listing(conversations, by_sample, np.where(firsts >= 0, firsts // store.rows_per_shard, -1))
 
 
-def _digest(conversations: Conversations, rows: np.ndarray) -> str:
-    return hashlib.sha256(conversations.digest.encode() + rows.astype("<i8").tobytes()).hexdigest()
+def _listing(conversations: Conversations, by_sample: list[list[int]], shards: np.ndarray) -> Listing:
+    rows = np.asarray([rows[0] if rows else -1 for rows in by_sample], dtype=np.int64)
+    image_rows = np.asarray([row for rows in by_sample for row in rows], dtype=np.int64)
+    ends = np.cumsum([len(rows) for rows in by_sample], dtype=np.int64)
+    data = conversations.digest.encode() + rows.astype("<i8").tobytes() + image_rows.astype("<i8").tobytes()
+    return Listing(conversations, rows, shards, image_rows, ends, hashlib.sha256(data).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -68,17 +81,16 @@ class Coverage:
     ready: np.ndarray
     """Rows (unique, ascending) with a feature."""
     valid: int
-    """Samples with a feature."""
+    """Images of the samples with a feature, counted at each use."""
     missing: dict[str, int] = field(default_factory=dict)
-    """Samples with an image and no feature, by reason: not-in-store, not-extracted, or the receipt's."""
+    """Images without a feature, by reason: not-in-store, not-extracted, or the receipt's."""
 
 
 def coverage(store: FeatureStore, listing: Listing, teacher: str) -> Coverage:
     """Count from the receipts which samples have a feature of `teacher`."""
-    images = np.asarray([key is not None for key in listing.conversations.keys])
-    uses = Counter(listing.rows[listing.rows >= 0].tolist())
+    uses = Counter(listing.image_rows[listing.image_rows >= 0].tolist())
     missing: Counter[str] = Counter()
-    absent = int((images & (listing.rows < 0)).sum())
+    absent = int((listing.image_rows < 0).sum())
     if absent:
         missing["not-in-store"] = absent
     ready: list[int] = []
@@ -113,7 +125,7 @@ def require_features(coverages: Mapping[str, Coverage], store: str) -> None:
 
 def require_images(listing: Listing, root: Path) -> None:
     """Raise CorpusError unless at least one of some evenly spaced images is under `root`."""
-    keys = [key for key in listing.conversations.keys if key is not None]
+    keys = [key for keys in listing.conversations.keys for key in keys]
     probed = keys[:: max(1, len(keys) // _PROBED_IMAGES)]
     if probed and not any((root / key).is_file() for key in probed):
         raise CorpusError(

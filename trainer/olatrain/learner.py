@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -137,12 +138,17 @@ def _latents(teacher: str, predictors: Mapping[str, PredictorConfig], tokens: Ta
 
 def load_model(config: TrainConfig) -> Any:
     """Load the student's model in float32; raises ConfigError where it cannot be loaded."""
+    return load_student(config.student, dtype=torch.float32)
+
+
+def load_student(folder: Path, *, dtype: torch.dtype | Literal["auto"] = "auto") -> Any:
+    """Load the model of a student's folder, as it is stored or in `dtype`; raises ConfigError where that fails."""
     try:
-        return AutoModelForImageTextToText.from_pretrained(config.student, local_files_only=True, dtype=torch.float32)
+        return AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{config.student} cannot be loaded as a student: {first}", "Make its folder with `olatrain compose`."
+            f"{folder} cannot be loaded as a student: {first}", "Make its folder with `olatrain compose`."
         ) from error
 
 

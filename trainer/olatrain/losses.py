@@ -87,6 +87,8 @@ class LossReport:
 
     loss: Tensor
     """() float32 with gradient: this rank's share; the sum over ranks and micro-steps is the global loss."""
+    text_loss: Tensor
+    """() float32 with gradient: the text's part of `loss`."""
     text: Sum
     """Cross-entropy in nats per token, detached."""
     smooth_l1: dict[tuple[str, int], Sum]
@@ -120,7 +122,7 @@ def compute_losses(
     gradient is 0. The form of the loss is that of OLA-VLM (arXiv 2412.09585).
     """
     text = next_token_loss(logits, labels, never_predicted, keep=keep)
-    loss = config.text * text.total / counts.tokens.clamp(min=1)
+    text_loss = loss = config.text * text.total / counts.tokens.clamp(min=1)
     smooth: dict[tuple[str, int], Sum] = {}
     contrastive: dict[tuple[str, int], Sum] = {}
     pools = {teacher: _pool(target) for teacher, target in targets.items()}
@@ -131,7 +133,7 @@ def compute_losses(
         loss = loss + config.weight(teacher) * total / counts.items[teacher].clamp(min=1)
         smooth[teacher, layer] = _detached(smooth_l1)
         contrastive[teacher, layer] = _detached(info_nce)
-    return LossReport(loss, _detached(text), smooth, contrastive)
+    return LossReport(loss, text_loss, _detached(text), smooth, contrastive)
 
 
 def supervised_positions(labels: Tensor) -> Tensor:

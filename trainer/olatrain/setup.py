@@ -22,6 +22,7 @@ from olaschema.store import FeatureStore
 from olatrain.compose import load_processor, student_view
 from olatrain.config import TrainConfig
 from olatrain.conversations import Conversations
+from olatrain.families import open_vision
 from olatrain.join import Coverage, Listing, coverage, join, require_features, require_images
 from olatrain.learner import Learner, build_learner, load_start
 from olatrain.meanmap import mean_maps
@@ -117,7 +118,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     if start is not None:
         notes += start.describe({name: teacher.layers for name, teacher in config.teachers.items()})
     source = _source(config, store, tokens, processor, found)
-    shuffled = cyclic_partners(listing.rows[listing.rows >= 0], seed=config.seed)
+    shuffled = cyclic_partners(listing.image_rows[listing.image_rows >= 0], seed=config.seed)
     partners = shuffled if config.target_control == "shuffle" else None
     train_source = Source(**{**source, "partners": partners})
     return Run(
@@ -128,6 +129,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
         heldout=SampleStream(Source(**source), heldout, seed=None) if heldout else None,
         collate=Collator(
             tokens=tokens,
+            vision=source["vision"],
             pad_id=int(processor.tokenizer.pad_token_id),
             micro_batch=config.micro_batch,
             formats={
@@ -199,7 +201,7 @@ def _source(
         "teachers": tuple(config.teachers),
         "images": config.images,
         "prompts": PromptBuilder(processor.tokenizer, tokens, max_length=config.max_length, template=template),
-        "image_processor": processor.image_processor,
+        "vision": open_vision(processor, tokens),
         "exif": student_exif(fingerprints.values()),
         "max_pixels": config.max_pixels,
         "committed": {name: frozenset(store.committed(name)) for name in config.teachers},
@@ -217,18 +219,21 @@ def _means(
 
 
 def _counts(listing: Listing, coverages: dict[str, Coverage]) -> dict[str, Any]:
-    images = sum(key is not None for key in listing.conversations.keys)
     return {
         "samples": len(listing),
-        "text_only": len(listing) - images,
+        "text_only": sum(not keys for keys in listing.conversations.keys),
+        "images": len(listing.image_rows),
         "left_out": len(listing.conversations.bad),
         "targets": {name: {"valid": found.valid, "missing": found.missing} for name, found in coverages.items()},
     }
 
 
 def _describe(listing: Listing, heldout: Listing | None, coverages: dict[str, Coverage]) -> list[str]:
-    images = sum(key is not None for key in listing.conversations.keys)
-    notes = [f"{len(listing)} samples: {images} with an image, {len(listing) - images} text only"]
+    images = len(listing.image_rows)
+    texts = sum(not keys for keys in listing.conversations.keys)
+    notes = [f"{len(listing)} samples: {len(listing) - texts} with an image, {texts} text only"]
+    if images > len(listing) - texts:
+        notes.append(f"they show {images} images: each has its own targets and predictions")
     for name, found in coverages.items():
         missing = ", ".join(f"{count} {reason}" for reason, count in found.missing.items())
         notes.append(f"{name}: {found.valid} of {images} have a target" + (f" (without: {missing})" if missing else ""))

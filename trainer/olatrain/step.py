@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from olatrain.insight import Insight
 from olatrain.learner import Learner
 from olatrain.losses import Counts, Targets, compute_losses, count, supervised_positions
 from olatrain.meter import Meter
@@ -28,13 +29,21 @@ class Global:
 
 
 def run_batch(
-    learner: Learner, batch: Batch, ranks: Ranks, means: Mapping[str, Tensor], *, bf16: bool, stop: bool = False
+    learner: Learner,
+    batch: Batch,
+    ranks: Ranks,
+    means: Mapping[str, Tensor],
+    *,
+    bf16: bool,
+    stop: bool = False,
+    insight: Insight | None = None,
 ) -> dict[str, float]:
     """Run this rank's part of a batch and return the sums over all ranks (`Meter`).
 
     With gradients enabled, every rank's trainable parameters end with the gradient of the global batch. Losses are
     divided by the counts of the whole global batch, and the contrastive term sees all of its targets, from the first
     micro-batch on. `stop` is added up like the rest, so that all ranks learn that one was told to stop.
+    `insight` looks closer on the way; with one on every rank or on none.
     """
     device = ranks.device
     gathered = _gather(batch, ranks, learner.bank)
@@ -64,6 +73,9 @@ def run_batch(
             logit_scales=scales,
             keep=keep,
         )
+        if insight is not None:
+            insight.add_text(report.text_loss)
+            insight.add(predictions, targets)
         if report.loss.requires_grad:
             torch.autograd.backward(report.loss)
         meter.add_report(report, predictions, targets, scales)
@@ -74,6 +86,8 @@ def run_batch(
     meter.add("stop", float(stop))
     if torch.is_grad_enabled():
         ranks.sum_gradients(list(learner.trainable().values()))
+    if insight is not None:
+        insight.finish(ranks)
     return meter.totals(ranks)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +26,15 @@ from olaschema.precision import ArrayFormat, Stored
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.conversations import SampleError
+from olatrain.families import Shown, Vision
 from olatrain.join import Listing
 from olatrain.losses import IGNORED
 from olatrain.order import PositionSampler, epoch_order
 from olatrain.prompts import PromptBuilder
 from olatrain.tokens import Items, TaskTokens, locate
+
+# more than any run has positions: tells the images of one sample apart
+_POSITIONS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Source:
     teachers: tuple[str, ...]
     images: Path
     prompts: PromptBuilder
-    image_processor: Any
+    vision: Vision
     exif: bool
     max_pixels: int
     partners: Mapping[int, int] | None = None
@@ -56,14 +59,15 @@ class Sample:
     """One sample, ready to be batched."""
 
     position: int
-    key: str | None
-    row: int
+    keys: tuple[str, ...]
+    rows: list[int]
+    """Of each image; -1 where the store does not plan it."""
     input_ids: list[int]
     labels: list[int]
-    pixels: Tensor | None
-    """(3, H, W) float32, None for text alone."""
-    features: dict[str, Stored | None]
-    """Stored arrays by teacher, None where there is no feature; empty for text alone."""
+    shown: list[Shown]
+    """Its images, in order; none for text alone."""
+    features: list[dict[str, Stored | None]]
+    """Of each image, stored arrays by teacher, None where there is no feature."""
     cut: int
     requests: int = 0
     """How often the store was asked for something."""
@@ -108,7 +112,7 @@ class MicroBatch:
     """What one forward pass takes."""
 
     inputs: dict[str, Tensor]
-    """`input_ids`, `attention_mask` (B, L) and, where there are images, `pixel_values` (I, 3, H, W)."""
+    """`input_ids`, `attention_mask` (B, L) and what the student's family takes of images (`families.Vision`)."""
     labels: Tensor
     """(B, L)"""
     items: Items
@@ -195,18 +199,26 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
     def _load(self, position: int) -> Sample:
         index = self.index(position)
         conversation = self._listing.conversations[index]
-        prompt = self._source.prompts.build(conversation)
-        row = int(self._listing.rows[index])
-        pixels, features, asked = None, {}, 0
-        if conversation.key is not None:
-            asked = self._asked()
+        rows = self._listing.rows_of(index)
+        shown: list[Shown] = []
+        features: list[dict[str, Stored | None]] = []
+        asked = self._asked()
+        for key, row in zip(conversation.keys, rows, strict=True):
             readers = self._open()
             statuses = {t: reader.status(row) if row >= 0 else None for t, reader in readers.items()}
-            pixels = self._pixels(conversation.key, statuses)
-            features = {t: self._feature(t, reader, row) for t, reader in readers.items()}
-            asked = self._asked() - asked
+            shown.append(self._show(key, statuses))
+            features.append({t: self._feature(t, reader, row) for t, reader in readers.items()})
+        prompt = self._source.prompts.build(conversation, [one.block for one in shown])
         return Sample(
-            position, conversation.key, row, prompt.input_ids, prompt.labels, pixels, features, prompt.cut, asked
+            position,
+            conversation.keys,
+            rows,
+            prompt.input_ids,
+            prompt.labels,
+            shown,
+            features,
+            prompt.cut,
+            self._asked() - asked,
         )
 
     def _asked(self) -> int:
@@ -220,7 +232,7 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
             self._readers = {teacher: FeatureReader(store, teacher) for teacher in self._source.teachers}
         return self._readers
 
-    def _pixels(self, key: str, statuses: Mapping[str, RowReceipt | None]) -> Tensor:
+    def _show(self, key: str, statuses: Mapping[str, RowReceipt | None]) -> Shown:
         path = self._source.images / key
         try:
             data = read_regular(path)
@@ -228,9 +240,7 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
             raise ImageError(error.reason, f"{key}: {error.problem}") from error
         _require_same(data, key, statuses)
         decoded = decode_image(data, name=key, max_pixels=self._source.max_pixels)
-        image = decoded.oriented(exif=self._source.exif)
-        pixels: Tensor = self._source.image_processor(images=image, return_tensors="pt")["pixel_values"]
-        return pixels[0]
+        return self._source.vision.show(decoded.oriented(exif=self._source.exif))
 
     def _feature(self, teacher: str, reader: FeatureReader, row: int) -> Stored | None:
         if row < 0:
@@ -262,6 +272,7 @@ class Collator:
     """Makes a rank's batch of its samples; `formats` are the stored arrays of each teacher, by name."""
 
     tokens: TaskTokens
+    vision: Vision
     pad_id: int
     micro_batch: int | None
     formats: Mapping[str, Mapping[str, ArrayFormat]]
@@ -275,13 +286,18 @@ class Collator:
         skipped = [entry for entry in loaded if isinstance(entry, Skipped)]
         size = self.micro_batch or max(len(samples), 1)
         micro = [self._micro(samples[first : first + size]) for first in range(0, len(samples), size)]
-        shown = [sample for sample in samples if sample.pixels is not None]
         # an image outside the store is nobody's twin
-        rows = torch.tensor([s.row if s.row >= 0 else -1 - s.position for s in shown], dtype=torch.int64)
-        features = {teacher: self._features(teacher, shown) for teacher in self.formats}
+        rows = [
+            row if row >= 0 else -1 - sample.position - number * _POSITIONS
+            for sample in samples
+            for number, row in enumerate(sample.rows)
+        ]
+        found = [features for sample in samples for features in sample.features]
+        features = {teacher: self._features(teacher, found) for teacher in self.formats}
         cut = sum(sample.cut > 0 for sample in samples)
         requests = sum(sample.requests for sample in samples)
-        return Batch(micro, features, rows, len(samples), skipped, cut, requests)
+        images = torch.tensor(rows, dtype=torch.int64)
+        return Batch(micro, features, images, len(samples), skipped, cut, requests)
 
     def _micro(self, samples: list[Sample]) -> MicroBatch:
         length = max(len(sample.input_ids) for sample in samples)
@@ -294,20 +310,20 @@ class Collator:
             labels[place, :n] = torch.tensor(sample.labels)
             mask[place, :n] = 1
         inputs = {"input_ids": input_ids, "attention_mask": mask}
-        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
-        if pixels:
-            inputs["pixel_values"] = torch.stack(pixels)
-        items = locate(self.tokens, input_ids, mask, images=[int(s.pixels is not None) for s in samples])
+        inputs |= self.vision.sequence(input_ids)
+        inputs |= self.vision.collate([one for sample in samples for one in sample.shown])
+        lengths = [[self.vision.placeholders(one) for one in sample.shown] for sample in samples]
+        items = locate(self.tokens, input_ids, mask, images=[len(s.shown) for s in samples], lengths=lengths)
         return MicroBatch(inputs, labels, items)
 
-    def _features(self, teacher: str, shown: list[Sample]) -> Features:
+    def _features(self, teacher: str, found: list[dict[str, Stored | None]]) -> Features:
         arrays = {
-            name: np.zeros((len(shown), *array.shape), array.dtype) for name, array in self.formats[teacher].items()
+            name: np.zeros((len(found), *array.shape), array.dtype) for name, array in self.formats[teacher].items()
         }
         stored = Stored(**arrays)
-        valid = np.zeros(len(shown), dtype=bool)
-        for place, sample in enumerate(shown):
-            feature = sample.features[teacher]
+        valid = np.zeros(len(found), dtype=bool)
+        for place, features in enumerate(found):
+            feature = features[teacher]
             if feature is not None:
                 stored[place], valid[place] = feature, True
         tensors = {name: torch.from_numpy(array) for name, array in stored.arrays.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from typing import Any
 
@@ -11,14 +13,18 @@ from rich.console import Console
 
 from olaschema.errors import OlaError
 from olatrain.config import TrainConfig
+from olatrain.insight import Insight, due, merged
+from olatrain.losses import MAX_TEMPERATURE
 from olatrain.meter import add_totals, figures
 from olatrain.order import PositionSampler
 from olatrain.parallel import open_ranks
+from olatrain.predicted import keep_predictions
 from olatrain.resume import Progress, resume, save, write_config
 from olatrain.setup import Run, locked, set_up
 from olatrain.signals import Stopped, StopRequest
 from olatrain.step import run_batch
 from olatrain.stream import Batch, Fault, SampleStream, make_loader
+from olatrain.trackers import open_trackers
 from olatrain.watch import SKIPPED, Watch, record_skips, summary
 
 _SHOWN_KEYS = 8
@@ -74,9 +80,20 @@ def _loop(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(config, step, run.steps)
         optimiser.zero_grad()
+        insight = None
+        if due(config.look_every, step + 1):
+            insight = Insight(run.learner.bank, run.learner.student.projector, ranks.device)
         totals = run_batch(
-            run.learner, batch, ranks, run.means, bf16=config.precision == "bf16", stop=stop.signal is not None
+            run.learner,
+            batch,
+            ranks,
+            run.means,
+            bf16=config.precision == "bf16",
+            stop=stop.signal is not None,
+            insight=insight,
         )
+        if step == 0 and watch is not None:
+            _first_batch(run, totals, watch)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip))
         unused = 0 if totals["samples"] else unused + min(config.batch, run.end - position)
         if unused >= max(config.batch, _MOST_UNUSED):
@@ -89,11 +106,16 @@ def _loop(
         step, position = step + 1, min(position + config.batch, run.end)
         if watch is not None:
             seconds = time.perf_counter() - began
-            watch.step(step, _record(run, totals, norm, seconds, waited, optimiser.param_groups[0]["lr"]))
+            record = _record(run, totals, norm, seconds, waited, optimiser.param_groups[0]["lr"])
+            watch.step(step, merged(record, insight.figures) if insight is not None else record)
         stopping = totals["stop"] > 0
-        due = config.evaluation is not None and step % config.evaluation.every == 0
-        if due or step == run.steps:
+        evaluate = config.evaluation is not None and step % config.evaluation.every == 0
+        if evaluate or step == run.steps:
             _evaluate(run, step, watch)
+        if config.predictions.every and step % config.predictions.every == 0:
+            kept = keep_predictions(run, step)
+            if watch is not None and kept is not None:
+                watch.event("predictions", step, {"path": kept.name})
         if step % config.checkpoint_every == 0 or step == last or stopping:
             path = save(run, optimiser, Progress(step, position))
             if watch is not None:
@@ -158,7 +180,8 @@ def _record(
 ) -> dict[str, Any]:
     found = figures(totals, run.learner.bank, run.config.contrastive)
     for name in run.config.teachers:
-        found["teachers"][name]["logit_scale"] = float(run.learner.bank.logit_scales[name].detach())
+        scale = float(run.learner.bank.logit_scales[name].detach())
+        found["teachers"][name] |= {"logit_scale": scale, "temperature": min(math.exp(scale), MAX_TEMPERATURE)}
     if run.stream.remote:
         found["requests_per_sample"] = totals["requests"] / max(totals["samples"], 1)
     return {
@@ -172,7 +195,25 @@ def _record(
         "seconds": seconds,
         "samples_per_s": totals["samples"] / seconds,
         "data_wait": waited / seconds,
+        "memory_gib": _peak_memory(run.ranks.device) / 2**30,
     }
+
+
+def _first_batch(run: Run, totals: dict[str, float], watch: Watch) -> None:
+    """Say what the first step learns from, before it changes anything."""
+    valid = {name: int(totals[f"{name}.valid"]) for name in run.config.teachers}
+    tokens, samples = int(totals["tokens"]), int(totals["samples"])
+    watch.event("first_batch", 0, {"samples": samples, "supervised_tokens": tokens, "valid_targets": valid})
+    targets = ", ".join(f"{count} of {name}" for name, count in valid.items())
+    watch.say(f"first batch: {samples} samples, {tokens} supervised tokens, valid targets: {targets}")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on this rank's GPU, or the most that the process was resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @torch.no_grad()
@@ -199,7 +240,7 @@ def _watch(run: Run, progress: Progress, console: Console) -> Watch:
         start=progress.step,
         total=run.steps,
         log_every=config.log_every,
-        tensorboard=config.tensorboard,
+        trackers=open_trackers(config, start=progress.step),
         console=console,
     )
     write_config(config)
