@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
 from store_support import EXECUTION, record
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -235,6 +236,21 @@ def settings(corpus: Corpus, folder: Path, target: Path, /, **changes: Any) -> d
         "checkpoint_every": 2,
     }
     return chosen | changes
+
+
+def saved(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
+    """Tensors of one part of a checkpoint, put together here from the pieces that ranks wrote."""
+    found: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():  # noqa: SIM118
+                if name.startswith(f"{part}."):
+                    piece = (offsets[name]["saved_offsets"], file.get_tensor(name))
+                    found.setdefault(name.removeprefix(f"{part}."), []).append(piece)
+    for pieces in found.values():
+        pieces.sort(key=lambda piece: piece[0])
+    return {n: torch.cat([piece for _, piece in p]) if len(p) > 1 else p[0][1] for n, p in found.items()}
 
 
 def start_ranks(chosen: Mapping[str, Any], world: int) -> list[BaseProcess]:

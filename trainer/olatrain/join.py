@@ -39,8 +39,11 @@ class Listing:
         return Listing(conversations, rows, self.shards[places], _digest(conversations, rows))
 
 
-def join(conversations: Conversations, store: FeatureStore) -> Listing:
-    """Find the row of every conversation's image."""
+def join(conversations: Conversations, store: FeatureStore | None) -> Listing:
+    """Find the row of every conversation's image; without a store none has one."""
+    if store is None:
+        nowhere = np.full(len(conversations.keys), -1, dtype=np.int64)
+        return Listing(conversations, nowhere, nowhere, _digest(conversations, nowhere))
     wanted = {key for key in conversations.keys if key is not None}
     found: dict[str, int] = {}
     forgotten: dict[str, int] = {}
@@ -97,7 +100,7 @@ def coverage(store: FeatureStore, listing: Listing, teacher: str) -> Coverage:
     return Coverage(np.asarray(ready, dtype=np.int64), sum(uses[row] for row in ready), dict(sorted(missing.items())))
 
 
-def require_features(coverages: Mapping[str, Coverage], store: Path) -> None:
+def require_features(coverages: Mapping[str, Coverage], store: FeatureStore) -> None:
     """Raise CorpusError naming the teacher that has no feature for any sample."""
     for teacher, found in coverages.items():
         if not found.valid:
@@ -105,7 +108,7 @@ def require_features(coverages: Mapping[str, Coverage], store: Path) -> None:
                 ", ".join(f"{count} {reason}" for reason, count in found.missing.items()) or "no sample has an image"
             )
             raise CorpusError(
-                f"{store}: {teacher} has no feature for any sample ({reasons})",
+                f"{store.root}: {teacher} has no feature for any sample ({reasons})",
                 "Keys are paths relative to the image folder: check that the conversations name images as the "
                 "extraction did, and that it has finished.",
             )

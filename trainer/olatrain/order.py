@@ -34,6 +34,34 @@ def epoch_order(shards: np.ndarray, *, seed: int, epoch: int, window: int) -> np
     return merged
 
 
+def group_by_modality(order: np.ndarray, loose: np.ndarray, *, first: int, batch: int) -> np.ndarray:
+    """Reorder an epoch so that batches are of one modality; the order within each modality is kept.
+
+    `loose` (N,) bool says of each sample whether it is text alone. `first` is the position of the run that the epoch
+    begins at: batches lie at multiples of `batch`, so an epoch begins and ends inside one. Only these two and at most
+    one other batch hold both modalities. Batches of text are spread evenly over the epoch.
+    """
+    shown, text = order[~loose[order]], order[loose[order]]
+    lead = min(-first % batch, len(order))
+    whole = (len(order) - lead) // batch
+    texts = min(len(text) // batch, whole)
+    pictures = min(len(shown) // batch, whole - texts)
+    # kind of each whole batch; the one that is left, if any, is filled with what remains of both
+    kinds = np.concatenate([np.full(n, kind) for kind, n in enumerate((pictures, texts, whole - texts - pictures))])
+    where = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in (pictures, texts, whole - texts - pictures)])
+    kinds = kinds[np.argsort(where, kind="stable")]
+    rest = np.concatenate([shown[pictures * batch :], text[texts * batch :]])
+    taken = [0, 0, lead]
+    sources = (shown, text, rest)
+    parts = [rest[:lead]]
+    for kind in kinds:
+        parts.append(sources[kind][taken[kind] : taken[kind] + batch])
+        taken[kind] += batch
+    parts.append(rest[taken[2] :])
+    grouped: np.ndarray = np.concatenate(parts)
+    return grouped
+
+
 def cyclic_partners(rows: np.ndarray, *, seed: int) -> dict[int, int]:
     """Map each row to another one, each used once: the next of a permutation, so no row keeps its own."""
     unique = np.unique(rows)

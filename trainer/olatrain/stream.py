@@ -28,7 +28,7 @@ from olaschema.store import FeatureStore
 from olatrain.conversations import SampleError
 from olatrain.join import Listing
 from olatrain.losses import IGNORED
-from olatrain.order import PositionSampler, epoch_order
+from olatrain.order import PositionSampler, epoch_order, group_by_modality
 from olatrain.prompts import PromptBuilder
 from olatrain.tokens import Items, TaskTokens, locate
 
@@ -37,7 +37,7 @@ from olatrain.tokens import Items, TaskTokens, locate
 class Source:
     """Where samples come from, and how they become the student's inputs."""
 
-    store: Path
+    store: Path | None
     teachers: tuple[str, ...]
     images: Path
     prompts: PromptBuilder
@@ -137,14 +137,18 @@ class Batch:
 class SampleStream(Dataset[Sample | Skipped | Fault]):
     """Samples by position. Position p of a run is sample p mod N of epoch p div N, in that epoch's order.
 
-    With `seed` None samples come in the listing's order.
+    With `seed` None samples come in the listing's order. With `grouped`, a number, batches of that many samples are
+    of one modality (`group_by_modality`).
     """
 
-    def __init__(self, source: Source, listing: Listing, *, seed: int | None, window: int = 1) -> None:
+    def __init__(
+        self, source: Source, listing: Listing, *, seed: int | None, window: int = 1, grouped: int | None = None
+    ) -> None:
         self._source = source
         self._listing = listing
         self._seed = seed
         self._window = window
+        self._grouped = grouped
         self._order = lru_cache(maxsize=2)(self._make_order)
         self._readers: dict[str, FeatureReader] | None = None
         self._rows_per_shard = 0
@@ -171,7 +175,11 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
             return Fault(error)
 
     def _make_order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self._listing.shards, seed=self._seed or 0, epoch=epoch, window=self._window)
+        order = epoch_order(self._listing.shards, seed=self._seed or 0, epoch=epoch, window=self._window)
+        if self._grouped is None:
+            return order
+        loose = np.asarray([key is None for key in self._listing.conversations.keys])
+        return group_by_modality(order, loose, first=epoch * len(self), batch=self._grouped)
 
     def _load(self, position: int) -> Sample:
         index = self.index(position)
@@ -187,6 +195,8 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         return Sample(position, conversation.key, row, prompt.input_ids, prompt.labels, pixels, features, prompt.cut)
 
     def _open(self) -> dict[str, FeatureReader]:
+        if self._source.store is None:
+            return {}
         if self._readers is None:
             store = FeatureStore.open(self._source.store)
             self._rows_per_shard = store.rows_per_shard
