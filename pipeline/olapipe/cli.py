@@ -94,8 +94,8 @@ def extract_command(
                 f"shard {lost.shard} was given up after several attempts: {visible(lost.reason)}", markup=False
             )
         if result.lost:
-            log = result.store.place.path("_log/errors.log")
-            _errors().print(f"details in {visible(str(log))}; run the same command to try again", markup=False)
+            log = result.store.place.locate("_log/errors.log")
+            _errors().print(f"details in {visible(log)}; run the same command to try again", markup=False)
         raise typer.Exit(result.exit_code)
 
 

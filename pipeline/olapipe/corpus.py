@@ -140,7 +140,7 @@ def compare(listing: Listing, store: FeatureStore | None) -> Growth:
         key, before, now = changed[0]
         more = f" (and {len(changed) - 1} more images)" if len(changed) > 1 else ""
         raise StoreError(
-            f"{key} had {before} bytes when {store.root} planned it, now it has {now}{more}: "
+            f"{key} had {before} bytes when {store.url} planned it, now it has {now}{more}: "
             "features of another image would get its name",
             "Restore the file, or give the new image another name, or extract into another --out.",
         )

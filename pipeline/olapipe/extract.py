@@ -18,7 +18,7 @@ from olapipe.teachers import registry
 from olapipe.teachers.base import suggest
 from olaschema.errors import StoreError, TeacherError
 from olaschema.manifest import Receipt, TeacherRecord
-from olaschema.place import LocalPlace
+from olaschema.place import Place, open_place
 from olaschema.seal import seal, unseal
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
 
@@ -54,7 +54,7 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     listing = list_corpus(config.corpus, config.images)
     store = _present_store(config)
     # Also shows, before anything is loaded, that the place can be written to.
-    _log_run(LocalPlace(config.out), config)
+    _log_run(open_place(config.out), config)
     growth = compare(listing, store)
     reporter.say(_describe(listing, growth))
     tasks = pending(store, config) if store is not None else []
@@ -126,25 +126,17 @@ def _absolute(config: ExtractConfig) -> ExtractConfig:
 
 def _present_store(config: ExtractConfig) -> FeatureStore | None:
     """Return the store at `out`, None where there is none yet and one can be made."""
-    place = LocalPlace(config.out)
-    try:
-        if place.exists("zarr.json"):
-            if config.shard_size is not None:
-                return FeatureStore.create(config.out, rows_per_shard=config.shard_size)
-            return FeatureStore.open(config.out)
-        usable = not config.out.exists() or (
-            config.out.is_dir() and all(entry.name == "_log" for entry in config.out.iterdir())
-        )
-    except OSError as error:
-        raise StoreError(
-            f"{config.out} cannot be used: {error.strerror}", "Choose another folder for --out."
-        ) from error
-    if not usable:
+    place = open_place(config.out)
+    if place.exists("zarr.json"):
+        if config.shard_size is not None:
+            return FeatureStore.create(config.out, rows_per_shard=config.shard_size)
+        return FeatureStore.open(config.out)
+    if not place.vacant():
         raise StoreError(f"{config.out} exists and is not a feature store", "Choose a new or empty folder for --out.")
     return None
 
 
-def _log_run(place: LocalPlace, config: ExtractConfig) -> None:
+def _log_run(place: Place, config: ExtractConfig) -> None:
     settings = config.model_dump(mode="python")
     line = {"started": time.time(), "host": platform.node(), "pid": os.getpid(), "settings": settings}
     place.append_log(RUNS, json.dumps(line, default=str))

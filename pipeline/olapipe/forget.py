@@ -49,8 +49,8 @@ def forget(store: FeatureStore, key: str) -> Forgotten:
         for teacher in teachers:
             _erase(store, teacher, row)
         seal(store, teachers)
-    logs = [name for name in store.place.names("_log") if key.encode() in store.place.read(f"_log/{name}")]
-    return Forgotten(row, stone, teachers, twins, [f"{store.root}/_log/{name}" for name in logs])
+    logs = [name for name in store.place.logs() if key.encode() in store.place.read_log(name)]
+    return Forgotten(row, stone, teachers, twins, [store.place.locate(f"_log/{name}") for name in logs])
 
 
 def _find(store: FeatureStore, key: str, stone: str) -> tuple[Generation, str, int]:
@@ -61,7 +61,7 @@ def _find(store: FeatureStore, key: str, stone: str) -> tuple[Generation, str, i
                 if sample.key in wanted:
                     return generation, part, sample.row
     raise StoreError(
-        f"{store.root} has no image {visible(key)}", "Keys are paths relative to the image folder, with extension."
+        f"{store.url} has no image {visible(key)}", "Keys are paths relative to the image folder, with extension."
     )
 
 
@@ -159,6 +159,6 @@ def _erase(store: FeatureStore, teacher: str, row: int) -> None:
 
 def _damaged(store: FeatureStore, name: str) -> DamagedStoreError:
     return DamagedStoreError(
-        f"{store.place.path(name)} is damaged, so nothing can be taken out of it",
+        f"{store.place.locate(name)} is damaged, so nothing can be taken out of it",
         "The image is out of the plan already: `olapipe verify --repair` makes the shard again without it.",
     )

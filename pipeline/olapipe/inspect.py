@@ -110,7 +110,7 @@ def show_store(console: Console, store: FeatureStore, *, as_json: bool) -> None:
         return
     planned = sum(generation.rows for generation in store.generations())
     counts = f"images: {planned}, generations: {len(store.generations())}, rows per shard: {store.rows_per_shard}"
-    console.print(Text(f"{visible(str(store.root))}: {counts}"), soft_wrap=True)
+    console.print(Text(f"{visible(store.url)}: {counts}"), soft_wrap=True)
     if not summaries:
         console.print(Text("no teacher yet"))
         return
@@ -189,7 +189,7 @@ def find(store: FeatureStore, key: str) -> ImageStatus:
         first = next(store.samples(), None)
         example = f", for example {visible(first.key)}" if first else ""
         raise StoreError(
-            f"{store.root} has no image {visible(key)}",
+            f"{store.url} has no image {visible(key)}",
             f"Keys are paths relative to the image folder, with extension{example}.",
         )
     status: dict[str, RowReceipt | None] = {}

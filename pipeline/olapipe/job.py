@@ -18,6 +18,7 @@ from typing import Any
 from olapipe.config import ExtractConfig
 from olaschema.errors import ConfigError, OlaError, TeacherError
 from olaschema.manifest import TeacherRecord
+from olaschema.place import absolute_url
 from olaschema.store import FeatureStore
 
 _ATTEMPTS = 3
@@ -69,7 +70,7 @@ class ShardWorker:
         self._teachers = load_teachers(self._config, self._device)
         return [teacher_record(teacher, self._config.precision) for teacher in self._teachers.values()]
 
-    def encode(self, out: Path, task: ShardTask) -> None:
+    def encode(self, out: str, task: ShardTask) -> None:
         """Encode and commit one shard."""
         if self._encoder is None:
             self._encoder = self._make_encoder(out)
@@ -80,7 +81,7 @@ class ShardWorker:
         """Return how many rows of the present shard are settled; runs beside `encode`."""
         return dict(self._settled)
 
-    def _make_encoder(self, out: Path) -> Any:
+    def _make_encoder(self, out: str) -> Any:
         import warnings
 
         from olapipe.encode import Limits, ShardEncoder, execution
@@ -162,7 +163,7 @@ class WorkerPool:
                 if slot.loaded and slot.task is None and queue:
                     slot.task = queue.popleft()
                     slot.settled = {}
-                    slot.doing = slot.actor.encode.remote(store.root, slot.task)
+                    slot.doing = slot.actor.encode.remote(absolute_url(store.url), slot.task)
             busy = {slot.doing: slot for slot in self._slots if slot.task or not slot.loaded}
             ready, _ = ray.wait(list(busy), num_returns=1, timeout=_POLL_SECONDS)
             for reference in ready:

@@ -54,7 +54,7 @@ def compare_live(
     for name in teachers:
         receipt = any_receipt(store, name)
         if receipt is None:
-            raise StoreError(f"{store.root}: {name} has no committed shard to compare", "Extract it first.")
+            raise StoreError(f"{store.url}: {name} has no committed shard to compare", "Extract it first.")
         config = extract_config(store, name, source, receipt)
         teacher = load_teachers(config, _device(config.device))[name]
         store.teacher(name).fingerprint.require_equal(
@@ -132,6 +132,6 @@ def _stored(store: FeatureStore, teacher: str, shard: int, index: int) -> tuple[
             parts[array] = stored.slice(index, index + 1)[0]
         except UNREADABLE as error:
             raise DamagedStoreError(
-                f"{store.place.path(name)} cannot be read: {error}", "Run `olapipe verify --repair` first."
+                f"{store.place.locate(name)} cannot be read: {error}", "Run `olapipe verify --repair` first."
             ) from error
     return decode(parts, channels).astype(np.float64), error_bound(parts, channels)

@@ -16,6 +16,7 @@ from olaschema.config import load_config
 from olaschema.errors import ConfigError, DamagedStoreError, StoreError
 from olaschema.layout import receipt_file
 from olaschema.manifest import Receipt
+from olaschema.place import absolute_url
 from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
 
@@ -54,7 +55,7 @@ def extract_config(store: FeatureStore, teacher: str, source: Source, receipt: R
     record = store.teacher(teacher)
     flags: dict[str, Any] = {
         "corpus": source.images.absolute(),
-        "out": store.root.absolute(),
+        "out": absolute_url(store.url),
         "teachers": [teacher],
         "preset": record.fingerprint.preset,
         "compute_dtype": record.fingerprint.compute_dtype,
@@ -93,7 +94,7 @@ def repair(store: FeatureStore, problems: Sequence[Problem], source: Source, rep
     beyond = [problem.file for problem in problems if problem.mending is None]
     if any(name == "zarr.json" or name.startswith("samples") or name.endswith("/zarr.json") for name in beyond):
         raise StoreError(
-            f"{store.root}: {', '.join(beyond)}: this cannot be made again from images and other documents",
+            f"{store.url}: {', '.join(beyond)}: this cannot be made again from images and other documents",
             "Restore it from a copy, then repair the rest.",
         )
     shards = damaged_shards(problems)
@@ -122,14 +123,14 @@ def _extract(
     unplanned = [shard for shard in shards if shard not in planned]
     if unplanned:
         raise StoreError(
-            f"{store.root}: {receipt_file(teacher, unplanned[0])} is of a shard that is not planned",
+            f"{store.url}: {receipt_file(teacher, unplanned[0])} is of a shard that is not planned",
             "Restore `samples/` from a copy, or delete that receipt.",
         )
     before = {shard: _readable(store, teacher, shard) for shard in shards}
     receipt = any_receipt(store, teacher, shards)
     if receipt is None:
         raise StoreError(
-            f"{store.root}: {teacher} has no receipt left that says how it was computed",
+            f"{store.url}: {teacher} has no receipt left that says how it was computed",
             f"Remove the folder receipts/{teacher} and run `olapipe extract` again.",
         )
     config = extract_config(store, teacher, source, receipt)

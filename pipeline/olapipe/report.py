@@ -103,7 +103,7 @@ def print_summary(
     console: Console, store: FeatureStore, summaries: Sequence[TeacherSummary], rates: Mapping[str, float]
 ) -> None:
     """Print the closing table and the failures. `rates` are images per second of this run."""
-    table = Table(title=Text(f"features in {visible(str(store.root))}"), title_justify="left")
+    table = Table(title=Text(f"features in {visible(store.url)}"), title_justify="left")
     table.add_column("teacher", no_wrap=True)
     for column in ("images", "failed", "waiting", "stored", "× smaller than float32", "images/s"):
         table.add_column(column, justify="right")
@@ -143,7 +143,7 @@ def print_failures(console: Console, store: FeatureStore, summaries: Sequence[Te
             console.print(Text(f"    {visible(failure.key)}: {visible(failure.detail)}{only}"), soft_wrap=True)
         if count > _NAMED:
             console.print(Text(f"    and {count - _NAMED} more"))
-    console.print(Text(f"  all of them: olapipe inspect {visible(str(store.root))} --json"), soft_wrap=True)
+    console.print(Text(f"  all of them: olapipe inspect {visible(store.url)} --json"), soft_wrap=True)
 
 
 def print_error(console: Console, error: OlaError) -> None:

@@ -37,7 +37,7 @@ def committed_receipt(store: FeatureStore, teacher: str, shard: int) -> Receipt:
     """Return the receipt of a shard that is committed; raises StoreError if it went away meanwhile."""
     receipt = store.receipt(teacher, shard)
     if receipt is None:
-        raise StoreError(f"{store.root}: {receipt_file(teacher, shard)} vanished", "Run the same command again.")
+        raise StoreError(f"{store.url}: {receipt_file(teacher, shard)} vanished", "Run the same command again.")
     return receipt
 
 

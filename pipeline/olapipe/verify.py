@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeVar
@@ -15,6 +14,7 @@ from olapipe.verify_shard import check_shard
 from olaschema.errors import OlaError, StoreError
 from olaschema.layout import receipt_file
 from olaschema.manifest import Generation, TeacherRecord
+from olaschema.place import open_place
 from olaschema.seal import MANIFEST, read_manifest, receipt_digest
 from olaschema.store import FeatureStore
 from olaschema.zarrbytes import array_documents
@@ -84,7 +84,7 @@ def verify(
     try:
         store = FeatureStore.open(root)
     except StoreError as error:
-        if not os.path.isfile(os.path.join(root, "zarr.json")):
+        if not open_place(root).exists("zarr.json"):
             raise
         findings.add("zarr.json", error.problem)
         findings.notes.append("nothing else was checked: the root document says how the rest is to be read")
@@ -176,7 +176,7 @@ class _Verifier:
             self.found.add(f"{name}/zarr.json", f"it describes the teacher {record.fingerprint.teacher}")
             record = None
         if record is None:  # then nothing says which arrays there should be
-            arrays = [path.parent.name for path in sorted(self.store.place.path(name).glob("*/zarr.json"))]
+            arrays = self.store.array_names(name)
             self.known |= {f"{name}/{array}/zarr.json" for array in arrays}
             return None
         implied = self._documents(record, plan.shards if plan else 0)
@@ -272,7 +272,7 @@ class _Verifier:
 
     def _strays(self, plan: Plan | None) -> None:
         uncommitted = 0
-        for name in _walk(self.store):
+        for name in self.store.place.walk():
             if name in self.known:
                 continue
             place = _shard_of(name)
@@ -321,19 +321,6 @@ def _rows(data: bytes) -> int | None:
     except (ValueError, KeyError, TypeError, IndexError):
         return None
     return rows if isinstance(rows, int) else None
-
-
-def _walk(store: FeatureStore) -> Iterator[str]:
-    """Yield the names of all files outside `_log/`, in a fixed order."""
-    for folder, folders, files in os.walk(store.root):
-        relative = os.path.relpath(folder, store.root)
-        if relative == ".":
-            folders[:] = [name for name in folders if name != "_log"]
-        folders.sort()
-        # a link to a folder is listed among the folders, and is not followed
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        for name in sorted([*files, *links]):
-            yield name if relative == "." else f"{relative}/{name}".replace(os.sep, "/")
 
 
 def _shard_of(name: str) -> tuple[str, int] | None:

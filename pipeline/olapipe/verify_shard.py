@@ -55,7 +55,7 @@ def check_shard(
         checked.troubles.append(Trouble(name, error.problem))
     checked.files += 1
     if receipt is not None:
-        checked.bytes += store.place.path(name).stat().st_size
+        checked.bytes += store.place.size(name)
         texts = list(_receipt_troubles(receipt, record, shard, store.rows_per_shard, planned))
         checked.troubles += [Trouble(name, text) for text in texts]
         if texts:

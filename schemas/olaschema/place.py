@@ -1,4 +1,7 @@
-"""Where a store lives: reading and publishing whole files so that a crash leaves the old file or the new one."""
+"""Where a store lives: reading and publishing whole files so that a crash leaves the old file or the new one.
+
+`Place` is all that the rest of the code knows of it. Names are relative to the store's root, with forward slashes.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 
 from olaschema.errors import StoreError
@@ -19,49 +24,261 @@ _LOCKS = "_log/locks"
 _WITHDRAWN = "_log/withdrawn"
 
 
-class LocalPlace:
-    """A store's root folder on a POSIX file system. Paths are relative to it, with forward slashes."""
+class Place(ABC):
+    """A store's files, wherever they are. What cannot be read or written is a StoreError that names it."""
+
+    url: str
+    """Folder or address as text, for messages and for other processes; holds no credentials."""
+    requests: Counter[str]
+    """How often files were asked for, by kind: `read`, `list`, `write`, …"""
+
+    @property
+    def name(self) -> str:
+        """The last part of the url."""
+        return PurePosixPath(self.url).name
+
+    def locate(self, name: str) -> str:
+        """Return the whole name of a file, for messages."""
+        return f"{self.url}/{name}"
+
+    @abstractmethod
+    def present(self) -> bool:
+        """Whether there is anything at all."""
+
+    @abstractmethod
+    def vacant(self) -> bool:
+        """Whether a new store can be made here: nothing is there, or nothing but `_log`."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether the file is there."""
+
+    @abstractmethod
+    def holds(self, folder: str) -> bool:
+        """Whether the folder is there."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Return a file's size in bytes; raises StoreError if it is missing."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes; raises StoreError naming the file if it is missing or cannot be read."""
+
+    @abstractmethod
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on, fewer where the file ends before; raises as `read` does."""
+
+    @abstractmethod
+    def read_tail(self, name: str, length: int) -> tuple[bytes, int]:
+        """Return the last `length` bytes (all of a shorter file) and the size of the file; raises as `read` does."""
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """Return the sorted names of the files directly in `folder`; empty if it does not exist."""
+
+    @abstractmethod
+    def folders(self, folder: str) -> list[str]:
+        """Return the sorted names of the folders directly in `folder` (`""`: the root); empty if it does not exist."""
+
+    @abstractmethod
+    def walk(self) -> Iterator[str]:
+        """Yield the names of all files outside `_log/`, in a fixed order."""
+
+    @abstractmethod
+    def publish(self, name: str, data: bytes) -> None:
+        """Put `data` at `name`, replacing what was there, all at once and durably.
+
+        Raises StoreError where that is not possible; then the old file or none is there.
+        """
+
+    @abstractmethod
+    def publish_if_absent(self, name: str, data: bytes) -> bool:
+        """Put `data` at `name` unless something is there already; says whether it was put.
+
+        Of several processes that try at once, one is told so. Raises as `publish` does.
+        """
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Delete a file durably; one that is not there is no error."""
+
+    @abstractmethod
+    def withdraw(self, folder: str) -> None:
+        """Take a folder out of the store; what is left of it is deleted by `clear_withdrawn`."""
+
+    @abstractmethod
+    def clear_withdrawn(self) -> bool:
+        """Delete what was withdrawn; says whether there was anything."""
+
+    @abstractmethod
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """Hold an exclusive lock on `name` among all processes that use this place."""
+
+    @abstractmethod
+    def append_log(self, name: str, line: str) -> None:
+        """Append one line to a log under `_log/`, the only place for what differs between two runs."""
+
+    @abstractmethod
+    def logs(self) -> list[str]:
+        """Return the sorted names of the logs."""
+
+    @abstractmethod
+    def read_log(self, name: str) -> bytes:
+        """Return all lines of a log, nothing where there is none."""
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Remove what processes that are no longer alive have left unfinished."""
+
+
+def open_place(where: str | Path) -> Place:
+    """Return the place that a folder or an address names; nothing is read or made yet."""
+    text = str(where)
+    if "://" in text:
+        raise StoreError(
+            f"{text}: stores are local folders in this version; buckets are not written yet",
+            "Give a folder, or a bucket that is mounted as one.",
+        )
+    return LocalPlace(Path(where))
+
+
+def absolute_url(where: str | Path) -> str:
+    """Return a folder's absolute path, which other processes can use; an address stays as it is."""
+    text = str(where)
+    return text if "://" in text else str(Path(where).absolute())
+
+
+class LocalPlace(Place):
+    """A store's root folder on a POSIX file system."""
 
     def __init__(self, root: str | Path) -> None:
-        text = str(root)
-        if "://" in text:
-            raise StoreError(
-                f"{text}: stores are local folders in this version; buckets are not written yet",
-                "Give a folder, or a bucket that is mounted as one.",
-            )
         self.root = Path(root)
+        self.url = str(self.root)
+        self.requests = Counter()
+
+    @property
+    def name(self) -> str:
+        """The last part of the folder's path."""
+        return self.root.name
 
     def path(self, name: str) -> Path:
         """Return the file system path of `name`."""
         return self.root / PurePosixPath(name)
 
+    def locate(self, name: str) -> str:
+        """Return the file system path of `name` as text."""
+        return str(self.path(name))
+
+    def present(self) -> bool:
+        """Whether the folder is there."""
+        return self.root.is_dir()
+
+    def vacant(self) -> bool:
+        """Whether a new store can be made here; raises StoreError where that cannot be seen."""
+        try:
+            if not self.root.exists():
+                return True
+            return self.root.is_dir() and all(entry.name == "_log" for entry in self.root.iterdir())
+        except OSError as error:
+            raise StoreError(f"{self.root} cannot be used: {error.strerror}", "Choose another folder.") from error
+
     def exists(self, name: str) -> bool:
-        """Whether the file is there."""
-        return self.path(name).is_file()
+        """Whether the file is there; raises StoreError where that cannot be seen."""
+        try:
+            return self.path(name).is_file()
+        except OSError as error:
+            raise StoreError(f"{self.path(name)} cannot be used: {error.strerror}", "Choose another folder.") from error
+
+    def holds(self, folder: str) -> bool:
+        """Whether the folder is there."""
+        return self.path(folder).is_dir()
+
+    def size(self, name: str) -> int:
+        """Return a file's size in bytes; raises StoreError if it is missing."""
+        with self._reading(name):
+            return self.path(name).stat().st_size
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes; raises StoreError naming the file if it is missing or cannot be read."""
-        try:
+        with self._reading(name):
             return self.path(name).read_bytes()
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on, fewer where the file ends before; raises as `read` does."""
+        with self._reading(name), self.path(name).open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def read_tail(self, name: str, length: int) -> tuple[bytes, int]:
+        """Return the last `length` bytes (all of a shorter file) and the size of the file; raises as `read` does."""
+        with self._reading(name), self.path(name).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - length, 0))
+            return file.read(length), size
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        self.requests["read"] += 1
+        try:
+            yield
         except FileNotFoundError as error:
             raise StoreError(f"{self.path(name)} is missing", "Is this the folder of a feature store?") from error
-        except OSError as error:
-            raise StoreError(f"{self.path(name)} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError, OverflowError) as error:
+            problem = error.strerror if isinstance(error, OSError) else str(error)
+            raise StoreError(f"{self.path(name)} cannot be read: {problem}") from error
 
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of the files directly in `folder`; empty if it does not exist."""
+        return self._entries(folder, os.DirEntry.is_file)
+
+    def folders(self, folder: str) -> list[str]:
+        """Return the sorted names of the folders directly in `folder` (`""`: the root); empty if it does not exist."""
+        return self._entries(folder, os.DirEntry.is_dir)
+
+    def _entries(self, folder: str, wanted: Callable[[os.DirEntry[str]], bool]) -> list[str]:
+        self.requests["list"] += 1
         try:
             with os.scandir(self.path(folder)) as entries:
-                return sorted(entry.name for entry in entries if entry.is_file())
-        except FileNotFoundError:
+                return sorted(entry.name for entry in entries if wanted(entry))
+        except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def walk(self) -> Iterator[str]:
+        """Yield the names of all files outside `_log/`, in a fixed order."""
+        for folder, folders, files in os.walk(self.root):
+            relative = os.path.relpath(folder, self.root)
+            if relative == ".":
+                folders[:] = [name for name in folders if name != "_log"]
+            folders.sort()
+            # a link to a folder is listed among the folders, and is not followed
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            for name in sorted([*files, *links]):
+                yield name if relative == "." else f"{relative}/{name}".replace(os.sep, "/")
 
     def publish(self, name: str, data: bytes) -> None:
         """Put `data` at `name`, replacing what was there, all at once and durably.
 
         Temporary file, fsync, rename, fsync of the folder. Raises StoreError on a full disk or missing permission.
         """
+        self._put(name, data, os.replace)
+
+    def publish_if_absent(self, name: str, data: bytes) -> bool:
+        """Put `data` at `name` unless something is there already; says whether it was put.
+
+        As `publish`, with a link instead of the rename: that one refuses what is there already.
+        """
+        try:
+            self._put(name, data, os.link)
+        except StoreError as error:
+            if isinstance(error.__cause__, FileExistsError) and self.exists(name):
+                return False
+            raise
+        return True
+
+    def _put(self, name: str, data: bytes, move: Callable[[Path, Path], None]) -> None:
         target = self.path(name)
+        self.requests["write"] += 1
         try:
             scratch = self._scratch_file()
             try:
@@ -70,7 +287,7 @@ class LocalPlace:
                     file.flush()
                     os.fsync(file.fileno())
                 self._make_folder(target.parent)
-                os.replace(scratch, target)
+                move(scratch, target)
             finally:
                 scratch.unlink(missing_ok=True)
             _sync_folder(target.parent)
@@ -132,6 +349,14 @@ class LocalPlace:
                 file.write(line + "\n")
         except OSError as error:
             raise _cannot_write(path, error) from error
+
+    def logs(self) -> list[str]:
+        """Return the sorted names of the logs."""
+        return self.names("_log")
+
+    def read_log(self, name: str) -> bytes:
+        """Return all lines of a log, nothing where there is none."""
+        return self.read(f"_log/{name}") if self.exists(f"_log/{name}") else b""
 
     def sweep(self) -> None:
         """Remove temporary files left by processes of this host that are no longer alive."""

@@ -74,7 +74,7 @@ class FeatureReader:
         shard, index = divmod(row, self._store.rows_per_shard)
         opened = self._opened(shard)
         if opened is None or opened.receipt.rows[index].status != "ok":
-            raise StoreError(f"{self._store.root}: row {row} has no {self._teacher} feature")
+            raise StoreError(f"{self._store.url}: row {row} has no {self._teacher} feature")
         return Stored(**{array.name: self._row(array, opened, shard, row, index) for array in self._arrays})
 
     def feature(self, row: int) -> np.ndarray:
@@ -101,7 +101,7 @@ class FeatureReader:
             return None
         if receipt.fingerprint != self._digest or len(receipt.rows) != self._store.rows_per_shard:
             raise DamagedStoreError(
-                f"{self._store.root}: the receipt of {self._teacher} shard {shard} does not belong to this store",
+                f"{self._store.url}: the receipt of {self._teacher} shard {shard} does not belong to this store",
                 "Extract that shard again.",
             )
         self._open[shard] = _OpenShard(
@@ -113,30 +113,28 @@ class FeatureReader:
 
     def _read_index(self, array: _Array, shard: int, receipt: Receipt) -> np.ndarray:
         name = self._file(array, shard)
-        path = self._store.place.path(name)
+        path = self._store.place.locate(name)
         length = array.chunks * _INDEX_ENTRY.itemsize
+        if name not in receipt.files:
+            raise self._damage(shard, f"{path} is not among the files that its receipt names")
+        promised = receipt.files[name].bytes
         try:
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                promised = receipt.files[name].bytes
-                if size != promised:
-                    raise self._damage(shard, f"{path} has {size} bytes, its receipt promises {promised}")
-                file.seek(size - length - 4)
-                data = file.read(length + 4)
-        except (OSError, KeyError, ValueError) as error:
-            raise self._damage(shard, f"{path} cannot be read: {error}") from error
+            data, size = self._store.place.read_tail(name, length + 4)
+        except StoreError as error:
+            raise self._damage(shard, f"the shard index cannot be read: {error.problem}") from error
+        if size != promised:
+            raise self._damage(shard, f"{path} has {size} bytes, its receipt promises {promised}")
         if _crc32c(data[:length]) != data[length:]:
             raise self._damage(shard, f"{path}: the shard index fails its checksum")
         return np.frombuffer(data[:length], dtype=_INDEX_ENTRY)
 
     def _chunk(self, array: _Array, shard: int, row: int, entry: np.void) -> bytes:
-        path = self._store.place.path(self._file(array, shard))
+        name = self._file(array, shard)
+        path = self._store.place.locate(name)
         try:
-            with path.open("rb") as file:
-                file.seek(int(entry["offset"]))
-                data = file.read(int(entry["size"]))
-        except (OSError, ValueError, OverflowError) as error:
-            raise self._damage(shard, f"{path}: row {row} cannot be read: {error}") from error
+            data = self._store.place.read_range(name, int(entry["offset"]), int(entry["size"]))
+        except StoreError as error:
+            raise self._damage(shard, f"row {row} cannot be read: {error.problem}") from error
         if len(data) < 4 or _crc32c(data[:-4]) != data[-4:]:
             raise self._damage(shard, f"{path}: row {row} fails its checksum")
         raw = bytes(self._zstd.decode(data[:-4]))
@@ -145,13 +143,13 @@ class FeatureReader:
         return raw
 
     def _has_receipts(self) -> bool:
-        return self._store.place.path(f"receipts/{self._teacher}").is_dir()
+        return self._store.place.holds(f"receipts/{self._teacher}")
 
     def _require_teacher(self) -> None:
         # `olapipe drop` takes the folder of receipts away first, all at once
         if self._had_receipts and not self._has_receipts():
             raise StoreError(
-                f"{self._store.root}: the teacher {self._teacher} was dropped from the store while it was being read",
+                f"{self._store.url}: the teacher {self._teacher} was dropped from the store while it was being read",
                 f"Extract it again with `olapipe extract --teacher {self._teacher}`, or go on without it.",
             )
 

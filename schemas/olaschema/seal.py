@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from olaschema.digest import sealed
 from olaschema.errors import DamagedStoreError
-from olaschema.layout import receipt_file
+from olaschema.layout import array_document, receipt_file
 from olaschema.manifest import FileReceipt, StoreManifest
 from olaschema.store import FeatureStore, read_document
 
@@ -64,8 +64,8 @@ def documents(store: FeatureStore) -> list[str]:
     names = ["zarr.json"]
     names += [f"samples/{name}" for name in store.place.names("samples") if name.endswith(".json")]
     for teacher in store.teachers():
-        arrays = sorted(path.parent.name for path in store.place.path(teacher).glob("*/zarr.json"))
-        names += [f"{teacher}/zarr.json", *(f"{teacher}/{array}/zarr.json" for array in arrays)]
+        arrays = store.array_names(teacher)
+        names += [f"{teacher}/zarr.json", *(array_document(teacher, array) for array in arrays)]
     return names
 
 

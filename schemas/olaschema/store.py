@@ -33,7 +33,7 @@ from olaschema.manifest import (
     StoreRecord,
     TeacherRecord,
 )
-from olaschema.place import LocalPlace
+from olaschema.place import LocalPlace, Place, open_place
 from olaschema.precision import Stored
 
 DEFAULT_ROWS_PER_SHARD = 256
@@ -51,15 +51,22 @@ _SAMPLE_SCHEMA = pa.schema(
 
 
 class FeatureStore:
-    """A store on disk. Opening reads the root document and the generations, nothing else."""
+    """A store on disk or in a bucket. Opening reads the root document and the generations, nothing else."""
 
-    def __init__(self, place: LocalPlace, record: StoreRecord) -> None:
+    def __init__(self, place: Place, record: StoreRecord) -> None:
         self.place = place
         self.record = record
 
     @property
+    def url(self) -> str:
+        """The store's folder or address, for messages and for other processes."""
+        return self.place.url
+
+    @property
     def root(self) -> Path:
-        """The store's folder."""
+        """The store's folder; raises StoreError where it is not in one."""
+        if not isinstance(self.place, LocalPlace):
+            raise StoreError(f"{self.url} is no folder", "Copy the store to a disk first.")
         return self.place.root
 
     @property
@@ -70,8 +77,8 @@ class FeatureStore:
     @classmethod
     def open(cls, root: str | Path) -> FeatureStore:
         """Open a store; raises StoreError if there is none, or it is of another format version."""
-        place = LocalPlace(root)
-        if not place.root.is_dir():
+        place = open_place(root)
+        if not place.present():
             raise StoreError(f"{root}: no such feature store", "Give the folder that `olapipe extract --out` wrote.")
         data, attributes = _ours(place, "zarr.json")
         if attributes is None:
@@ -94,7 +101,7 @@ class FeatureStore:
         """
         from olaschema.zarrbytes import root_document
 
-        place = LocalPlace(root)
+        place = open_place(root)
         if place.exists("zarr.json"):
             store = cls.open(root)
             if store.rows_per_shard != rows_per_shard:
@@ -103,7 +110,7 @@ class FeatureStore:
                     f"Use --shard-size {store.rows_per_shard}, or another --out.",
                 )
             return store
-        if place.root.exists() and (not place.root.is_dir() or any(p.name != "_log" for p in place.root.iterdir())):
+        if not place.vacant():
             raise StoreError(f"{root} exists and is not a feature store", "Choose a new or empty folder for --out.")
         record = StoreRecord(rows_per_shard=rows_per_shard)
         place.publish("zarr.json", root_document(record))
@@ -117,7 +124,7 @@ class FeatureStore:
         for number, generation in enumerate(found):
             if generation.number != number or generation.first_row != first:
                 raise DamagedStoreError(
-                    f"{self.root}/samples: generation {number} does not follow the one before it",
+                    f"{self.url}/samples: generation {number} does not follow the one before it",
                     "Restore the folder `samples` from a copy.",
                 )
             first = self._next_first_row(generation)
@@ -157,7 +164,7 @@ class FeatureStore:
             return None
         for name in self.place.names("samples"):  # parts of an interrupted, longer plan
             if name.startswith(f"{number:04d}-") and f"samples/{name}" not in parts:
-                self.place.path(f"samples/{name}").unlink()
+                self.place.remove(f"samples/{name}")
         generation = Generation(number=number, first_row=first, rows=count, parts=parts)
         self.place.publish(f"samples/{number:04d}.json", sealed(generation))
         return generation
@@ -200,30 +207,30 @@ class FeatureStore:
                 name = list(generation.parts)[offset // part_rows]  # canonical JSON keeps them sorted
                 with self._part(generation, name) as part:
                     return list(_rows(part.read_row_group(offset % part_rows // self.rows_per_shard)))
-        raise StoreError(f"{self.root} has no shard {shard}: {self.shard_count()} shards are planned")
+        raise StoreError(f"{self.url} has no shard {shard}: {self.shard_count()} shards are planned")
 
     def _part(self, generation: Generation, name: str) -> pq.ParquetFile:
         data = self.place.read(name)
         promised = generation.parts[name]
         if (len(data), hashlib.sha256(data).hexdigest()) != (promised.bytes, promised.sha256):
             raise DamagedStoreError(
-                f"{self.root}/{name} is damaged: it is not the file that samples/{generation.number:04d}.json promises",
+                f"{self.url}/{name} is damaged: it is not the file that samples/{generation.number:04d}.json promises",
                 "Restore it from a copy.",
             )
         try:
             return pq.ParquetFile(io.BytesIO(data))
         except pa.ArrowInvalid as error:
-            raise DamagedStoreError(f"{self.root}/{name} is damaged: {error}", "Restore it from a copy.") from error
+            raise DamagedStoreError(f"{self.url}/{name} is damaged: {error}", "Restore it from a copy.") from error
 
     def teachers(self) -> list[str]:
         """Return the names of the teachers that the store has a group for, sorted."""
-        return sorted(p.parent.name for p in self.root.glob("*/zarr.json"))
+        return [name for name in self.place.folders("") if self.place.exists(f"{name}/zarr.json")]
 
     def teacher(self, name: str) -> TeacherRecord:
         """Return what the store records of a teacher; raises StoreError naming those present."""
         if not self.place.exists(f"{name}/zarr.json"):
             raise StoreError(
-                f"{self.root} has no features of the teacher {name!r}",
+                f"{self.url} has no features of the teacher {name!r}",
                 f"It holds: {', '.join(self.teachers()) or 'none'}. Add it with `olapipe extract --teacher {name}`.",
             )
         return read_document(TeacherRecord, self.place, f"{name}/zarr.json")
@@ -231,12 +238,16 @@ class FeatureStore:
     def arrays(self, teacher: str) -> dict[str, bytes]:
         """Return the `zarr.json` of each array of a teacher by the array's name; raises DamagedStoreError."""
         found = {}
-        for path in sorted(self.place.path(teacher).glob("*/zarr.json")):
-            name = f"{teacher}/{path.parent.name}/zarr.json"
+        for array in self.array_names(teacher):
+            name = array_document(teacher, array)
             data, ours = _ours(self.place, name)
             _intact(self.place, name, data, ours)
-            found[path.parent.name] = data
+            found[array] = data
         return found
+
+    def array_names(self, teacher: str) -> list[str]:
+        """Return the names of the arrays that a teacher's group has documents of, sorted."""
+        return [name for name in self.place.folders(teacher) if self.place.exists(array_document(teacher, name))]
 
     def put_teacher(self, record: TeacherRecord) -> None:
         """Make a teacher's group and arrays, or grow its arrays to the planned rows.
@@ -254,7 +265,7 @@ class FeatureStore:
             )
             if present.precision != record.precision:
                 raise StoreError(
-                    f"{self.root}: {name} is stored as {present.precision}, {record.precision} was asked for",
+                    f"{self.url}: {name} is stored as {present.precision}, {record.precision} was asked for",
                     remedy,
                 )
         documents = array_documents(record.fingerprint, record.precision, self.rows_per_shard, self.shard_count())
@@ -326,7 +337,7 @@ class FeatureStore:
             if present is not None and not replace:
                 return present
             if present is not None:  # never a receipt that promises bytes which are being replaced
-                self.place.path(receipt_file(teacher, shard)).unlink()
+                self.place.remove(receipt_file(teacher, shard))
             for name, data in objects.items():
                 self._publish_unless_there(name, data)
             self.place.publish(receipt_file(teacher, shard), sealed(receipt))
@@ -342,21 +353,23 @@ def _rows(table: pa.Table) -> Iterator[SampleRow]:
         yield SampleRow.model_validate(row)
 
 
-def read_document(model: type[Model], place: LocalPlace, name: str) -> Model:
+def read_document(model: type[Model], place: Place, name: str) -> Model:
     """Return what a document of ours says; raises DamagedStoreError unless its digest and its content are right."""
     data, ours = _ours(place, name)
     return _validated(model, _intact(place, name, data, ours), place, name)
 
 
-def _ours(place: LocalPlace, name: str) -> tuple[bytes, dict[str, Any] | None]:
+def _ours(place: Place, name: str) -> tuple[bytes, dict[str, Any] | None]:
     """Return a file and the object in it that is ours: of a `zarr.json`, the attribute `ola`, if there is one."""
     data = place.read(name)
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DamagedStoreError(f"{place.path(name)} is not valid JSON: {error}", "Restore it from a copy.") from error
+        raise DamagedStoreError(
+            f"{place.locate(name)} is not valid JSON: {error}", "Restore it from a copy."
+        ) from error
     if not isinstance(document, dict):
-        raise DamagedStoreError(f"{place.path(name)} does not hold a JSON object", "Restore it from a copy.")
+        raise DamagedStoreError(f"{place.locate(name)} does not hold a JSON object", "Restore it from a copy.")
     if not name.endswith("zarr.json"):
         return data, document
     attributes = document.get("attributes")
@@ -364,22 +377,22 @@ def _ours(place: LocalPlace, name: str) -> tuple[bytes, dict[str, Any] | None]:
     return data, ours if isinstance(ours, dict) else None
 
 
-def _intact(place: LocalPlace, name: str, data: bytes, ours: dict[str, Any] | None) -> dict[str, Any]:
+def _intact(place: Place, name: str, data: bytes, ours: dict[str, Any] | None) -> dict[str, Any]:
     if ours is None or not intact(data, ours.get(FIELD)):
         raise DamagedStoreError(
-            f"{place.path(name)} is damaged: it does not have the digest that it carries",
+            f"{place.locate(name)} is damaged: it does not have the digest that it carries",
             "`olapipe verify --repair` makes receipts again; restore other documents from a copy.",
         )
     return {key: value for key, value in ours.items() if key != FIELD}
 
 
-def _validated(model: type[Model], data: dict[str, Any], place: LocalPlace, name: str) -> Model:
+def _validated(model: type[Model], data: dict[str, Any], place: Place, name: str) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DamagedStoreError(
-            f"{place.path(name)}: {where}: {first['msg']}",
+            f"{place.locate(name)}: {where}: {first['msg']}",
             "Restore it from a copy, or extract that shard again.",
         ) from error

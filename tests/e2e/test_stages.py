@@ -81,7 +81,7 @@ def moved(values: dict[str, Any]) -> set[str]:
 def test_a_split_language_model_trains_as_a_whole_one(
     chosen: Callable[..., dict[str, Any]], tmp_path: Path, lora: dict[str, Any] | None
 ) -> None:
-    """One rank, then two, then four that go on where two stopped; the last batch leaves three ranks without a sample."""
+    """One rank; two, then four that go on where two stopped. The last batch leaves three ranks without a sample."""
     values = chosen(steps=None, epochs=1, train=LLM, lora=lora, micro_batch=2, lrs={"llm": 2e-3})
     run(values)
     split = values | {"out": str(tmp_path / "split")}

@@ -144,10 +144,9 @@ class TrainConfig(Frozen):
     """What the predictors may read: the image, the prompt before it as well, or all (the published setting)."""
     compat: Literal["none", "ola"] = "none"
     """`ola` lets padding into the predictors, as the public OLA-VLM code does."""
-    target_control: Literal["none", "shuffle", "mean", "self"] = "none"
-    """Control arms of an experiment, while training: every image gets another image's features (`shuffle`), the mean
-    of all training images' (`mean`), or the features of the student's own vision tower in place of the teacher's
-    (`self`)."""
+    target_control: Literal["none", "shuffle", "mean"] = "none"
+    """Control arms of an experiment, while training: every image gets another image's features (`shuffle`), or the
+    mean of the training images' (`mean`), from which nothing about an image can be learned."""
     order: Literal["mixed", "grouped"] = "mixed"
     """`grouped`: a batch is of text alone or of images alone, but for those at an epoch's ends and at most one more."""
     allow_view_mismatch: bool = False
@@ -232,8 +231,6 @@ class TrainConfig(Frozen):
             raise ValueError("lora is given, but train does not name llm")
         if self.target_control != "none" and not self.teachers:
             raise ValueError("target_control changes targets, and no teacher is named")
-        if self.target_control == "self" and (self.normalise != "none" or self.probe is not None):
-            raise ValueError("target_control = self has targets of its own: leave normalise at none and do not probe")
 
     def require_inputs(self) -> None:
         """Raise ConfigError naming the first input that is not there, before anything is loaded."""

@@ -100,7 +100,7 @@ def coverage(store: FeatureStore, listing: Listing, teacher: str) -> Coverage:
     return Coverage(np.asarray(ready, dtype=np.int64), sum(uses[row] for row in ready), dict(sorted(missing.items())))
 
 
-def require_features(coverages: Mapping[str, Coverage], store: FeatureStore) -> None:
+def require_features(coverages: Mapping[str, Coverage], store: str) -> None:
     """Raise CorpusError naming the teacher that has no feature for any sample."""
     for teacher, found in coverages.items():
         if not found.valid:
@@ -108,7 +108,7 @@ def require_features(coverages: Mapping[str, Coverage], store: FeatureStore) -> 
                 ", ".join(f"{count} {reason}" for reason, count in found.missing.items()) or "no sample has an image"
             )
             raise CorpusError(
-                f"{store.root}: {teacher} has no feature for any sample ({reasons})",
+                f"{store}: {teacher} has no feature for any sample ({reasons})",
                 "Keys are paths relative to the image folder: check that the conversations name images as the "
                 "extraction did, and that it has finished.",
             )

@@ -22,7 +22,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 
 def with_preset(given: dict[str, Any]) -> dict[str, Any]:
     """Return settings with those of the preset they name under them; an unknown preset is left to validation."""
-    chosen = PRESETS.get(given.get("preset"))  # type: ignore[call-overload]
+    chosen = {str(name): settings for name, settings in PRESETS.items()}.get(str(given.get("preset")))
     if chosen is None:
         return given
     settings = {**chosen, **given}

@@ -106,11 +106,11 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     if ranks.first:
         if store is not None:
             coverages = {name: coverage(store, listing, name) for name in config.teachers}
-            require_features(coverages, store)
+            require_features(coverages, str(config.store))
         counts = _counts(listing, coverages)
         if heldout is not None and config.evaluation is not None and store is not None:
             unseen = {name: coverage(store, heldout, name) for name in config.teachers}
-            require_features(unseen, store)
+            require_features(unseen, str(config.store))
             notes += [f"held out: {found.valid} samples have a target of {name}" for name, found in unseen.items()]
         if heldout is not None:
             counts["held_out"] = {"images": len(heldout), "digest": heldout.digest}

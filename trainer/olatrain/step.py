@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,17 +38,21 @@ def run_batch(
     bf16: bool,
     stop: bool = False,
     losses: LossConfig | None = None,
+    mean_targets: bool = False,
 ) -> dict[str, float]:
     """Run this rank's part of a batch and return the sums over all ranks (`Meter`).
 
     With gradients enabled, every rank's trainable parameters end with the gradient of the global batch. Losses are
     divided by the counts of the whole global batch, and the contrastive term sees all of its targets, from the first
     micro-batch on. `stop` is added up like the rest, so that all ranks learn that one was told to stop. `losses`
-    stand for the learner's own.
+    stand for the learner's own; with `mean_targets` every target is the mean map, a control.
     """
     losses = losses or learner.losses
     device = ranks.device
     gathered = _gather(batch, ranks, learner.bank)
+    floors = {name: learner.bank.standardise(name, mean) for name, mean in means.items()}
+    if mean_targets:
+        gathered = {n: replace(g, values=floors[n].expand(len(g.rows), *floors[n].shape)) for n, g in gathered.items()}
     micros = list(batch.micro)
     if is_sharded(learner.student.model):
         # the ranks' passes through a split model go in step: who has fewer runs one that counts for nothing
@@ -59,7 +63,6 @@ def run_batch(
         pieces.append({teacher: _piece(found, first, len(micro.items)) for teacher, found in gathered.items()})
         first += len(micro.items)
     counts = _global_counts(learner, micros, pieces, ranks)
-    floors = {name: learner.bank.standardise(name, mean) for name, mean in means.items()}
     meter = Meter(learner.bank, losses, floors, device)
     scales = dict(learner.bank.logit_scales.items())
     for micro, targets in zip(micros, pieces, strict=True):

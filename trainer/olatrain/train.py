@@ -101,6 +101,7 @@ def _loop(
             run.means,
             bf16=config.precision == "bf16",
             stop=stop.signal is not None,
+            mean_targets=config.target_control == "mean",
             losses=run.learner.losses.scaled(embedding_factor(config, step, run.steps)),
         )
         norm = ranks.clip_gradients(parameters, config.clip)

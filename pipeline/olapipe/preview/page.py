@@ -71,7 +71,7 @@ def preview(store: FeatureStore, key: str, settings: PreviewSettings, prediction
             store.teacher(name)
             raise StoreError(f"--checkpoint {name}: {name} is not among the teachers shown", f"Add --teacher {name}.")
     sample = find_sample(store, key)
-    page = Page(f"{key}  ·  {store.root.name}" + (f"  ·  predictions {predictions.root.name}" if predictions else ""))
+    page = Page(f"{key}  ·  {store.place.name}" + (f"  ·  predictions {predictions.place.name}" if predictions else ""))
     features: dict[str, np.ndarray] = {}
     for name, reader in readers.items():
         try:
@@ -81,7 +81,7 @@ def preview(store: FeatureStore, key: str, settings: PreviewSettings, prediction
                 raise
             page.lines += str(error).splitlines()
     if not features:
-        raise StoreError("\n".join(page.lines) or f"{store.root} has no teacher", "There is nothing to show.")
+        raise StoreError("\n".join(page.lines) or f"{store.url} has no teacher", "There is nothing to show.")
     image = _image(settings, sample, [readers[name] for name in features])
     if image is None:
         page.lines.append("No --images folder: the image and what the full teacher says of it are not shown.")
@@ -113,7 +113,7 @@ def _predicted(store: FeatureStore | None, key: str, target: TeacherRecord, page
     if store is None:
         return None
     if name not in store.teachers():
-        page.lines.append(f"{name}: {store.root} holds no predictions of it.")
+        page.lines.append(f"{name}: {store.url} holds no predictions of it.")
         return None
     reader = FeatureReader(store, name)
     target.fingerprint.require_equal(

@@ -33,7 +33,7 @@ def find_sample(store: FeatureStore, key: str) -> SampleRow:
     close = named_alike[:1] or difflib.get_close_matches(key, keys, n=1)
     examples = ", ".join(map(visible, keys[:3])) + (", …" if len(keys) > 3 else "")
     raise StoreError(
-        f"{store.root} has no image {visible(key)!r}",
+        f"{store.url} has no image {visible(key)!r}",
         f"Did you mean {visible(close[0])!r}?"
         if close
         else f"Keys are paths relative to the image folder, with extension: {examples or 'none planned yet'}.",
@@ -49,13 +49,13 @@ def read_feature(store: FeatureStore, reader: FeatureReader, sample: SampleRow) 
     status = reader.status(sample.row)
     if status is None:
         raise StoreError(
-            f"{store.root}: {visible(sample.key)} has no {teacher} feature yet: its shard is not extracted",
+            f"{store.url}: {visible(sample.key)} has no {teacher} feature yet: its shard is not extracted",
             "Run the same `olapipe extract` again: it continues where it stopped.",
         )
     if status.status != "ok":
         detail = f": {status.detail}" if status.detail else ""
         raise StoreError(
-            f"{store.root}: {visible(sample.key)} has no {teacher} feature: {status.reason or status.status}{detail}",
+            f"{store.url}: {visible(sample.key)} has no {teacher} feature: {status.reason or status.status}{detail}",
             "Mend the image and extract into a new store, or choose another image.",
         )
     return reader.feature(sample.row)

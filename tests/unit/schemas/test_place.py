@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from olaschema.errors import StoreError
-from olaschema.place import LocalPlace
+from olaschema.place import LocalPlace, open_place
 
 
 def test_publish_replaces_whole_files_and_leaves_no_scratch(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_what_cannot_be_written_is_named_with_a_remedy(tmp_path: Path, name: str
 
 def test_buckets_are_refused_with_a_word() -> None:
     with pytest.raises(StoreError, match="s3://bucket/x"):
-        LocalPlace("s3://bucket/x")
+        open_place("s3://bucket/x")
 
 
 _WRITER = """
