@@ -253,15 +253,18 @@ def saved(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
     return {n: torch.cat([piece for _, piece in p]) if len(p) > 1 else p[0][1] for n, p in found.items()}
 
 
-def start_ranks(chosen: Mapping[str, Any], world: int) -> list[BaseProcess]:
-    """Start a run as `world` real processes, forked from a server that has the imports behind it."""
+def start_ranks(chosen: Mapping[str, Any], world: int, *, record: Path | None = None) -> list[BaseProcess]:
+    """Start a run as `world` real processes, forked from a server that has the imports behind it.
+
+    With `record`, what each step trains on is written there: `seen-RANK-PID`, lines of [position, place in the file].
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["olatrain.train", "olatrain.compose"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks: list[BaseProcess] = [
-        context.Process(target=_rank, args=(dict(chosen), rank, world, port)) for rank in range(world)
+        context.Process(target=_rank, args=(dict(chosen), rank, world, port, record)) for rank in range(world)
     ]
     for rank in ranks:
         rank.start()
@@ -275,10 +278,35 @@ def end_all(ranks: Sequence[BaseProcess]) -> None:
     assert [rank.exitcode for rank in ranks] == [0] * len(ranks)
 
 
-def _rank(chosen: dict[str, Any], rank: int, world: int, port: int) -> None:
+def _rank(chosen: dict[str, Any], rank: int, world: int, port: int, record: Path | None) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    if record is not None:
+        _record_steps(record / f"seen-{rank}-{os.getpid()}")
     train(load_config(TrainConfig, flags=chosen), Console(file=io.StringIO()))
+
+
+def _record_steps(path: Path) -> None:
+    """Write down the samples of every batch that reaches a training step, as the sampler and the stream named them."""
+    from olatrain import train as module
+
+    run_batch, loader = module.run_batch, module._loader
+    pending: list[list[list[int]]] = []
+
+    def remembering(run: Any, stream: Any, *, start: int, end: int) -> Any:
+        found = loader(run, stream, start=start, end=end)
+        if stream is run.stream:
+            pending[:] = [[[p, stream.index(p)] for p in batch] for batch in found.batch_sampler]
+        return found
+
+    def stepping(learner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        samples = pending.pop(0)
+        assert len(samples) == batch.samples
+        with path.open("a") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+        return run_batch(learner, batch, *args, **kwargs)
+
+    module._loader, module.run_batch = remembering, stepping
 
 
 def environment() -> dict[str, str]:
