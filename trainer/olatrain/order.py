@@ -46,19 +46,18 @@ def group_by_modality(order: np.ndarray, loose: np.ndarray, *, first: int, batch
     whole = (len(order) - lead) // batch
     texts = min(len(text) // batch, whole)
     pictures = min(len(shown) // batch, whole - texts)
-    # kind of each whole batch; the one that is left, if any, is filled with what remains of both
-    kinds = np.concatenate([np.full(n, kind) for kind, n in enumerate((pictures, texts, whole - texts - pictures))])
-    where = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in (pictures, texts, whole - texts - pictures)])
-    kinds = kinds[np.argsort(where, kind="stable")]
-    rest = np.concatenate([shown[pictures * batch :], text[texts * batch :]])
-    taken = [0, 0, lead]
-    sources = (shown, text, rest)
-    parts = [rest[:lead]]
-    for kind in kinds:
-        parts.append(sources[kind][taken[kind] : taken[kind] + batch])
-        taken[kind] += batch
-    parts.append(rest[taken[2] :])
-    grouped: np.ndarray = np.concatenate(parts)
+    # the whole batches by kind; the one that is left, if any, is filled with what remains of both, like the ends
+    counts = (pictures, texts, whole - texts - pictures)
+    where = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in counts])
+    kinds = np.repeat(np.arange(3), counts)[np.argsort(where, kind="stable")]
+    rest = np.repeat((False, True), (len(shown) - pictures * batch, len(text) - texts * batch))
+    is_text = np.empty(len(order), dtype=bool)
+    slots = np.concatenate([np.full(lead, 2), np.repeat(kinds, batch)])
+    slots = np.concatenate([slots, np.full(len(order) - len(slots), 2)])
+    is_text[slots != 2] = slots[slots != 2] == 1
+    is_text[slots == 2] = rest
+    grouped = np.empty_like(order)
+    grouped[is_text], grouped[~is_text] = text, shown
     return grouped
 
 
