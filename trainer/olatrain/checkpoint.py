@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
@@ -71,7 +72,7 @@ class Saver:
         document = {**state, "step": step}
         writer = _Writer(scratch, lambda: _publish(scratch, target, document, self._keep_last))
         with _writing(target):
-            future: Any = dcp.async_save(staged, storage_writer=writer, process_group=self._ranks.saving)
+            future: Any = async_save(staged, storage_writer=writer, process_group=self._ranks.saving)
         self._pending = step, future
 
     def wait(self) -> tuple[int, Path] | None:
@@ -168,7 +169,7 @@ def load_tensors(
         with warnings.catch_warnings():
             # loading in one process, which is what is meant where nobody has made a process group
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(dict(tensors), storage_reader=reader, process_group=ranks.saving if ranks else None)
+            load(dict(tensors), storage_reader=reader, process_group=ranks.saving if ranks else None)
     except (OSError, SafetensorError, CheckpointException) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}", _remedy(folder)) from error
 

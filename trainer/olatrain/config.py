@@ -60,7 +60,7 @@ class Lora(Frozen):
     """Low-rank adapters in the language model's linear layers, trained in place of its weights (through peft)."""
 
     rank: int = Field(default=16, gt=0)
-    alpha: float = Field(default=32.0, gt=0.0)
+    alpha: int = Field(default=32, gt=0)
     """The adapters' product is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ()
     """Names of linear layers inside a decoder block, such as `q_proj`; none named: all of them."""

@@ -143,7 +143,8 @@ def open_ranks(choice: DeviceChoice = "auto", *, nproc: int = 1, negatives: Nega
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
     else:  # a group of one needs no network; checkpoints are written through it like those of many
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         peers, peer_group = _peers(negatives, rank, world)
         yield Ranks(rank, world, device, peers, peer_group, dist.new_group(backend="gloo"))

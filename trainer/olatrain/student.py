@@ -104,7 +104,8 @@ class Student(nn.Module):
                 f"the decoder blocks of {type(self.model).__name__} cannot be recomputed",
                 "Set gradient_checkpointing to false, or use a smaller micro_batch.",
             )
-        for block in blocks:
+        for layer in blocks:
+            block: Any = layer
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             block.training = True
