@@ -34,6 +34,14 @@ class ContextName(enum.StrEnum):
     all = "all"
 
 
+class PresetName(enum.StrEnum):
+    """A published stage."""
+
+    pretrain = "pretrain"
+    vpt = "vpt"
+    finetune = "finetune"
+
+
 class DtypeName(enum.StrEnum):
     """Type of exported weights."""
 
@@ -114,7 +122,8 @@ def run(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="a.b=c", help="Any setting, over file and flags; repeat.")
     ] = None,
-    student: Annotated[Path | None, typer.Option(help="Folder that `olatrain compose` wrote.")] = None,
+    preset: Annotated[PresetName | None, typer.Option(help="Settings of a published stage; others win.")] = None,
+    student: Annotated[Path | None, typer.Option(help="Folder that `olatrain compose` or `export` wrote.")] = None,
     store: Annotated[str | None, typer.Option(help="Feature store that `olapipe extract` wrote.")] = None,
     conversations: Annotated[Path | None, typer.Option(help="LLaVA-style JSON or JSONL.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder that the conversations' images are relative to.")] = None,
@@ -138,7 +147,7 @@ def run(
         typer.Option("--allow-view-mismatch", help="Train though teacher and student see different parts of an image."),
     ] = None,
 ) -> None:
-    """Train a student's projector, predictors and task tokens from stored features.
+    """Train a student from conversations and stored features; what trains is a setting (--preset, --set train=…).
 
     Run the same command again to continue where it stopped.
     """
@@ -149,10 +158,11 @@ def run(
 
     end_with_parent()
     flags: dict[str, Any] = {
-        "student": student, "store": store, "conversations": conversations, "images": images, "out": out,
-        "evaluation.conversations": heldout, "epochs": epochs, "steps": steps, "batch": batch, "lr": lr,
-        "precision": precision, "nproc": nproc, "workers": workers, "checkpoint_every": checkpoint_every,
-        "seed": seed, "allow_view_mismatch": allow_view_mismatch, **_layers(layers or []),
+        "preset": preset.value if preset else None, "student": student, "store": store, "images": images, "out": out,
+        "conversations": conversations, "evaluation.conversations": heldout, "epochs": epochs, "steps": steps,
+        "batch": batch, "lr": lr, "precision": precision, "nproc": nproc, "workers": workers,
+        "checkpoint_every": checkpoint_every, "seed": seed, "allow_view_mismatch": allow_view_mismatch,
+        **_layers(layers or []),
     }  # fmt: skip
     from olaschema.config import load_config
     from olatrain.config import TrainConfig

@@ -48,8 +48,11 @@ class Listing:
         return _listing(self.conversations.select(places.tolist()), chosen, self.shards[places])
 
 
-def join(conversations: Conversations, store: FeatureStore) -> Listing:
-    """Find the row of every conversation's image."""
+def join(conversations: Conversations, store: FeatureStore | None) -> Listing:
+    """Find the rows of every conversation's images; without a store none has one."""
+    if store is None:
+        nowhere = [[-1] * len(keys) for keys in conversations.keys]
+        return _listing(conversations, nowhere, np.full(len(nowhere), -1, dtype=np.int64))
     wanted = {key for keys in conversations.keys for key in keys}
     found: dict[str, int] = {}
     forgotten: dict[str, int] = {}

@@ -23,6 +23,7 @@ from olatrain.compose import load_processor, student_view
 from olatrain.config import TrainConfig
 from olatrain.conversations import Conversations
 from olatrain.families import open_vision
+from olatrain.groups import describe
 from olatrain.join import Coverage, Listing, coverage, join, require_features, require_images
 from olatrain.learner import Learner, build_learner, load_start
 from olatrain.meanmap import mean_maps
@@ -81,8 +82,8 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
 
     Raises the errors of the parts: ConfigError, CorpusError, StoreError, FingerprintError, ViewError.
     """
-    store = FeatureStore.open(config.store)
-    records = {name: store.teacher(name) for name in config.teachers}
+    store = FeatureStore.open(config.store) if config.store is not None else None
+    records = {name: store.teacher(name) for name in config.teachers} if store is not None else {}
     config = _pin(config, records)
     tokens = TaskTokens.load(config.student)
     processor = load_processor(config.student)
@@ -104,12 +105,13 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     coverages: dict[str, Coverage] = {}
     counts: dict[str, Any] = {}
     if ranks.first:
-        coverages = {name: coverage(store, listing, name) for name in config.teachers}
-        require_features(coverages, config.store)
+        if store is not None:
+            coverages = {name: coverage(store, listing, name) for name in config.teachers}
+            require_features(coverages, str(config.store))
         counts = _counts(listing, coverages)
-        if heldout is not None and config.evaluation is not None:
+        if heldout is not None and config.evaluation is not None and store is not None:
             unseen = {name: coverage(store, heldout, name) for name in config.teachers}
-            require_features(unseen, config.store)
+            require_features(unseen, str(config.store))
             notes += [f"held out: {found.valid} samples have a target of {name}" for name, found in unseen.items()]
         if heldout is not None:
             counts["held_out"] = {"images": len(heldout), "digest": heldout.digest}
@@ -121,11 +123,14 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     shuffled = cyclic_partners(listing.image_rows[listing.image_rows >= 0], seed=config.seed)
     partners = shuffled if config.target_control == "shuffle" else None
     train_source = Source(**{**source, "partners": partners})
+    learner = _learner(config, store, found, tokens, ranks, start)
+    notes.append(describe(learner.trainable(), config))
+    grouped = config.batch if config.order == "grouped" else None
     return Run(
         config=config,
         ranks=ranks,
-        learner=_learner(config, store, found, tokens, ranks, start),
-        stream=SampleStream(train_source, listing, seed=config.seed, window=config.window),
+        learner=learner,
+        stream=SampleStream(train_source, listing, seed=config.seed, window=config.window, grouped=grouped),
         heldout=SampleStream(Source(**source), heldout, seed=None) if heldout else None,
         collate=Collator(
             tokens=tokens,
@@ -147,7 +152,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
 
 def _learner(
     config: TrainConfig,
-    store: FeatureStore,
+    store: FeatureStore | None,
     found: dict[str, Fingerprint],
     tokens: TaskTokens,
     ranks: Ranks,
@@ -155,9 +160,8 @@ def _learner(
 ) -> Learner:
     if config.probe is not None:
         return build_probe(config, found, tokens, ranks.device)
-    return build_learner(
-        config, found, tokens, ranks.device, start=start, standards=_standards(config, store, found, ranks)
-    )
+    standards = _standards(config, store, found, ranks) if store is not None else {}
+    return build_learner(config, found, tokens, ranks.device, start=start, standards=standards, world=ranks.world)
 
 
 def _standards(
@@ -193,7 +197,11 @@ def _pin(config: TrainConfig, records: dict[str, TeacherRecord]) -> TrainConfig:
 
 
 def _source(
-    config: TrainConfig, store: FeatureStore, tokens: TaskTokens, processor: Any, fingerprints: dict[str, Fingerprint]
+    config: TrainConfig,
+    store: FeatureStore | None,
+    tokens: TaskTokens,
+    processor: Any,
+    fingerprints: dict[str, Fingerprint],
 ) -> dict[str, Any]:
     template = processor.chat_template if isinstance(processor.chat_template, str) else None
     return {
@@ -204,14 +212,14 @@ def _source(
         "vision": open_vision(processor, tokens),
         "exif": student_exif(fingerprints.values()),
         "max_pixels": config.max_pixels,
-        "committed": {name: frozenset(store.committed(name)) for name in config.teachers},
+        "committed": {name: frozenset(store.committed(name)) for name in config.teachers} if store is not None else {},
     }
 
 
 def _means(
     config: TrainConfig, records: dict[str, TeacherRecord], coverages: dict[str, Coverage], ranks: Ranks
 ) -> dict[str, Tensor]:
-    if ranks.first:
+    if ranks.first and config.store is not None:
         means = mean_maps(config.store, coverages, most=config.mean_map_rows)
     else:
         means = {name: torch.zeros(record.fingerprint.shape) for name, record in records.items()}

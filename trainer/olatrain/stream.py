@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from olatrain.conversations import SampleError
 from olatrain.families import Shown, Vision
 from olatrain.join import Listing
 from olatrain.losses import IGNORED
-from olatrain.order import PositionSampler, epoch_order
+from olatrain.order import PositionSampler, epoch_order, group_by_modality
 from olatrain.prompts import PromptBuilder
 from olatrain.tokens import Items, TaskTokens, locate
 
@@ -41,7 +42,7 @@ _POSITIONS = 1 << 40
 class Source:
     """Where samples come from, and how they become the student's inputs."""
 
-    store: str
+    store: str | None
     teachers: tuple[str, ...]
     images: Path
     prompts: PromptBuilder
@@ -146,14 +147,18 @@ class Batch:
 class SampleStream(Dataset[Sample | Skipped | Fault]):
     """Samples by position. Position p of a run is sample p mod N of epoch p div N, in that epoch's order.
 
-    With `seed` None samples come in the listing's order.
+    With `seed` None samples come in the listing's order. With `grouped`, a number, batches of that many samples are
+    of one modality (`group_by_modality`).
     """
 
-    def __init__(self, source: Source, listing: Listing, *, seed: int | None, window: int = 1) -> None:
+    def __init__(
+        self, source: Source, listing: Listing, *, seed: int | None, window: int = 1, grouped: int | None = None
+    ) -> None:
         self._source = source
         self._listing = listing
         self._seed = seed
         self._window = window
+        self._grouped = grouped
         self._order = lru_cache(maxsize=2)(self._make_order)
         self._readers: dict[str, FeatureReader] | None = None
         self._place: Place | None = None
@@ -173,7 +178,7 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
     @property
     def remote(self) -> bool:
         """Whether the features come over a network."""
-        return "://" in str(self._source.store)
+        return self._source.store is not None and "://" in self._source.store
 
     def index(self, position: int) -> int:
         """Return which sample of the listing stands at a position."""
@@ -194,7 +199,11 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
             return Fault(error)
 
     def _make_order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self._listing.shards, seed=self._seed or 0, epoch=epoch, window=self._window)
+        order = epoch_order(self._listing.shards, seed=self._seed or 0, epoch=epoch, window=self._window)
+        if self._grouped is None:
+            return order
+        loose = np.asarray([not keys for keys in self._listing.conversations.keys])
+        return group_by_modality(order, loose, first=epoch * len(self), batch=self._grouped)
 
     def _load(self, position: int) -> Sample:
         index = self.index(position)
@@ -225,6 +234,8 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         return self._place.requests.total() if self._place is not None else 0
 
     def _open(self) -> dict[str, FeatureReader]:
+        if self._source.store is None:
+            return {}
         if self._readers is None:
             store = FeatureStore.open(self._source.store)
             self._place = store.place

@@ -75,6 +75,11 @@ class TaskTokens(Frozen):
     def load(cls, folder: Path) -> TaskTokens:
         """Read `ola.json`; raises ConfigError where it is missing or not such a record."""
         path = folder / RECORD_NAME
+        if (folder / "checkpoints").is_dir() and not path.exists():
+            raise ConfigError(
+                f"{folder} is the folder of a run, which holds only what was trained",
+                f"Make a student of it with `olatrain export {folder} --out DIR` and start from that.",
+            )
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
