@@ -86,7 +86,7 @@ def start_olapipe(*arguments: object) -> subprocess.Popen[str]:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One Ray for all tests that run the command in this process."""
-    from olapipe.job import ray_running
+    from olapipe.cluster import ray_running
 
     with ray_running(None, 2):
         yield

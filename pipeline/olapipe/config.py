@@ -46,6 +46,10 @@ class ExtractConfig(BaseModel):
     max_megapixels: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
     address: str | None = None
     """A running Ray cluster; by default Ray is started here, for this command only."""
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of a GPU that one worker takes: 0.5 puts two workers on each."""
+    max_failures: Annotated[str, Field(pattern=r"^(\d+|\d+(\.\d+)?%)$", coerce_numbers_to_str=True)] | None = None
+    """A number of images, or a share of those this run has to do as `5%`: with more failures the run stops."""
     retry_failed: bool = False
     """Encode shards that hold failed images again."""
 
@@ -67,6 +71,14 @@ class ExtractConfig(BaseModel):
                     f"{setting} names {', '.join(stray)}, which is not among the teachers ({', '.join(self.teachers)})"
                 )
         return self
+
+    def most_failures(self, images: int) -> int | None:
+        """Return how many images may fail of the `images` that a run has to do; None means any number."""
+        if self.max_failures is None:
+            return None
+        if self.max_failures.endswith("%"):
+            return int(float(self.max_failures[:-1]) / 100 * images)
+        return int(self.max_failures)
 
     @property
     def max_pixels(self) -> int:

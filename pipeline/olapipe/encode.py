@@ -1,4 +1,8 @@
-"""One shard: read, decode once, preprocess for each teacher, encode in batches, commit. No Ray in here."""
+"""One shard: read, decode once, preprocess for each teacher, encode in batches, commit. No Ray in here.
+
+Two calls of `encode` in two threads overlap: while one shard is compressed and written the next one has the teachers,
+and its first images are decoded while the one before it still has them.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,15 @@ import hashlib
 import json
 import os
 import re
+import socket
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +33,17 @@ from olaschema.manifest import ChannelStatistics, Execution, Receipt, RowReceipt
 from olaschema.precision import blank, require_storable
 from olaschema.store import FeatureStore
 
-LOG = "shards.jsonl"
+LOG = "timings.jsonl"
+STAGES = ("read", "decode", "preprocess", "wait", "forward", "encode", "compress", "write")
 Progress = Callable[[str, int], None]
 _LONGEST_DETAIL = 300
+# How torch's allocator of host memory says that there is none left; it has no exception of its own.
+_HOST_MEMORY = "not enough memory"
+# What a worker died or raised of; the words are those of every run, so that they may be in a receipt.
+CRASHES: Mapping[str, str] = {
+    "crashed": "the process that encoded it died, twice on this image alone",
+    "teacher-failed": "the teacher raised an error on this image alone",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,7 @@ class Limits:
     """How much one worker takes at a time.
 
     `max_pixels` refuses larger images; `batch_size` images go through a teacher together; `decoders` threads read,
-    decode and preprocess ahead of the teachers, by at most two batches.
+    decode and preprocess ahead of the teachers, by at most two batches of each shard that is under way.
     """
 
     batch_size: int
@@ -64,8 +80,9 @@ class _Row:
 class _Output:
     """What becomes of one shard under one teacher."""
 
-    def __init__(self, record: TeacherRecord, rows_per_shard: int) -> None:
+    def __init__(self, record: TeacherRecord, rows_per_shard: int, batch_size: int) -> None:
         self.record = record
+        self.batch_size = batch_size
         self.stored = blank(rows_per_shard, record.fingerprint.shape, record.precision)
         self.rows = [RowReceipt(status="absent")] * rows_per_shard
         self.statistics = ChannelStatistics(record.fingerprint.channels)
@@ -85,6 +102,15 @@ def execution(device: str, batch_size: int, *, compiled: bool = False) -> Execut
         compile=compiled,
         threads=torch.get_num_threads(),
     )
+
+
+class _OutOfMemoryError(Exception):
+    """A batch of one teacher does not fit the device."""
+
+    def __init__(self, teacher: str, images: int) -> None:
+        super().__init__(teacher, images)
+        self.teacher = teacher
+        self.images = images
 
 
 class ShardEncoder:
@@ -108,16 +134,32 @@ class ShardEncoder:
         self.records = records
         self.limits = limits
         self.execution = execution
+        self._decoding = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decode")
+        self._device = threading.Lock()
+        """Held by the shard whose batches go through the teachers."""
 
     def encode(
-        self, shard: int, teachers: Sequence[str], progress: Progress, *, replace: bool = False
+        self,
+        shard: int,
+        teachers: Sequence[str],
+        progress: Progress,
+        *,
+        replace: bool = False,
+        poisoned: Mapping[str, Mapping[int, str]] | None = None,
+        timings: dict[str, float] | None = None,
     ) -> dict[str, Receipt]:
         """Encode and commit one shard for the named teachers; return its receipts.
 
         `progress(teacher, rows)` is told how many rows of the shard are settled. An image that cannot be used is
         recorded in its row. Raises CorpusError if the whole image folder is gone, TeacherError where a teacher fails
         on any input, StoreError where the store cannot be written. `replace` encodes a committed
-        shard again, and takes images that have changed since they were planned.
+        shard again, and takes images that have changed since they were planned. `poisoned` are, by teacher, the
+        rows that a worker did not survive, with the reason, one of `CRASHES`: they are recorded and not touched.
+        `timings` is filled with the seconds spent in each of `STAGES` and `wall`.
+
+        Where a teacher's batch does not fit the device, the whole shard is encoded again with half of that teacher's
+        batch size, and so on down to 1; the receipt records the batch size. The next shard starts with the full one,
+        so that what happened to other shards changes no feature.
         """
         if not self.root.is_dir():
             raise CorpusError(
@@ -126,51 +168,118 @@ class ShardEncoder:
             )
         started = time.perf_counter()
         samples = self.store.shard_samples(shard)
-        outputs = {name: _Output(self.records[name], self.store.rows_per_shard) for name in teachers}
-        seconds = dict.fromkeys(("read", "decode", "preprocess", "forward", "commit"), 0.0)
-        settled = dict.fromkeys(teachers, 0)
+        seconds = dict.fromkeys(STAGES, 0.0)
+        batches = dict.fromkeys(teachers, self.limits.batch_size)
+        made_from = self._made_from(shard, teachers)
+        # an image that another teacher has seen is known by its digest, whatever size was planned
+        poisoned = poisoned or {}
+        jobs = [
+            partial(self._prepare, sample, wanted, replace or index in made_from)
+            for index, sample in enumerate(samples)
+            for wanted in [[name for name in teachers if index not in poisoned.get(name, {})]]
+        ]
+        while True:
+            outputs = {n: _Output(self.records[n], self.store.rows_per_shard, batches[n]) for n in teachers}
+            ahead = _Ahead(self._decoding, jobs, 2 * self.limits.batch_size)
+            try:
+                with self._device:
+                    self._forward(samples, ahead, outputs, made_from, poisoned, progress, seconds)
+                break
+            except _OutOfMemoryError as error:
+                batches[error.teacher] = self._smaller(error)
+            finally:
+                ahead.close()
+        receipts = {}
+        for name in teachers:
+            output = outputs.pop(name)
+            how = self.execution.model_copy(update={"batch_size": output.batch_size})
+            receipts[name] = self.store.commit_shard(
+                output.record,
+                shard,
+                output.stored,
+                output.rows,
+                output.statistics,
+                how,
+                replace=replace,
+                timings=seconds,
+            )
+        seconds["wall"] = time.perf_counter() - started
+        if timings is not None:
+            timings.update(seconds)
+        self._log(shard, receipts, seconds)
+        return receipts
+
+    def probe(self, shard: int, teacher: str, index: int) -> None:
+        """Take one row of a shard as far as its feature, and drop it: shows whether the process survives that."""
+        sample = self.store.shard_samples(shard)[index]
+        row = self._prepare(sample, [teacher], mended=True)
+        if row.failures:
+            return
+        output = _Output(self.records[teacher], self.store.rows_per_shard, 1)
+        output.batch.append((index, sample, row))
+        with self._device:
+            self._encode_batch(teacher, output, dict.fromkeys(STAGES, 0.0))
+
+    def _forward(
+        self,
+        samples: Sequence[SampleRow],
+        ahead: _Ahead,
+        outputs: Mapping[str, _Output],
+        made_from: Mapping[int, tuple[str, str]],
+        poisoned: Mapping[str, Mapping[int, str]],
+        progress: Progress,
+        seconds: dict[str, float],
+    ) -> None:
+        """Bring every row of a shard into its outputs, in row order."""
+        settled = dict.fromkeys(outputs, 0)
 
         def settle(name: str, rows: int) -> None:
             settled[name] += rows
             progress(name, settled[name])
 
         def flush(name: str) -> None:
-            since = time.perf_counter()
             rows = len(outputs[name].batch)
-            self._encode_batch(name, outputs[name])
-            seconds["forward"] += time.perf_counter() - since
+            self._encode_batch(name, outputs[name], seconds)
             settle(name, rows)
 
-        made_from = self._made_from(shard, teachers)
-        # an image that another teacher has seen is known by its digest, whatever size was planned
-        mended = [replace or index in made_from for index in range(len(samples))]
-        for index, row in enumerate(self._prepared(samples, teachers, mended)):
+        for index, sample in enumerate(samples):
+            asked = time.perf_counter()
+            row = ahead.take()
+            seconds["wait"] += time.perf_counter() - asked
             other, digest = made_from.get(index, ("", row.sha256))
             if row.sha256 != digest and not row.failures:
                 changed = ImageError("changed", f"it is not the image that the features of {other} were made from")
-                row.failures = dict.fromkeys(teachers, changed)
+                row.failures = dict.fromkeys(outputs, changed)
             for stage, spent in row.seconds.items():
                 seconds[stage] += spent
-            for name in teachers:
-                if name in row.failures:
-                    outputs[name].rows[index] = row.receipt(samples[index], row.failures[name])
+            for name, output in outputs.items():
+                reason = poisoned.get(name, {}).get(index)
+                if reason is not None:
+                    # without digest and size, which another teacher may know: the receipt is that of this teacher alone
+                    output.rows[index] = RowReceipt(status="failed", reason=reason, detail=CRASHES[reason])
                     settle(name, 1)
                     continue
-                outputs[name].batch.append((index, samples[index], row))
-                if len(outputs[name].batch) == self.limits.batch_size:
+                if name in row.failures:
+                    output.rows[index] = row.receipt(sample, row.failures[name])
+                    settle(name, 1)
+                    continue
+                output.batch.append((index, sample, row))
+                if len(output.batch) == output.batch_size:
                     flush(name)
-        receipts = {}
-        for name in teachers:
-            if outputs[name].batch:
+        for name, output in outputs.items():
+            if output.batch:
                 flush(name)
-            since = time.perf_counter()
-            output = outputs.pop(name)
-            receipts[name] = self.store.commit_shard(
-                output.record, shard, output.stored, output.rows, output.statistics, self.execution, replace=replace
-            )
-            seconds["commit"] += time.perf_counter() - since
-        self._log(shard, receipts, seconds | {"wall": time.perf_counter() - started})
-        return receipts
+
+    def _smaller(self, error: _OutOfMemoryError) -> int:
+        """Return the batch size to go on with; raises TeacherError where there is none."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if error.images == 1:
+            raise TeacherError(
+                f"{error.teacher}: not even one image at a time fits the device's memory",
+                "Free memory on the device, use fewer workers on it, or a smaller teacher.",
+            ) from error
+        return -(-error.images // 2)
 
     def _made_from(self, shard: int, teachers: Sequence[str]) -> dict[int, tuple[str, str]]:
         """Which image, by digest, the teachers that are done already saw in each row: one row is one image."""
@@ -182,23 +291,10 @@ class ShardEncoder:
                     found[index] = (name, row.sha256)
         return found
 
-    def _prepared(self, samples: list[SampleRow], teachers: Sequence[str], mended: list[bool]) -> Iterator[_Row]:
-        """Yield the rows in order, prepared ahead by threads, with a bounded number of images in memory."""
-        ahead = 2 * self.limits.batch_size
-        waiting: deque[Future[_Row]] = deque()
-        pool = ThreadPoolExecutor(self.limits.decoders, thread_name_prefix="decode")
-        try:
-            for sample, taken in zip(samples, mended, strict=True):
-                waiting.append(pool.submit(self._prepare, sample, teachers, taken))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
     def _prepare(self, sample: SampleRow, teachers: Sequence[str], mended: bool) -> _Row:
         row = _Row()
+        if not teachers:
+            return row
         clock = time.perf_counter
         start = clock()
         try:
@@ -219,18 +315,22 @@ class ShardEncoder:
         row.seconds = {"read": read - start, "decode": decoded - read, "preprocess": clock() - decoded}
         return row
 
-    def _encode_batch(self, name: str, output: _Output) -> None:
+    def _encode_batch(self, name: str, output: _Output, seconds: dict[str, float]) -> None:
         pixels_bchw = torch.from_numpy(np.stack([row.pixels.pop(name) for _, _, row in output.batch]))
         # A row that has pixels was read, so it has a digest too.
         digests = [row.sha256 for _, _, row in output.batch if row.sha256 is not None]
+        started = time.perf_counter()
         try:
             encoded = self.teachers[name].encode_images(pixels_bchw, digests)
-        except torch.OutOfMemoryError as error:
-            raise TeacherError(
-                f"{name}: {len(output.batch)} images at a time do not fit the device's memory",
-                f"Use a --batch-size below {self.limits.batch_size}.",
-            ) from error
-        features = encoded.cpu().numpy()  # as computed, for the checks and the statistics
+            features = encoded.cpu().numpy()  # as computed, for the checks and the statistics
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise _OutOfMemoryError(name, output.batch_size) from error
+        except RuntimeError as error:
+            if _HOST_MEMORY not in str(error):
+                raise
+            raise _OutOfMemoryError(name, output.batch_size) from error
+        computed = time.perf_counter()
+        seconds["forward"] += computed - started
         expected = (len(output.batch), *output.record.fingerprint.shape)
         if features.shape != expected or features.dtype != np.float32:
             raise TeacherError(
@@ -251,13 +351,16 @@ class ShardEncoder:
         if good:
             output.statistics.update(np.stack(good))
         output.batch.clear()
+        seconds["encode"] += time.perf_counter() - computed
 
     def _log(self, shard: int, receipts: Mapping[str, Receipt], seconds: Mapping[str, float]) -> None:
         line = {
             "shard": shard,
             "ok": {name: receipt.ok for name, receipt in receipts.items()},
             "failed": {name: receipt.failed for name, receipt in receipts.items()},
+            "batch_size": {name: receipt.execution.batch_size for name, receipt in receipts.items()},
             "seconds": {stage: round(spent, 4) for stage, spent in seconds.items()},
+            "host": socket.gethostname(),
             "pid": os.getpid(),
             "finished": time.time(),
         }
@@ -269,3 +372,22 @@ def _detail(sample: SampleRow, error: ImageError) -> str:
     text = error.problem.removeprefix(f"{sample.key}: ")
     text = re.sub(r" at 0x[0-9a-f]+", "", text).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _LONGEST_DETAIL else text[:_LONGEST_DETAIL] + "…"
+
+
+class _Ahead:
+    """Rows in order, prepared by threads before they are asked for, at most `count` of them at a time."""
+
+    def __init__(self, pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], _Row]], count: int) -> None:
+        self._pool = pool
+        self._jobs = iter(jobs)
+        self._waiting: deque[Future[_Row]] = deque(pool.submit(job) for job in islice(self._jobs, count))
+
+    def take(self) -> _Row:
+        """Wait for the next row."""
+        self._waiting.extend(self._pool.submit(job) for job in islice(self._jobs, 1))
+        return self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """Drop what was not asked for."""
+        for future in self._waiting:
+            future.cancel()

@@ -6,25 +6,34 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from olapipe.bottleneck import Bottleneck, bottleneck
 from olapipe.config import ExtractConfig
 from olapipe.corpus import Growth, Listing, compare, list_corpus
-from olapipe.job import LostShard, ShardTask, worker_pool
+from olapipe.dryrun import DryRun, dry_run
+from olapipe.job import worker_pool
 from olapipe.progress import Reporter
 from olapipe.report import TeacherSummary, summarise
+from olapipe.tally import LostShard, Stop, Tally
+from olapipe.tasks import Pending, Planned
 from olapipe.teachers import registry
-from olapipe.teachers.base import suggest
+from olapipe.teachers.base import TeacherSettings, resolve_options, suggest
+from olapipe.watch import watched
 from olaschema.errors import StoreError, TeacherError
 from olaschema.lease import writing
-from olaschema.manifest import Receipt, TeacherRecord
+from olaschema.ledger import read_ledger
+from olaschema.manifest import TeacherRecord
 from olaschema.place import Place, absolute_url, open_place
 from olaschema.seal import seal, unseal
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
 
 RUNS = "runs.jsonl"
+_LEDGER_SECONDS = 300.0
+_STOPPED: dict[Stop, int] = {"max-failures": 3, "SIGINT": 130, "SIGTERM": 143}
 
 
 @dataclass(frozen=True)
@@ -35,10 +44,23 @@ class Extraction:
     summaries: list[TeacherSummary]
     rates: dict[str, float]
     lost: list[LostShard]
+    tally: Tally | None = None
+    """What this run did; None where there was nothing to do."""
+    bottleneck: Bottleneck | None = None
+
+    @property
+    def stopped(self) -> Stop | None:
+        """What ended the run early."""
+        return self.tally.stopped if self.tally is not None else None
 
     @property
     def exit_code(self) -> int:
-        """1 if a shard was given up, or a teacher has not one feature; single failed images are no error."""
+        """1 if a shard was given up, or a teacher has not one feature; single failed images are no error.
+
+        Stopped: 3 by --max-failures, 130 by Ctrl-C, 143 by SIGTERM.
+        """
+        if self.stopped is not None:
+            return _STOPPED[self.stopped]
         return 1 if self.lost or any(summary.ok == 0 for summary in self.summaries) else 0
 
 
@@ -54,10 +76,7 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
 
 
 def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extraction:
-    known = registry.available()
-    for name in config.teachers:
-        if name not in known:
-            raise TeacherError(f"there is no teacher {name!r}", suggest(name, known, "teachers"))
+    require_usable(config)
     config = _absolute(config)
     listing = list_corpus(config.corpus, config.images)
     store = _present_store(config)
@@ -68,49 +87,71 @@ def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extr
     store = _present_store(config)  # again: whoever was waited for may have made it
     growth = compare(listing, store)
     reporter.say(_describe(listing, growth))
-    tasks = pending(store, config) if store is not None else []
+    tasks = pending(store, config) if store is not None else None
     if store is not None and not growth.new and not tasks:
         return _unchanged(store, config, reporter)
     rows_per_shard = store.rows_per_shard if store else config.shard_size or DEFAULT_ROWS_PER_SHARD
-    with worker_pool(config, listing.root, len(tasks) + -(-len(growth.new) // rows_per_shard)) as pool:
+    with worker_pool(config, listing.root, len(tasks or ()) + -(-len(growth.new) // rows_per_shard)) as pool:
         workers = f"{len(pool)} worker{'s' if len(pool) > 1 else ''}"
         reporter.say(f"{workers}, loading {', '.join(config.teachers)} …")
-        store = _prepare(config, listing, pool.load(), rows_per_shard)
+        store = _prepare(config, listing, growth, pool.load(), rows_per_shard)
         tasks = pending(store, config)
-        waiting = {name: sum(task.rows for task in tasks if name in task.teachers) for name in config.teachers}
+        waiting = {name: tasks.images(name) for name in config.teachers}
         planned = sum(generation.rows for generation in store.generations())
         before = {name: planned - waiting[name] for name in config.teachers}
         reporter.begin(dict.fromkeys(config.teachers, planned), before)
         started = time.monotonic()
-        try:
-            lost = pool.run(store, tasks, lambda name, rows: reporter.update({name: before[name] + rows}))
-        finally:
-            reporter.end()
+        most = config.most_failures(max(waiting.values(), default=0))
+        with watched(store.place, reporter, config, before, waiting) as watch:
+            done = pool.run(store, tasks, _noting(store, config.teachers, watch), most_failures=most)
         spent = time.monotonic() - started
     _seal(store, config)
-    summaries = [summarise(store, name) for name in config.teachers]
-    rates = {name: rows / spent for name, rows in waiting.items() if rows}
-    return Extraction(store, summaries, rates, lost)
+    summaries = [summarise(store, name, brief=True) for name in config.teachers]
+    rates = {name: done.settled[name] / spent for name, rows in waiting.items() if rows}
+    slowest = bottleneck(done.seconds, spent, len(pool), config.decoders)
+    return Extraction(store, summaries, rates, done.lost, done, slowest)
 
 
-def pending(store: FeatureStore, config: ExtractConfig) -> list[ShardTask]:
+def _noting(store: FeatureStore, teachers: Iterable[str], watch: Callable[[Tally], None]) -> Callable[[Tally], None]:
+    """Return `watch`, noting the new receipts every few minutes as well, so that none is opened twice."""
+    noted = time.monotonic()
+
+    def watch_and_note(tally: Tally) -> None:
+        nonlocal noted
+        watch(tally)
+        if time.monotonic() - noted > _LEDGER_SECONDS:
+            for teacher in teachers:
+                read_ledger(store, teacher, keep=True)
+            noted = time.monotonic()
+
+    return watch_and_note
+
+
+def plan_only(config: ExtractConfig, reporter: Reporter) -> DryRun:
+    """Return what `extract` would do, and touch nothing."""
+    require_usable(config)
+    config = _absolute(config)
+    listing = list_corpus(config.corpus, config.images)
+    store = _present_store(config)
+    growth = compare(listing, store)
+    reporter.say(_describe(listing, growth))
+    return dry_run(config, store, len(growth.new))
+
+
+def require_usable(config: ExtractConfig) -> None:
+    """Refuse what can be refused before anything is loaded or started."""
+    known = registry.available()
+    for name in config.teachers:
+        if name not in known:
+            raise TeacherError(f"there is no teacher {name!r}", suggest(name, known, "teachers"))
+        if not known[name].problem:
+            settings = TeacherSettings(preset=config.preset, options=config.options.get(name, {}))
+            resolve_options(name, known[name].all_options, settings)
+
+
+def pending(store: FeatureStore, config: ExtractConfig) -> Pending:
     """Return the shards that lack a receipt of at least one teacher or, with `retry_failed`, hold failed images."""
-    committed = {name: set(store.committed(name)) for name in config.teachers}
-    tasks = []
-    for shard, rows in shard_rows(store).items():
-        missing = [name for name in config.teachers if shard not in committed[name]]
-        failed = []
-        if config.retry_failed:
-            receipts = {name: store.receipt(name, shard) for name in config.teachers if name not in missing}
-            failed = [name for name, receipt in receipts.items() if receipt is not None and _mendable(receipt)]
-        if missing or failed:
-            wanted = tuple(name for name in config.teachers if name in missing or name in failed)
-            tasks.append(ShardTask(shard, wanted, rows, replace=config.retry_failed))
-    return tasks
-
-
-def _mendable(receipt: Receipt) -> bool:
-    return any(row.status == "failed" and row.reason != "forgotten" for row in receipt.rows)
+    return Pending(store, Planned.of(store), config.teachers, retry_failed=config.retry_failed)
 
 
 def shard_rows(store: FeatureStore) -> dict[int, int]:
@@ -154,7 +195,7 @@ def _log_run(place: Place, config: ExtractConfig) -> None:
 
 
 def _prepare(
-    config: ExtractConfig, listing: Listing, records: list[TeacherRecord], rows_per_shard: int
+    config: ExtractConfig, listing: Listing, growth: Growth, records: list[TeacherRecord], rows_per_shard: int
 ) -> FeatureStore:
     """Make or extend the store; everything that could be refused is refused before the first change."""
     store = FeatureStore.create(config.out, rows_per_shard=rows_per_shard)
@@ -165,8 +206,9 @@ def _prepare(
             if record.fingerprint.teacher in store.teachers():
                 store.put_teacher(record)
         unseal(store, config.teachers)
-        growth = compare(listing, store)  # again: another run may have planned since
-        store.add_generation(entry.sample() for entry in growth.new)
+        if tuple(store.generations()) != growth.basis:  # another run has planned since
+            growth = compare(listing, store)
+        store.add_plan(growth.new.tables())
         for record in records:
             store.put_teacher(record)
         for name in store.teachers():  # the arrays of all teachers span all planned rows
@@ -182,7 +224,7 @@ def _unchanged(store: FeatureStore, config: ExtractConfig, reporter: Reporter) -
         store.put_teacher(teacher_record(teacher, config.precision))
     store.place.sweep()
     _seal(store, config)  # a run that was killed at the very end has not
-    return Extraction(store, [summarise(store, name) for name in config.teachers], {}, [])
+    return Extraction(store, [summarise(store, name, brief=True) for name in config.teachers], {}, [])
 
 
 def _seal(store: FeatureStore, config: ExtractConfig) -> None:
@@ -191,7 +233,7 @@ def _seal(store: FeatureStore, config: ExtractConfig) -> None:
 
 
 def _describe(listing: Listing, growth: Growth) -> str:
-    parts = [f"images in the corpus: {len(listing.entries)}"]
+    parts = [f"images in the corpus: {listing.count}"]
     if growth.known:
         parts.append(f"new: {len(growth.new)}")
     if listing.repeated:
@@ -200,4 +242,7 @@ def _describe(listing: Listing, growth: Growth) -> str:
         parts.append(f"entries without an image: {listing.text_only}")
     if growth.gone:
         parts.append(f"in the store but no longer in the corpus (their features are kept): {growth.gone}")
+    for extension, count in listing.passed_over.items():
+        if count:
+            parts.append(f"{extension} files beside the images, not read: {count}")
     return "; ".join(parts)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import numpy as np
-
 from olapipe.corpus import PROBLEMS
 from olapipe.report import visible
-from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, committed_receipt, decode
+from olapipe.rewrite import Change, rewrite
+from olapipe.stored import committed_receipt
 from olaschema.digest import sealed
-from olaschema.errors import DamagedStoreError, StoreError
+from olaschema.errors import StoreError
 from olaschema.keys import normalise_key, tombstone
-from olaschema.layout import receipt_file, shard_lock
 from olaschema.lease import writing
-from olaschema.manifest import ChannelStatistics, FileReceipt, Generation, RowReceipt, SampleRow
+from olaschema.manifest import FileReceipt, Generation, RowReceipt, SampleRow
+from olaschema.reader import FeatureReader
 from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
-from olaschema.zarrbytes import encode_like
+
+_REPAIR = "The image is out of the plan already: `olapipe verify --repair` makes the shard again without it."
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,10 @@ def forget(store: FeatureStore, key: str) -> Forgotten:
 
 def _find(store: FeatureStore, key: str, stone: str) -> tuple[Generation, str, int]:
     wanted = {key, normalise_key(key), stone}
-    for generation in store.generations():
-        for part in generation.parts:
-            for sample in store.part_samples(generation, part):
-                if sample.key in wanted:
-                    return generation, part, sample.row
+    found = store.find(wanted)
+    if found is not None:
+        generation, part, sample = found
+        return generation, part, sample.row
     raise StoreError(
         f"{store.url} has no image {visible(key)}", "Keys are paths relative to the image folder, with extension."
     )
@@ -105,61 +104,40 @@ def _twins(store: FeatureStore, teachers: list[str], row: int) -> list[str]:
 
 
 def _erase(store: FeatureStore, teacher: str, row: int) -> None:
-    """Write one teacher's shard again without an image: files first, then the receipt.
-
-    Stopped in between, the receipt is the old one; a second call sees that the row is blank already and goes on.
-    """
+    """Take an image out of one teacher's shard. What other rows share moves to the first of them."""
     shard, index = divmod(row, store.rows_per_shard)
-    channels = store.teacher(teacher).fingerprint.channels
-    # scales come before the integers: whoever reads in between gets NaN, and never 0 times a scale
-    documents = dict(sorted(store.arrays(teacher).items(), key=lambda found: found[0] == "values"))
-    names = {array: array_shard_file(teacher, array, shard, document) for array, document in documents.items()}
-    with store.place.lock(shard_lock(teacher, shard)):
-        receipt = store.receipt(teacher, shard)
-        if receipt is None:
-            for name in names.values():  # bytes that no receipt names may hold the image as well
-                store.place.remove(name)
-            return
-        if receipt.rows[index].reason == "forgotten":
-            return
-        arrays, files = {}, {}
-        for array, name in names.items():
-            data = store.place.read(name)
-            try:
-                stored = StoredArray(documents[array], data, store.rows_per_shard)
-                values = stored.whole()
-            except UNREADABLE as error:
-                raise _damaged(store, name) from error
-            promised = receipt.files.get(name)
-            if promised is None or hashlib.sha256(data).hexdigest() != promised.sha256:
-                # what an interrupted call has left has just this row blank; integers may be 0 in others as well
-                empty = np.asarray([place == index or seen.status != "ok" for place, seen in enumerate(receipt.rows)])
-                blank = stored.blank(values)
-                if not blank[empty].all() or (np.isnan(stored.fill) and blank[~empty].any()):
-                    raise _damaged(store, name)
-            values[index] = stored.fill
-            arrays[array] = values
-            encoded = encode_like(documents[array], values)
-            if encoded != data:
-                store.place.publish(name, encoded)
-            files[name] = FileReceipt(bytes=len(encoded), sha256=hashlib.sha256(encoded).hexdigest())
-        rows = list(receipt.rows)
-        rows[index] = RowReceipt(status="failed", reason="forgotten", detail=PROBLEMS["forgotten"])
-        statistics = ChannelStatistics(channels)
-        for place, seen in enumerate(rows):
-            if seen.status == "ok":
-                statistics.update(decode({name: values[place] for name, values in arrays.items()}, channels))
-        changes = {
-            "revision": sum(seen.reason == "forgotten" for seen in rows),
-            "rows": tuple(rows),
-            "files": files,
-            "statistics": statistics.to_json(),
-        }
-        store.place.publish(receipt_file(teacher, shard), sealed(receipt.model_copy(update=changes)))
+    receipt = store.receipt(teacher, shard)
+    digest = receipt.rows[index].sha256 if receipt is not None and receipt.rows[index].stored else None
+    if digest is not None:
+        _bequeath(store, teacher, row, digest)
+    gone = RowReceipt(status="failed", reason="forgotten", detail=PROBLEMS["forgotten"])
+    rewrite(store, teacher, shard, {index: Change(gone)}, remedy=_REPAIR)
 
 
-def _damaged(store: FeatureStore, name: str) -> DamagedStoreError:
-    return DamagedStoreError(
-        f"{store.place.locate(name)} is damaged, so nothing can be taken out of it",
-        "The image is out of the plan already: `olapipe verify --repair` makes the shard again without it.",
-    )
+def _bequeath(store: FeatureStore, teacher: str, row: int, digest: str) -> None:
+    """Let the rows that share `row` share another one instead, which gets its values unless it has its own.
+
+    The heir comes first and the row itself last, so every row can be read whenever this stops.
+    """
+    size = store.rows_per_shard
+    sharing: list[int] = []
+    heir: int | None = None
+    for shard in store.committed(teacher):
+        for index, seen in enumerate(committed_receipt(store, teacher, shard).rows):
+            if seen.same_as == row:
+                sharing.append(shard * size + index)
+            elif heir is None and seen.stored and seen.sha256 == digest and shard * size + index != row:
+                heir = shard * size + index
+    if not sharing:
+        return
+    if heir is None:
+        heir = sharing.pop(0)
+        values = FeatureReader(store, teacher).read(row)
+        seen = committed_receipt(store, teacher, heir // size).rows[heir % size]
+        own = Change(seen.model_copy(update={"same_as": None}), values)
+        rewrite(store, teacher, heir // size, {heir % size: own}, remedy=_REPAIR)
+    for shard in sorted({place // size for place in sharing}):
+        rows = committed_receipt(store, teacher, shard).rows
+        mine = [place % size for place in sharing if place // size == shard]
+        changes = {index: Change(rows[index].model_copy(update={"same_as": heir})) for index in mine}
+        rewrite(store, teacher, shard, changes, remedy=_REPAIR)

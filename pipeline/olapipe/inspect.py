@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olapipe.drift import drifts, dull_channels
 from olapipe.report import TeacherSummary, print_failures, size, summarise, visible
 from olaschema.errors import ImageError, StoreError
 from olaschema.keys import normalise_key, tombstone
 from olaschema.layout import array_document
 from olaschema.manifest import RowReceipt, SampleRow
+from olaschema.norms import edges
+from olaschema.packed import PackedSet
 from olaschema.precision import array_formats
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
+
+_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,14 @@ def describe(summary: TeacherSummary, store: FeatureStore) -> dict[str, Any]:
             "waiting": summary.waiting,
         },
         "shards": {"planned": summary.shards, "committed": summary.committed},
+        "batch_sizes": {str(used): count for used, count in sorted(summary.batch_sizes.items())},
         "absent_rows": summary.absent,
+        "shared_rows": summary.shared,
         "precision": record.precision,
         "bytes": {"stored": summary.stored_bytes, "float32": summary.float32_bytes, "ratio": summary.ratio},
         "channels": _channels(summary),
+        "token_norms": _norms(summary),
+        "drift": [vars(shard) | {"flagged": shard.flagged} for shard in drifts(summary.by_shard)],
         "failed_by_reason": dict(sorted(reasons.items())),
         "failures": [vars(failure) for failure in summary.failures],
         "fingerprint": fingerprint.model_dump(mode="json") | {"digest": fingerprint.digest()},
@@ -84,6 +94,7 @@ def _channels(summary: TeacherSummary) -> dict[str, Any] | None:
     if not statistics.count:
         return None
     std = np.sqrt(statistics.variance)
+    dull = dull_channels(statistics)
     return {
         "count": len(std),
         "mean": float(statistics.mean.mean()),
@@ -92,7 +103,26 @@ def _channels(summary: TeacherSummary) -> dict[str, Any] | None:
         "largest_std": float(std.max()),
         "minimum": float(statistics.minimum.min()),
         "maximum": float(statistics.maximum.max()),
-        "dead": int((statistics.minimum == statistics.maximum).sum()),
+        "dead": len(dull.dead),
+        "dead_channels": dull.dead,
+        "near_constant": len(dull.near_constant),
+        "near_constant_channels": dull.near_constant,
+    }
+
+
+def _norms(summary: TeacherSummary) -> dict[str, Any] | None:
+    """Describe the histogram of token norms; `tokens` it counts, fewer than there are where old receipts have none."""
+    norms = summary.statistics.norms
+    if not norms.total:
+        return None
+    bounds = edges(norms.first, len(norms.counts))
+    return {
+        "tokens": norms.total,
+        "of": summary.statistics.count,
+        "zero": norms.zero,
+        "edges": bounds.tolist() if len(norms.counts) else [],
+        "counts": norms.counts.tolist(),
+        **{f"p{share}": norms.quantile(share / 100) for share in (1, 50, 99)},
     }
 
 
@@ -117,7 +147,40 @@ def show_store(console: Console, store: FeatureStore, *, as_json: bool) -> None:
     console.print(_table("arrays", described, _ARRAY_ROWS))
     console.print(_table("channels", described, _CHANNEL_ROWS))
     console.print(_table("meaning", described, _MEANING_ROWS))
+    _print_flags(console, described)
     print_failures(console, store, summaries)
+
+
+def _print_flags(console: Console, described: dict[str, dict[str, Any]]) -> None:
+    """Print the channels and shards that stand out."""
+    for name, teacher in described.items():
+        for line in flags(teacher):
+            console.print(Text(visible(f"{name}: {line}")), soft_wrap=True)
+
+
+def flags(described: dict[str, Any]) -> list[str]:
+    """Return what stands out of a described teacher, a sentence each."""
+    lines = []
+    channels = described["channels"] or {}
+    for kind, words in (("dead", "never change"), ("near_constant", "hardly change")):
+        numbers = channels.get(f"{kind}_channels", [])
+        if numbers:
+            shown = ", ".join(map(str, numbers[:_NAMED])) + (" …" if len(numbers) > _NAMED else "")
+            lines.append(f"{len(numbers)} of {channels['count']} channels {words}: {shown}")
+    norms = described["token_norms"]
+    if norms and norms["zero"]:
+        lines.append(f"{norms['zero']} of {norms['tokens']} tokens are zero in every channel")
+    flagged = sorted((shard for shard in described["drift"] if shard["flagged"]), key=lambda s: -s["shift"])
+    for shard in flagged[:_NAMED]:
+        divergence = shard["divergence"]
+        norm = "" if divergence is None else f", token norms diverge by {divergence:.3f} bits"
+        lines.append(
+            f"shard {shard['shard']} differs from the others: means are {shard['shift']:.3f} standard deviations away, "
+            f"most in channel {shard['channel']}{norm}"
+        )
+    if len(flagged) > _NAMED:
+        lines.append(f"{len(flagged) - _NAMED} more shards differ from the others; all of them: --json")
+    return lines
 
 
 def _table(title: str, described: dict[str, dict[str, Any]], rows: dict[str, Any]) -> Table:
@@ -134,6 +197,10 @@ def _times(shape: list[int]) -> str:
     return " × ".join(map(str, shape))
 
 
+def _norm(name: str) -> Any:
+    return lambda t: format(t["token_norms"][name], ".4g") if t["token_norms"] else "–"
+
+
 def _channel(name: str, form: str) -> Any:
     return lambda t: format(t["channels"][name], form) if t["channels"] else "–"
 
@@ -146,6 +213,8 @@ _ARRAY_ROWS = {
     "failed": lambda t: str(t["images"]["failed"]),
     "not extracted yet": lambda t: str(t["images"]["waiting"]),
     "shards": lambda t: f"{t['shards']['committed']} of {t['shards']['planned']}",
+    "batch size": lambda t: ", ".join(f"{used} in {n} shards" for used, n in t["batch_sizes"].items()) or "–",
+    "rows that share another one": lambda t: str(t["shared_rows"]),
     "rows without an image": lambda t: str(t["absent_rows"]),
     "bytes": lambda t: size(t["bytes"]["stored"]),
     "bytes of the scales": lambda t: size(t["arrays"]["scale"]["bytes"]) if "scale" in t["arrays"] else "–",
@@ -160,6 +229,10 @@ _CHANNEL_ROWS = {
     "minimum": _channel("minimum", ".4g"),
     "maximum": _channel("maximum", ".4g"),
     "dead channels": _channel("dead", "d"),
+    "nearly constant channels": _channel("near_constant", "d"),
+    "norm of a token, 1st percentile": _norm("p1"),
+    "norm of a token, median": _norm("p50"),
+    "norm of a token, 99th percentile": _norm("p99"),
 }
 _MEANING_ROWS = {
     "fingerprint": lambda t: t["fingerprint"]["digest"][:16],
@@ -184,14 +257,15 @@ def find(store: FeatureStore, key: str) -> ImageStatus:
     wanted = {key}
     with contextlib.suppress(ImageError):  # a stand-in is no key
         wanted |= {normalise_key(key), tombstone(normalise_key(key))}
-    sample = next((sample for sample in store.samples() if sample.key in wanted), None)
-    if sample is None:
+    planned = store.find(wanted)
+    if planned is None:
         first = next(store.samples(), None)
         example = f", for example {visible(first.key)}" if first else ""
         raise StoreError(
             f"{store.url} has no image {visible(key)}",
             f"Keys are paths relative to the image folder, with extension{example}.",
         )
+    sample = planned[2]
     status: dict[str, RowReceipt | None] = {}
     features = {}
     for name in store.teachers():
@@ -242,3 +316,33 @@ def _pixels(receipt: RowReceipt | None) -> str:
 def _print_json(console: Console, data: dict[str, Any]) -> None:
     # past rich: no wrapping, no highlighting
     console.file.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def show_packed(console: Console, packed: PackedSet, *, as_json: bool) -> None:
+    """Print what a packed training set holds."""
+    record = packed.record
+    images = list(packed.listing())
+    teachers: dict[str, dict[str, Any]] = {
+        name: {
+            "precision": teacher.precision,
+            "licence": teacher.licence,
+            "fingerprint": teacher.fingerprint.digest(),
+            "images": dict(sorted(Counter(image.statuses[name] for image in images).items())),
+        }
+        for name, teacher in record.teachers.items()
+    }
+    totals = {"conversations": record.conversations, "samples": record.samples, "images": len(images)}
+    sizes = {"tars": len(record.tars), "bytes": sum(tar.tar.bytes for tar in record.tars)}
+    plain = {"set": packed.place.url, **totals, **sizes, "left_out": record.left_out, "teachers": teachers}
+    if as_json:
+        console.file.write(json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+        return
+    table = Table("teacher", "precision", "licence", "images")
+    for name, found in teachers.items():
+        shown = ", ".join(f"{count} {reason}" for reason, count in found["images"].items())
+        table.add_row(*map(visible, (name, found["precision"], found["licence"], shown)))
+    words = [f"{count} {what}" for what, count in (totals | {"tars": sizes["tars"]}).items()]
+    console.print(
+        visible(f"{packed.place.url}: {', '.join(words)}, {size(sizes['bytes'])}"), markup=False, soft_wrap=True
+    )
+    console.print(table)

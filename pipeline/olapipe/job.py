@@ -1,105 +1,46 @@
-"""The Ray job: a pool of workers that each hold the teachers and write whole shards. The only module that uses ray."""
+"""The Ray job: a pool of workers that each hold the teachers and write whole shards; what happens when one dies."""
 
 from __future__ import annotations
 
-import logging
-import os
-import secrets
-import shutil
-import socket
-import tempfile
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from olapipe.cluster import ray_running
 from olapipe.config import ExtractConfig
-from olaschema.errors import ConfigError, OlaError, TeacherError
+from olapipe.metrics import JobMetrics
+from olapipe.poison import Suspects
+from olapipe.signals import StopFlag, stop_flag
+from olapipe.tally import ERRORS, LostShard, ShardTask, Tally
+from olapipe.worker import ShardWorker
+from olaschema.errors import ConfigError, OlaError, StoreError, TeacherError
 from olaschema.manifest import TeacherRecord
 from olaschema.place import absolute_url
 from olaschema.store import FeatureStore
 
 _ATTEMPTS = 3
 _POLL_SECONDS = 0.5
-_CONNECT_SECONDS = 5.0
-# Nothing large goes through Ray's object store: tasks are numbers and the shards are written by the workers.
-_OBJECT_STORE_BYTES = 80 << 20
-ERRORS = "errors.log"
+# One goes through the teachers while the one before it is written and the next one's first images are decoded.
+_SHARDS_PER_WORKER = 2
+# Further calls that an actor takes beside them: how far it is.
+_OTHER_CALLS = 2
 
 
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to encode for the teachers that lack it. `replace`: also what is committed, as images are now."""
+@dataclass
+class _Work:
+    """A shard, and how often it went wrong."""
 
-    shard: int
-    teachers: tuple[str, ...]
-    rows: int
-    replace: bool = False
-
-
-@dataclass(frozen=True)
-class LostShard:
-    """A shard that was given up, and why."""
-
-    shard: int
-    reason: str
-
-
-class ShardWorker:
-    """The actor: loads the teachers once, then encodes one shard after another."""
-
-    def __init__(self, config: ExtractConfig, root: Path, device: str) -> None:
-        # cuBLAS picks its workspace from this when it is first used; without it sums may differ from run to run
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self._config = config
-        self._root = root
-        self._device = device
-        self._teachers: dict[str, Any] = {}
-        self._encoder: Any = None
-        self._settled: dict[str, int] = {}
-
-    def load(self) -> list[TeacherRecord]:
-        """Load the teachers and describe them; raises TeacherError."""
-        import torch
-
-        from olapipe.load import load_teachers, teacher_record
-
-        torch.set_num_threads(self._config.threads)
-        self._teachers = load_teachers(self._config, self._device)
-        return [teacher_record(teacher, self._config.precision) for teacher in self._teachers.values()]
-
-    def encode(self, out: str, task: ShardTask) -> None:
-        """Encode and commit one shard."""
-        if self._encoder is None:
-            self._encoder = self._make_encoder(out)
-        self._settled = {}
-        self._encoder.encode(task.shard, task.teachers, self._settled.__setitem__, replace=task.replace)
-
-    def progress(self) -> dict[str, int]:
-        """Return how many rows of the present shard are settled; runs beside `encode`."""
-        return dict(self._settled)
-
-    def _make_encoder(self, out: str) -> Any:
-        import warnings
-
-        from olapipe.encode import Limits, ShardEncoder, execution
-
-        # decoding switches warnings off and on again, which is not safe in several threads: here they stay off
-        warnings.simplefilter("ignore")
-        store = FeatureStore.open(out)
-        records = {name: store.teacher(name) for name in self._teachers}
-        for name, record in records.items():
-            record.fingerprint.require_equal(
-                self._teachers[name].fingerprint,
-                mine="in the store",
-                theirs="of a worker",
-                remedy="Every machine of the job must hold the same checkpoints under the same paths.",
-            )
-        limits = Limits(self._config.batch_size, self._config.max_pixels, self._config.decoders)
-        how = execution(self._device, self._config.batch_size, compiled=self._config.compile)
-        return ShardEncoder(store, self._root, self._teachers, records, limits, how)
+    task: ShardTask
+    failures: int = 0
+    problem: str = ""
+    suspects: Suspects | None = None
+    """Set while its images are tried one by one."""
+    tried: bool = False
+    """Whether they have been."""
 
 
 @dataclass
@@ -107,12 +48,17 @@ class _Slot:
     """A worker, and what it is doing."""
 
     actor: Any
-    doing: Any
-    task: ShardTask | None = None
-    """None while it loads, or is idle."""
-    loaded: bool = False
+    loading: Any
+    """None once it has loaded its teachers."""
+    doing: dict[Any, _Work] = field(default_factory=dict)
     asked: Any = None
-    settled: dict[str, int] = field(default_factory=dict)
+    settled: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def takes(self, work: _Work) -> bool:
+        """Whether it is free for a shard; one that went wrong before gets a worker of its own."""
+        if self.loading is not None or any(present.failures or present.suspects for present in self.doing.values()):
+            return False
+        return not self.doing if work.failures or work.suspects else len(self.doing) < _SHARDS_PER_WORKER
 
 
 class WorkerPool:
@@ -135,7 +81,7 @@ class WorkerPool:
         while True:
             slot = self._slots[0]
             try:
-                records: list[TeacherRecord] = ray.get(slot.doing)
+                records: list[TeacherRecord] = ray.get(slot.loading)
             except ray.exceptions.RayTaskError as error:
                 raise _cause(error) from None
             except ray.exceptions.RayError as error:
@@ -144,113 +90,257 @@ class WorkerPool:
             return records
 
     def run(
-        self, store: FeatureStore, tasks: Sequence[ShardTask], progress: Callable[[str, int], None]
-    ) -> list[LostShard]:
-        """Encode every task's shard; return those given up.
+        self,
+        store: FeatureStore,
+        tasks: Iterable[ShardTask],
+        watch: Callable[[Tally], None],
+        *,
+        most_failures: int | None = None,
+    ) -> Tally:
+        """Encode every task's shard; return what was done, with the shards given up.
 
-        A worker that dies is replaced and its shard tried again, as is a shard whose encoding raised something
-        unforeseen. `progress(teacher, rows)` is told the rows settled so far in all of this run. Raises the OlaError
-        that a worker meets: it would meet every other shard too.
+        `tasks` are drawn as workers become free. A worker that dies is replaced and its shards are tried again, as is
+        a shard whose encoding raised something unforeseen; after three times its images are tried one by one, and
+        those that kill a worker, or that the teacher raises an error on, are recorded as failed. `watch` is called
+        about twice a second. More than `most_failures` failed images of one teacher, Ctrl-C and SIGTERM end the run
+        when what is in flight has finished. Raises the OlaError that a worker meets: it would meet every other shard
+        too.
         """
-        import ray
-
-        queue = deque(tasks)
-        attempts: Counter[int] = Counter()
-        finished: Counter[str] = Counter()
-        lost: list[LostShard] = []
-        while queue or any(slot.task for slot in self._slots):
-            for slot in self._slots:
-                if slot.loaded and slot.task is None and queue:
-                    slot.task = queue.popleft()
-                    slot.settled = {}
-                    slot.doing = slot.actor.encode.remote(absolute_url(store.url), slot.task)
-            busy = {slot.doing: slot for slot in self._slots if slot.task or not slot.loaded}
-            ready, _ = ray.wait(list(busy), num_returns=1, timeout=_POLL_SECONDS)
-            for reference in ready:
-                slot = busy[reference]
-                task = slot.task
-                problem = self._settle(slot, store)
-                if task is None:
-                    continue
-                if problem is None:
-                    finished.update(dict.fromkeys(task.teachers, task.rows))
-                    continue
-                attempts[task.shard] += 1
-                if attempts[task.shard] < _ATTEMPTS:
-                    queue.appendleft(task)
-                else:
-                    lost.append(LostShard(task.shard, problem))
-            self._poll()
-            under_way = Counter(finished)
-            for slot in self._slots:
-                if slot.task is not None:
-                    under_way.update(slot.settled)
-            for name in self._config.teachers:
-                progress(name, under_way[name])
-        return lost
+        with stop_flag() as flag:
+            return _Run(self, store, iter(tasks), watch, most_failures, flag).go()
 
     def close(self) -> None:
         """Stop all workers at once."""
         import ray
 
         for slot in self._slots:
-            ray.kill(slot.actor)
+            with suppress(ray.exceptions.RayError):
+                ray.kill(slot.actor)
+
+    @property
+    def batch_size(self) -> int:
+        """Images per forward pass as asked for."""
+        return self._config.batch_size
+
+    @property
+    def slots(self) -> list[_Slot]:
+        """The workers."""
+        return self._slots
+
+    def loaded(self, slot: _Slot) -> None:
+        """Take note of a worker that has answered `load`; raises TeacherError."""
+        import ray
+
+        try:
+            ray.get(slot.loading)
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
+        except ray.exceptions.RayError as error:
+            self._replace(slot, error)
+            return
+        slot.loading = None
+
+    def replace(self, slot: _Slot) -> None:
+        """Start a new worker in the place of one that died."""
+        self._slots[self._slots.index(slot)] = self._start()
 
     def _start(self) -> _Slot:
         import ray
 
-        on_gpu = 1 if self._device == "cuda" else 0
-        # two threads: one encodes, one answers how far it is
-        options = {"num_cpus": 1, "num_gpus": on_gpu, "max_concurrency": 2, "max_restarts": 0}
+        # GPUs are given out whole or in fractions; one CPU is for the thread that feeds the device
+        on_gpu = self._config.gpus_per_worker if self._device == "cuda" else 0
+        options: dict[str, Any] = {
+            "num_cpus": 1,
+            "num_gpus": on_gpu,
+            "max_concurrency": _SHARDS_PER_WORKER + _OTHER_CALLS,
+            "max_restarts": 0,
+        }
         actor: Any = ray.remote(ShardWorker).options(**options).remote(self._config, self._root, self._device)
         return _Slot(actor, actor.load.remote())
 
-    def _settle(self, slot: _Slot, store: FeatureStore) -> str | None:
-        """Take note of what a worker finished; return what went wrong with its task, if anything."""
+    def _replace(self, slot: _Slot, error: Exception) -> None:
+        if not _machine_lost(error):
+            self._deaths_while_loading += 1
+        if self._deaths_while_loading >= _ATTEMPTS:
+            raise TeacherError(
+                f"workers die while they load the teachers: {str(error).splitlines()[0]}",
+                "Each worker holds all teachers: use fewer --workers, or a machine with more memory.",
+            ) from None
+        self.replace(slot)
+
+
+class _Run:
+    """The loop of one job. Holds the shards in flight and those that went wrong, nothing that grows with the corpus."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        store: FeatureStore,
+        tasks: Iterator[ShardTask],
+        watch: Callable[[Tally], None],
+        most_failures: int | None,
+        flag: StopFlag,
+    ) -> None:
+        self._pool = pool
+        self._store = store
+        self._url = absolute_url(store.url)
+        self._tasks = tasks
+        self._watch = watch
+        self._most_failures = most_failures
+        self._flag = flag
+        self._again: deque[_Work] = deque()
+        self._next: _Work | None = None
+        self._settled: Counter[str] = Counter()
+        self._tally = Tally()
+        self._metrics = JobMetrics()
+        self._shown = 0.0
+
+    def go(self) -> Tally:
+        import ray
+
+        while True:
+            self._stop_if_asked()
+            if self._tally.stopped is None:
+                self._give_out()
+            busy = {reference: slot for slot in self._pool.slots for reference in slot.doing}
+            if not busy and (self._tally.stopped is not None or not self._more()):
+                break
+            loading = {slot.loading: slot for slot in self._pool.slots if slot.loading is not None}
+            ready, _ = ray.wait([*busy, *loading], num_returns=1, timeout=_POLL_SECONDS)
+            for reference in ready:
+                if reference in loading:
+                    self._pool.loaded(loading[reference])
+                elif reference in busy[reference].doing:  # else its worker died, and that was seen at another shard
+                    self._settle(busy[reference], reference)
+            self._show()
+        self._show()
+        return self._tally
+
+    def _stop_if_asked(self) -> None:
+        if self._tally.stopped is not None:
+            return
+        if self._flag.number is not None:
+            self._tally.stopped = "SIGTERM" if self._flag.number.name == "SIGTERM" else "SIGINT"
+        elif self._most_failures is not None and self._tally.failures > self._most_failures:
+            self._tally.stopped = "max-failures"
+
+    def _more(self) -> bool:
+        if self._next is None:
+            task = next(self._tasks, None)
+            self._next = None if task is None else _Work(task)
+        return bool(self._again) or self._next is not None
+
+    def _give_out(self) -> None:
+        """Give every free worker shards, those with least first; shards that went wrong before all others."""
+        while self._more():
+            work = self._again[0] if self._again else self._next
+            if work is None:
+                return
+            free = [slot for slot in self._pool.slots if slot.takes(work)]
+            if not free:
+                return
+            if self._again:
+                self._again.popleft()
+            else:
+                self._next = None
+            self._begin(min(free, key=lambda slot: len(slot.doing)), work)
+
+    def _begin(self, slot: _Slot, work: _Work) -> None:
+        if work.suspects is not None:
+            teacher, index = work.suspects.next()
+            reference = slot.actor.probe.remote(self._url, work.task.shard, teacher, index)
+        else:
+            reference = slot.actor.encode.remote(self._url, work.task)
+        slot.doing[reference] = work
+
+    def _settle(self, slot: _Slot, reference: Any) -> None:
+        """Take note of what became of a shard, or of an image that is tried alone."""
         import ray
 
         try:
-            ray.get(slot.doing)
+            result = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             cause = _cause(error)
-            if isinstance(cause, OlaError) or not slot.loaded:
+            if isinstance(cause, OlaError):
                 raise cause from None
-            store.place.append_log(ERRORS, str(error))
-            slot.task = None
-            return f"{type(cause).__name__}: {cause}"
+            self._log(str(error))
+            self._went_wrong(slot.doing.pop(reference), "teacher-failed", f"{type(cause).__name__}: {cause}")
+            return
         except ray.exceptions.RayError as error:
-            store.place.append_log(ERRORS, str(error))
-            self._replace(slot, error)
-            return "its worker died (out of memory, or killed from outside)"
-        slot.loaded = True
-        slot.task = None
-        return None
+            self._log(str(error))
+            self._pool.replace(slot)
+            for work in slot.doing.values():
+                if _machine_lost(error):  # says nothing about the images
+                    self._again.appendleft(work)
+                else:
+                    self._went_wrong(work, "crashed", "its worker died (out of memory, or killed from outside)")
+            slot.doing = {}
+            return
+        work = slot.doing.pop(reference)
+        if work.suspects is not None:
+            work.suspects.survived()
+            self._after_trial(work, work.suspects)
+            return
+        self._tally.add(work.task, result, self._pool.batch_size)
+        self._settled.update(dict.fromkeys(work.task.teachers, work.task.rows))
 
-    def _replace(self, slot: _Slot, error: Exception) -> None:
-        if not slot.loaded:
-            self._deaths_while_loading += 1
-            if self._deaths_while_loading >= _ATTEMPTS:
-                raise TeacherError(
-                    f"workers die while they load the teachers: {str(error).splitlines()[0]}",
-                    "Each worker holds all teachers: use fewer --workers, or a machine with more memory.",
-                ) from None
-        self._slots[self._slots.index(slot)] = self._start()
+    def _went_wrong(self, work: _Work, reason: str, problem: str) -> None:
+        if work.suspects is not None:
+            work.suspects.blame(reason)
+            self._after_trial(work, work.suspects)
+            return
+        work.failures += 1
+        work.problem = problem
+        if work.failures >= _ATTEMPTS and work.tried:
+            lost = LostShard(work.task.shard, f"{problem}; tried one by one, none of its images does that")
+            self._tally.lost.append(lost)
+            return
+        if work.failures >= _ATTEMPTS:
+            work.suspects = Suspects(work.task)
+        self._again.appendleft(work)
 
-    def _poll(self) -> None:
-        """Collect answers on progress and ask again, without waiting."""
+    def _after_trial(self, work: _Work, suspects: Suspects) -> None:
+        if suspects.hopeless:
+            reason = f"{work.problem}; {suspects.found} of its images do that alone, so they are not to blame"
+            self._tally.lost.append(LostShard(work.task.shard, reason))
+        elif suspects.done:
+            self._again.appendleft(_Work(replace(work.task, poisoned=suspects.poisoned()), tried=True))
+        else:
+            self._again.appendleft(work)
+
+    def _log(self, text: str) -> None:
+        with suppress(StoreError):  # the store itself may be what failed; the workers say so
+            self._store.place.append_log(ERRORS, text)
+
+    def _show(self) -> None:
+        """Bring the tally up to date with what workers answer, without waiting, and show it."""
         import ray
 
-        for slot in self._slots:
-            if slot.task is None:
-                slot.asked = None
-            elif slot.asked is None:
+        under_way = Counter(self._settled)
+        for slot in self._pool.slots:
+            if not slot.doing:
+                slot.asked, slot.settled = None, {}
+                continue
+            if slot.asked is None:
                 slot.asked = slot.actor.progress.remote()
             elif ray.wait([slot.asked], timeout=0)[0]:
                 try:
                     slot.settled = ray.get(slot.asked)
                 except ray.exceptions.RayError:
-                    slot.settled = {}  # the worker died; its task says so
+                    slot.settled = {}  # the worker died; its tasks say so
                 slot.asked = None
+            present = {work.task.shard for work in slot.doing.values()}
+            for shard, settled in slot.settled.items():
+                if shard in present:
+                    under_way.update(settled)
+        self._tally.settled = under_way
+        self._tally.in_flight = sum(len(slot.doing) for slot in self._pool.slots)
+        self._tally.workers = sum(slot.loading is None for slot in self._pool.slots)
+        now = time.monotonic()
+        if now - self._shown >= _POLL_SECONDS:
+            self._shown = now
+            self._metrics.show(self._tally, len(self._again))
+        self._watch(self._tally)
 
 
 @contextmanager
@@ -264,86 +354,14 @@ def worker_pool(config: ExtractConfig, root: Path, shards: int) -> Iterator[Work
         if config.workers is not None and config.workers > room:
             kind = "GPUs" if device == "cuda" else "CPUs"
             raise ConfigError(
-                f"{config.workers} workers were asked for, there are {room} {kind}", f"Use --workers {room} or fewer."
+                f"{config.workers} workers were asked for, the {kind} here are enough for {room}",
+                f"Use --workers {room} or fewer.",
             )
         pool = WorkerPool(config, root, device, min(config.workers or room, max(shards, 1)))
         try:
             yield pool
         finally:
             pool.close()
-
-
-@contextmanager
-def ray_running(address: str | None, cpus: int) -> Iterator[None]:
-    """Join the cluster at `address`, or start Ray here with room for `cpus` workers at least; stop it in the end.
-
-    A Ray that this process has running already is used and left running. Raises OlaError where there is none to use.
-    """
-    if address is None:
-        # Set before ray is imported, which reads it then: servers listen on the loopback address only.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # A token for this run alone; otherwise Ray writes one into the home folder.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    scratch = None if address else _scratch_folder()
-    try:
-        _initialise(address, cpus, scratch)
-        yield
-    finally:
-        ray.shutdown()
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _initialise(address: str | None, cpus: int, scratch: str | None) -> None:
-    import ray
-
-    where: dict[str, Any] = {
-        "num_cpus": max(cpus, os.cpu_count() or 1),
-        "include_dashboard": False,
-        "object_store_memory": _OBJECT_STORE_BYTES,
-        "_temp_dir": scratch,
-    }
-    if address is not None:
-        _require_reachable(address)
-        where = {"address": address}
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-    except (RuntimeError, ValueError, ConnectionError, OSError) as error:
-        if address is not None:
-            raise _unreachable(address, error) from error
-        raise OlaError(
-            f"Ray cannot be started here: {_first_line(error)}", "Free memory or processes, or use --address."
-        ) from error
-
-
-def _require_reachable(address: str) -> None:
-    """Ray itself tries a dead address for minutes."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator:
-        return  # `auto`, which Ray answers at once
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise _unreachable(address, error) from error
-
-
-def _unreachable(address: str, error: Exception) -> OlaError:
-    return OlaError(
-        f"no Ray cluster can be joined at {address}: {_first_line(error)}",
-        "Check --address, and RAY_AUTH_TOKEN if the cluster wants one. Without --address Ray is started here.",
-    )
-
-
-def _scratch_folder() -> str:
-    # Sockets live in there, and their paths may have 107 bytes at most.
-    parent = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="olapipe-", dir=parent if len(parent) <= 24 else "/tmp")  # noqa: S108
 
 
 def _room(config: ExtractConfig) -> tuple[str, int]:
@@ -357,15 +375,16 @@ def _room(config: ExtractConfig) -> tuple[str, int]:
             "--device cuda: Ray sees no GPU here", "Use --device cpu, or --address of a cluster with GPUs."
         )
     if gpus and config.device != "cpu":
-        return "cuda", gpus
+        return "cuda", int(gpus / config.gpus_per_worker)
     return "cpu", max(int(resources.get("CPU", 1)), 1)
+
+
+def _machine_lost(error: Exception) -> bool:
+    """Whether a worker died because its whole machine went away."""
+    text = str(error)
+    return "node has died" in text or "node was terminated" in text or "node is dead" in text
 
 
 def _cause(error: Any) -> Exception:
     cause: Exception = error.cause
     return cause
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -79,9 +79,9 @@ def save_picture(store: FeatureStore, sample: SampleRow, images: Path, out: Path
     readers = {name: FeatureReader(store, name) for name in store.teachers()}
     receipts = {name: reader.status(sample.row) for name, reader in readers.items()}
     upright = any(reader.fingerprint.preprocessing.exif for reader in readers.values()) or not readers
-    photograph = _photograph(sample, images, [receipt for receipt in receipts.values() if receipt], upright=upright)
-    width = round(min(max(photograph.width / photograph.height * _HEIGHT, 1), _WIDEST))
-    panels = [(f"{visible(sample.key)}, {photograph.width} x {photograph.height}", photograph.resize((width, _HEIGHT)))]
+    shown = photograph(sample, images, [receipt for receipt in receipts.values() if receipt], upright=upright)
+    width = round(min(max(shown.width / shown.height * _HEIGHT, 1), _WIDEST))
+    panels = [(f"{visible(sample.key)}, {shown.width} x {shown.height}", shown.resize((width, _HEIGHT)))]
     for name, reader in readers.items():
         receipt = receipts[name]
         if receipt is None or receipt.status != "ok":
@@ -89,11 +89,15 @@ def save_picture(store: FeatureStore, sample: SampleRow, images: Path, out: Path
             panels.append((f"{name}: {reason}", Image.new("RGB", (_HEIGHT, _HEIGHT), (224, 224, 224))))
         else:
             values = reader.feature(sample.row)
-            panels.append((_label(reader.fingerprint), _panel(values, reader.fingerprint, width)))
+            panels.append((label(reader.fingerprint), panel(values, reader.fingerprint, width, _HEIGHT)))
     _save(_side_by_side(panels), out)
 
 
-def _photograph(sample: SampleRow, images: Path, receipts: list[RowReceipt], *, upright: bool) -> Image.Image:
+def photograph(sample: SampleRow, images: Path, receipts: list[RowReceipt], *, upright: bool) -> Image.Image:
+    """Return the decoded image of a row, turned as its EXIF says if `upright`.
+
+    Raises StoreError if the file under `images` is not the one that was extracted, ImageError if it cannot be read.
+    """
     # already within the limit of the extraction, or failed there
     data = read_image(images, sample, 1 << 31)
     digest = hashlib.sha256(data).hexdigest()
@@ -106,15 +110,19 @@ def _photograph(sample: SampleRow, images: Path, receipts: list[RowReceipt], *, 
     return decode_image(data, name=sample.key).oriented(exif=upright)
 
 
-def _panel(values: np.ndarray, fingerprint: Fingerprint, width: int) -> Image.Image:
+def panel(values: np.ndarray, fingerprint: Fingerprint, width: int, height: int) -> Image.Image:
+    """Draw a feature `height` pixels high: a vector as bars, a map in PCA colours.
+
+    A squashed view is drawn `width` wide, in the shape of the image that it was squashed from.
+    """
     if fingerprint.grid is None:
-        return Image.fromarray(bars(values, _HEIGHT, _HEIGHT))
-    # a squashed view is drawn in the shape of the image it was squashed from
-    across = width if fingerprint.preprocessing.view.kind == "squash" else _HEIGHT
-    return Image.fromarray(pca_rgb(values)).resize((across, _HEIGHT), Image.Resampling.NEAREST)
+        return Image.fromarray(bars(values, height, height))
+    across = width if fingerprint.preprocessing.view.kind == "squash" else height
+    return Image.fromarray(pca_rgb(values)).resize((across, height), Image.Resampling.NEAREST)
 
 
-def _label(fingerprint: Fingerprint) -> str:
+def label(fingerprint: Fingerprint) -> str:
+    """Name a teacher, the shape of its feature and what it saw."""
     view = fingerprint.preprocessing.view
     seen = {"squash": "whole image", "pad": "padded", "crop": "centre crop"}[view.kind]
     shape = " x ".join(map(str, fingerprint.shape))

@@ -26,6 +26,9 @@ class Reporter(Protocol):
     def update(self, done: Mapping[str, int]) -> None:
         """Show how many images each teacher has seen."""
 
+    def stages(self, busy: Mapping[str, float]) -> None:
+        """Show which share of the time the threads of each stage are busy."""
+
     def end(self) -> None:
         """Stop showing; may be called twice."""
 
@@ -58,7 +61,7 @@ class Pace:
     def describe(self, now: float) -> str:
         """Rate and time left in words."""
         rate, left = self.rate(now), self.left(now)
-        return f"{rate:.1f} images/s, {_duration(left)} left" if rate is not None and left is not None else "starting"
+        return f"{rate:.1f} images/s, {duration(left)} left" if rate is not None and left is not None else "starting"
 
 
 class LineReporter:
@@ -70,6 +73,7 @@ class LineReporter:
         self._clock = clock
         self._paces: dict[str, Pace] = {}
         self._shown = 0.0
+        self._stages = ""
 
     def say(self, text: str) -> None:
         """Write one line."""
@@ -89,6 +93,10 @@ class LineReporter:
         if self._clock() - self._shown >= self._every:
             self._write()
 
+    def stages(self, busy: Mapping[str, float]) -> None:
+        """Remember it for the next line."""
+        self._stages = _stages(busy)
+
     def end(self) -> None:
         """Write where each teacher stopped."""
         if self._paces:
@@ -98,7 +106,7 @@ class LineReporter:
     def _write(self) -> None:
         self._shown = self._clock()
         parts = [f"{n}: {p.done}/{p.total} images, {p.describe(self._shown)}" for n, p in self._paces.items()]
-        self.say("; ".join(parts))
+        self.say("; ".join([*parts, self._stages] if self._stages else parts))
 
 
 class BarReporter:
@@ -108,6 +116,7 @@ class BarReporter:
         self._console = console
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._stages: TaskID | None = None
 
     def say(self, text: str) -> None:
         """Print one line above the bars."""
@@ -132,6 +141,15 @@ class BarReporter:
             self._bars.tasks[task].fields["pace"].done = count
             self._bars.update(task, completed=count)
 
+    def stages(self, busy: Mapping[str, float]) -> None:
+        """Show it below the bars."""
+        shown = _stages(busy)
+        if self._bars is None or not shown:
+            return
+        if self._stages is None:
+            self._stages = self._bars.add_task("", total=None, pace=None)
+        self._bars.tasks[self._stages].fields["words"] = shown
+
     def end(self) -> None:
         """Leave the bars as they are."""
         if self._bars is not None:
@@ -143,13 +161,21 @@ class _PaceColumn(ProgressColumn):
     """Images per second and time left."""
 
     def render(self, task: Task) -> Text:
-        pace: Pace = task.fields["pace"]
+        pace: Pace | None = task.fields["pace"]
+        if pace is None:
+            return Text(task.fields.get("words", ""))
         return Text(pace.describe(time.monotonic()))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in words: `2 h 05 min`."""
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+
+
+def _stages(busy: Mapping[str, float]) -> str:
+    shown = [f"{stage} {share:.0%}" for stage, share in busy.items() if share >= 0.005]
+    return f"busy: {', '.join(shown)}" if shown else ""

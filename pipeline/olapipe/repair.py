@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 from olapipe.config import ExtractConfig
 from olapipe.extract import shard_rows
-from olapipe.job import ShardTask, worker_pool
+from olapipe.job import worker_pool
 from olapipe.progress import Reporter
+from olapipe.signals import interrupted
+from olapipe.tally import ShardTask
 from olapipe.verify import Problem, damaged_shards
 from olaschema.config import load_config
 from olaschema.errors import ConfigError, DamagedStoreError, StoreError
@@ -147,15 +150,17 @@ def _extract(
         total = sum(task.rows for task in tasks)
         reporter.begin({teacher: total}, {teacher: 0})
         try:
-            lost = pool.run(store, tasks, lambda name, rows: reporter.update({name: rows}))
+            done = pool.run(store, tasks, lambda tally: reporter.update({teacher: tally.settled[teacher]}))
         finally:
             reporter.end()
+    if done.stopped in ("SIGINT", "SIGTERM"):
+        raise interrupted(signal.Signals[done.stopped])
     for shard, known in before.items():
         now = _readable(store, teacher, shard)
         if known is not None and now is not None:
             pairs = zip(store.shard_samples(shard), known.rows, now.rows, strict=False)
             changed += [sample.key for sample, old, new in pairs if old.sha256 != new.sha256]
-    return [f"{teacher} shard {entry.shard}: {entry.reason}" for entry in lost]
+    return [f"{teacher} shard {entry.shard}: {entry.reason}" for entry in done.lost]
 
 
 def _readable(store: FeatureStore, teacher: str, shard: int) -> Receipt | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import get_args
 
 import numpy as np
@@ -13,9 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olapipe.bottleneck import Bottleneck
+from olapipe.drift import ShardStatistics
+from olapipe.tally import Tally
 from olapipe.teachers.info import TeacherInfo
 from olaschema import precision
 from olaschema.errors import OlaError
+from olaschema.ledger import read_ledger
 from olaschema.manifest import ChannelStatistics, Precision, TeacherRecord
 from olaschema.store import FeatureStore
 
@@ -44,10 +49,19 @@ class TeacherSummary:
     failed: int = 0
     absent: int = 0
     committed: int = 0
+    shared: int = 0
+    """Images with a feature that is stored in another row."""
     array_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of the committed shards by array: `values`, and `scale` beside integers."""
     statistics: ChannelStatistics = field(default_factory=lambda: ChannelStatistics(1))
     failures: list[Failure] = field(default_factory=list)
+    """In order of rows; of a brief summary the first few of each reason."""
+    failed_rows: dict[str, np.ndarray] = field(default_factory=dict)
+    """Rows of all failures by reason, ascending."""
+    batch_sizes: Counter[int] = field(default_factory=Counter)
+    """How many shards were encoded with which batch size: more than one where some did not fit the device."""
+    by_shard: list[ShardStatistics] = field(default_factory=list)
+    """Of each committed shard that has features, in order."""
 
     @property
     def waiting(self) -> int:
@@ -70,33 +84,45 @@ class TeacherSummary:
         return self.float32_bytes / self.stored_bytes if self.ok else None
 
 
-def summarise(store: FeatureStore, teacher: str) -> TeacherSummary:
-    """Read every receipt of one teacher."""
+def summarise(store: FeatureStore, teacher: str, *, brief: bool = False) -> TeacherSummary:
+    """Count what one teacher has. `brief`: only the first failures of each reason, and no statistics of channels.
+
+    A brief summary opens the receipts that are new since the last one, and those of the failures that it names.
+    """
     record = store.teacher(teacher)
     planned = sum(generation.rows for generation in store.generations())
     summary = TeacherSummary(record, planned, store.shard_count())
-    channels = record.fingerprint.channels
-    summary.statistics = ChannelStatistics(channels)
-    for shard in store.committed(teacher):
-        receipt = store.receipt(teacher, shard)
-        if receipt is None:
-            continue
-        summary.committed += 1
-        summary.ok += receipt.ok
-        summary.failed += receipt.failed
-        summary.absent += len(receipt.rows) - receipt.ok - receipt.failed
-        for path, file in receipt.files.items():
-            array = path.removeprefix(f"{teacher}/").split("/")[0]
-            summary.array_bytes[array] = summary.array_bytes.get(array, 0) + file.bytes
-        summary.statistics.merge(ChannelStatistics.from_json(receipt.statistics, channels))
-        if receipt.failed:
-            samples = store.shard_samples(shard)
-            summary.failures += [
-                Failure(teacher, sample.row, sample.key, row.reason or "", row.detail or "")
-                for sample, row in zip(samples, receipt.rows, strict=False)  # absent rows have no sample
-                if row.status == "failed"
-            ]
+    ledger = read_ledger(store, teacher)
+    summary.committed = len(ledger.shards)
+    summary.ok, summary.failed, summary.absent = (ledger.total(name) for name in ("ok", "failed", "absent"))
+    summary.array_bytes = ledger.array_bytes()
+    summary.failed_rows = ledger.failed_rows()
+    summary.batch_sizes = ledger.batch_sizes()
+    named = [rows[:_NAMED] if brief else rows for rows in summary.failed_rows.values()]
+    summary.failures = list(_failures(store, teacher, sorted(row for rows in named for row in rows.tolist())))
+    summary.statistics = ChannelStatistics(record.fingerprint.channels)
+    summary.shared = ledger.total("shared")
+    if not brief:
+        for shard in ledger.shards.tolist():
+            receipt = store.receipt(teacher, shard)
+            if receipt is None:
+                continue
+            statistics = ChannelStatistics.from_json(receipt.statistics, record.fingerprint.channels)
+            summary.statistics.merge(statistics)
+            if statistics.count:
+                summary.by_shard.append(ShardStatistics(shard, receipt.ok, statistics))
     return summary
+
+
+def _failures(store: FeatureStore, teacher: str, rows: Iterable[int]) -> Iterator[Failure]:
+    for shard, group in groupby(rows, key=lambda row: row // store.rows_per_shard):
+        receipt = store.receipt(teacher, int(shard))
+        samples = store.shard_samples(int(shard))
+        for row in group:
+            place = int(row) % store.rows_per_shard
+            if receipt is not None and receipt.rows[place].status == "failed":
+                found = receipt.rows[place]
+                yield Failure(teacher, int(row), samples[place].key, found.reason or "", found.detail or "")
 
 
 def print_summary(
@@ -122,14 +148,44 @@ def print_summary(
     print_failures(console, store, summaries)
 
 
+def print_job(console: Console, tally: Tally, slowest: Bottleneck | None) -> None:
+    """Print what a run says of itself: batches that were made smaller, the slowest stage, the shards given up."""
+    for name, shards in tally.smaller.items():
+        sizes = Counter(shards.values())
+        counts = ", ".join(f"{count} at {used}" for used, count in sorted(sizes.items(), reverse=True))
+        numbers = ", ".join(map(str, sorted(shards)[:_NAMED])) + (", …" if len(shards) > _NAMED else "")
+        console.print(
+            Text(
+                f"{name}: the batch did not fit the device in {len(shards)} shards ({numbers}), they were encoded with "
+                f"smaller ones: {counts}. Use --batch-size {min(sizes)} to have all alike, and faster."
+            ),
+            soft_wrap=True,
+        )
+    if slowest is not None:
+        console.print(
+            Text(f"slowest stage: {slowest.stage}, busy {slowest.busy:.0%} of the time. Faster: {slowest.advice}."),
+            soft_wrap=True,
+        )
+    if tally.lost:
+        table = Table(title="shards given up after several attempts", title_justify="left")
+        table.add_column("shard", justify="right")
+        table.add_column("why")
+        for lost in sorted(tally.lost, key=lambda lost: lost.shard):
+            table.add_row(str(lost.shard), Text(visible(lost.reason)))
+        console.print(table)
+
+
 def print_failures(console: Console, store: FeatureStore, summaries: Sequence[TeacherSummary]) -> None:
     """Print failed images by reason, the first few of each by name."""
     everyone = {summary.record.fingerprint.teacher for summary in summaries}
     images: dict[tuple[str, int], dict[str, Failure]] = {}
+    rows_of: dict[str, list[np.ndarray]] = {}
     for summary in summaries:
         for failure in summary.failures:
             images.setdefault((failure.reason, failure.row), {})[failure.teacher] = failure
-    reasons = Counter(reason for reason, _ in images)
+        for reason, failed in summary.failed_rows.items():
+            rows_of.setdefault(reason, []).append(failed)
+    reasons = {reason: len(np.unique(np.concatenate(found))) for reason, found in rows_of.items()}
     if not reasons:
         return
     console.print(Text("failed images, by reason:"))

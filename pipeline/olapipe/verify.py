@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal, TypeVar
 
 from olapipe.progress import Reporter
 from olapipe.verify_shard import check_shard
 from olaschema.errors import OlaError, StoreError
 from olaschema.layout import receipt_file
-from olaschema.manifest import Generation, TeacherRecord
+from olaschema.manifest import Generation, Receipt, RowReceipt, TeacherRecord
 from olaschema.place import open_place
 from olaschema.seal import MANIFEST, read_manifest, receipt_digest
 from olaschema.store import FeatureStore
@@ -255,10 +255,11 @@ class _Verifier:
                 self.found.notes.append(f"{teacher}: {missing} of {plan.shards} shards are not extracted yet")
         wanted = set(self._shards(teacher)) if check else set()
         documents = self._documents(record, 1)
+        shared = _shared_rows(self.store, teacher)
         for done, shard in enumerate(sorted(wanted)):
             self.reporter.update({teacher: done * self.store.rows_per_shard})
             planned = None if plan is None else plan.planned.get(shard, 0)
-            checked = check_shard(self.store, record, shard, planned, documents)
+            checked = check_shard(self.store, record, shard, planned, documents, shared)
             for trouble in checked.troubles:
                 self.found.add(
                     trouble.file, trouble.text, teacher=teacher, shard=shard, rows=trouble.rows, mending="shard"
@@ -300,6 +301,24 @@ class _Verifier:
         except OlaError as error:
             self.found.add(file, error.problem)
             return None
+
+
+def _shared_rows(store: FeatureStore, teacher: str) -> Callable[[int], RowReceipt | None]:
+    """Return a function that gives the receipt of a row, None where it cannot be read."""
+
+    @lru_cache(maxsize=64)
+    def read(shard: int) -> Receipt | None:
+        try:
+            return store.receipt(teacher, shard)
+        except StoreError:
+            return None
+
+    def row(number: int) -> RowReceipt | None:
+        receipt = read(number // store.rows_per_shard)
+        index = number % store.rows_per_shard
+        return receipt.rows[index] if receipt is not None and index < len(receipt.rows) else None
+
+    return row
 
 
 def damaged_shards(problems: Sequence[Problem]) -> dict[int, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,8 @@ import numpy as np
 from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, decode, error_bound
 from olaschema.errors import StoreError
 from olaschema.layout import receipt_file
-from olaschema.manifest import ChannelStatistics, Receipt, TeacherRecord
+from olaschema.manifest import ChannelStatistics, Receipt, RowReceipt, TeacherRecord
+from olaschema.norms import NormHistogram, squared_norms
 from olaschema.store import FeatureStore
 
 _SLACK = 1e-9
@@ -39,12 +40,17 @@ class Checked:
 
 
 def check_shard(
-    store: FeatureStore, record: TeacherRecord, shard: int, planned: int | None, documents: Mapping[str, bytes]
+    store: FeatureStore,
+    record: TeacherRecord,
+    shard: int,
+    planned: int | None,
+    documents: Mapping[str, bytes],
+    shared: Callable[[int], RowReceipt | None],
 ) -> Checked:
     """Check one committed shard of a teacher.
 
     `planned` is the number of images that the plan gives it, None where the plan is damaged; `documents` are the
-    `zarr.json` of the teacher's arrays by name.
+    `zarr.json` of the teacher's arrays by name; `shared` gives the receipt of a row that another one shares.
     """
     checked = Checked()
     name = receipt_file(record.fingerprint.teacher, shard)
@@ -56,7 +62,7 @@ def check_shard(
     checked.files += 1
     if receipt is not None:
         checked.bytes += store.place.size(name)
-        texts = list(_receipt_troubles(receipt, record, shard, store.rows_per_shard, planned))
+        texts = list(_receipt_troubles(receipt, record, shard, store.rows_per_shard, planned, shared))
         checked.troubles += [Trouble(name, text) for text in texts]
         if texts:
             receipt = None  # its rows cannot be held against the values
@@ -75,7 +81,12 @@ def check_shard(
 
 
 def _receipt_troubles(
-    receipt: Receipt, record: TeacherRecord, shard: int, rows_per_shard: int, planned: int | None
+    receipt: Receipt,
+    record: TeacherRecord,
+    shard: int,
+    rows_per_shard: int,
+    planned: int | None,
+    shared: Callable[[int], RowReceipt | None],
 ) -> Iterator[str]:
     teacher = record.fingerprint.teacher
     if (receipt.teacher, receipt.shard) != (teacher, shard):
@@ -93,6 +104,12 @@ def _receipt_troubles(
     absent = [row.status == "absent" for row in receipt.rows]
     if any(absent[:planned]) or not all(absent[planned:]):
         yield f"it must speak of the first {planned} rows and call the others absent"
+    for index, row in enumerate(receipt.rows):
+        if row.same_as is not None:
+            other = shared(row.same_as)
+            if row.status != "ok" or other is None or not other.stored or other.sha256 != row.sha256:
+                place = shard * rows_per_shard + index
+                yield f"row {place} shares row {row.same_as}, which has no feature of the same image"
     if receipt.revision != sum(row.reason == "forgotten" for row in receipt.rows):
         yield f"revision {receipt.revision} is not the number of forgotten images"
 
@@ -144,7 +161,7 @@ def _check_values(
 ) -> None:
     """Decode the shard chunk by chunk: features where the receipt says ok, the fill value elsewhere, the statistics."""
     channels = record.fingerprint.channels
-    ok = np.asarray([row.status == "ok" for row in receipt.rows])
+    ok = np.asarray([row.stored for row in receipt.rows])
     first_row = shard * len(ok)
     # only floats and scales can hold a NaN, and it is what they are filled with; integers cannot
     main = next(file for file, (_, array) in arrays.items() if np.isnan(array.fill))
@@ -169,7 +186,8 @@ def _check_values(
         rows = np.flatnonzero(present)
         wrong.setdefault((main, "rows with a feature hold NaN or infinity"), set()).update(rows[bad] + first)
         statistics.update(features[~bad])
-        bounds.update(error_bound({name: part[present][~bad] for name, part in parts.items()}, channels))
+        bound = error_bound({name: part[present][~bad] for name, part in parts.items()}, channels)
+        bounds.update(bound, features[~bad])
         checked.rows += step
     for (file, what), indices in wrong.items():
         if indices:
@@ -183,15 +201,24 @@ def _check_values(
 
 
 class _Bounds:
-    """Error bounds of all elements of a channel: their sum, sum of squares and maximum."""
+    """Error bounds of all elements of a channel: their sum, sum of squares and maximum; of tokens: shortest, longest.
+
+    The norm of a token differs from that of the feature by the norm of the errors at most.
+    """
 
     def __init__(self, channels: int) -> None:
         self.total = np.zeros(channels)
         self.squares = np.zeros(channels)
         self.largest = np.zeros(channels)
+        self.shortest = NormHistogram()
+        self.longest = NormHistogram()
 
-    def update(self, bound: np.ndarray) -> None:
+    def update(self, bound: np.ndarray, features: np.ndarray) -> None:
         flat = bound.reshape(-1, bound.shape[-1]).astype(np.float64)
+        norms = np.sqrt(squared_norms(features.reshape(flat.shape)))
+        errors = np.sqrt(squared_norms(flat)) + _SLACK * norms
+        self.shortest.update(np.square(np.maximum(norms - errors, 0.0)))
+        self.longest.update(np.square(norms + errors))
         self.total += flat.sum(axis=0)
         self.squares += np.square(flat).sum(axis=0)
         self.largest = np.maximum(self.largest, flat.max(axis=0, initial=0.0))
@@ -220,6 +247,22 @@ def _statistics_differ(receipt: Receipt, of_values: ChannelStatistics, bounds: _
         worst = int(np.argmax(difference - limit))
         if not difference[worst] <= limit[worst]:
             return f"{name} of channel {worst} differs by {difference[worst]:.4g}, {limit[worst]:.4g} is the limit"
+    return _norms_differ(told.norms, bounds) if "norms" in receipt.statistics else None
+
+
+def _norms_differ(told: NormHistogram, bounds: _Bounds) -> str | None:
+    """Say so unless, below each edge, there are as many tokens as storing them can have put there."""
+    if told.total != bounds.shortest.total:
+        return f"the histogram of norms counts {told.total} tokens, there are {bounds.shortest.total}"
+    found = [told, bounds.shortest, bounds.longest]
+    first = min(histogram.first for histogram in found)
+    bins = max(histogram.first + len(histogram.counts) for histogram in found) - first
+    below, most, least = (histogram.zero + np.cumsum(histogram.spread(first, bins)) for histogram in found)
+    wrong = np.flatnonzero((below < least) | (below > most))
+    if told.zero > bounds.shortest.zero or told.zero < bounds.longest.zero or len(wrong):
+        return (
+            f"the histogram of norms is not that of the tokens from bin {first + int(wrong[0]) if len(wrong) else 0} on"
+        )
     return None
 
 

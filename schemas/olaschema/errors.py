@@ -60,7 +60,7 @@ class ImageError(OlaError):
     """One image cannot be used. `reason` is a short stable code that reports group by.
 
     Reasons: missing, unreadable, empty, not-an-image, truncated, too-large, changed, outside-root,
-    bad-name, not-finite, teacher-failed.
+    bad-name, not-finite, overflow, crashed, teacher-failed.
     """
 
     def __init__(self, reason: str, problem: str, remedy: str = "") -> None:

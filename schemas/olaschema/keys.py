@@ -22,6 +22,8 @@ def normalise_key(text: str) -> str:
         raise ImageError("bad-name", f"{shown}: the file name is not UTF-8", "Rename the file.") from error
     if text.startswith(("/", "pipe:")) or "://" in text:
         raise ImageError("outside-root", f"{text}: not a path inside the image folder", "Use relative paths.")
+    if "/." not in text and "//" not in text and text[0] not in "./" and not text.endswith("/"):
+        return text  # as nearly all are
     parts: list[str] = []
     for part in text.split("/"):
         if part == "..":

@@ -8,9 +8,10 @@ import json
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from olaschema.errors import FingerprintError
+from olaschema.norms import NormHistogram, squared_norms
 
 FORMAT_VERSION: Literal[1] = 1
 
@@ -170,10 +171,11 @@ def _encode_array(array: np.ndarray) -> dict[str, Any]:
 
 
 class ChannelStatistics:
-    """Running count, mean, sum of squared deviations, minimum and maximum per channel, in float64.
+    """Running count, mean, sum of squared deviations, minimum and maximum per channel, in float64; norms of tokens.
 
     Batches and shards are merged with the pairwise update of Chan, Golub and LeVeque (1979), always in
-    row order and then shard order, so the result depends on the data alone.
+    row order and then shard order, so the result depends on the data alone. `norms` counts fewer tokens than `count`
+    where receipts were written before there was a histogram.
     """
 
     def __init__(self, channels: int) -> None:
@@ -182,6 +184,7 @@ class ChannelStatistics:
         self.m2 = np.zeros(channels)
         self.minimum = np.full(channels, np.inf)
         self.maximum = np.full(channels, -np.inf)
+        self.norms = NormHistogram()
 
     def update(self, features: np.ndarray) -> None:
         """Add features of shape (..., C)."""
@@ -194,12 +197,14 @@ class ChannelStatistics:
         other.m2 = np.square(flat - other.mean).sum(axis=0)  # float64, because the mean is
         other.minimum = flat.min(axis=0).astype(np.float64)
         other.maximum = flat.max(axis=0).astype(np.float64)
+        other.norms.update(squared_norms(flat))
         self.merge(other)
 
     def merge(self, other: ChannelStatistics) -> None:
         """Add the statistics of further rows."""
         if not other.count:
             return
+        self.norms.merge(other.norms)
         total = self.count + other.count
         delta = other.mean - self.mean
         self.m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / total)
@@ -219,11 +224,15 @@ class ChannelStatistics:
             return {"count": 0}
         parts = {"mean": self.mean, "m2": self.m2}
         bounds = {"minimum": self.minimum.astype("<f4"), "maximum": self.maximum.astype("<f4")}
-        return {"count": self.count} | {k: _encode_array(v) for k, v in (parts | bounds).items()}
+        arrays = {k: _encode_array(v) for k, v in (parts | bounds).items()}
+        return {"count": self.count, "norms": self.norms.to_json()} | arrays
 
     @classmethod
     def from_json(cls, data: dict[str, Any], channels: int) -> ChannelStatistics:
-        """Rebuild from `to_json`; raises ValueError where arrays are not of `channels` values."""
+        """Rebuild from `to_json`; raises ValueError where arrays are not of `channels` values.
+
+        Receipts of earlier versions hold no norms.
+        """
         stats = cls(channels)
         if data["count"]:
             stats.count = int(data["count"])
@@ -232,6 +241,8 @@ class ChannelStatistics:
                 if array.shape != (channels,):
                     raise ValueError(f"{name} has shape {array.shape}, expected ({channels},)")
                 setattr(stats, name, array)
+            if "norms" in data:
+                stats.norms = NormHistogram.from_json(data["norms"])
         return stats
 
 
@@ -246,6 +257,21 @@ class RowReceipt(Frozen):
     """Pixels of the decoded image before any EXIF rotation."""
     reason: str | None = None
     detail: str | None = None
+    same_as: int | None = None
+    """Row of the store that holds the feature of this image too, as both have the same bytes (only where ok)."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether the feature is in this row itself."""
+        return self.status == "ok" and self.same_as is None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # receipts from before there were shared rows stay what they are, byte for byte
+        data: dict[str, Any] = handler(self)
+        if self.same_as is None:
+            del data["same_as"]
+        return data
 
 
 class FileReceipt(Frozen):
@@ -285,6 +311,11 @@ class Receipt(Frozen):
     def ok(self) -> int:
         """Number of rows with a feature."""
         return sum(row.status == "ok" for row in self.rows)
+
+    @property
+    def shared(self) -> int:
+        """Number of those whose feature is in another row."""
+        return sum(row.same_as is not None for row in self.rows)
 
     @property
     def failed(self) -> int:

@@ -83,6 +83,13 @@ class Place(ABC):
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of the files directly in `folder`; empty if it does not exist."""
 
+    def stamps(self, folder: str) -> dict[str, str]:
+        """Return the files directly in `folder`, each with a text that changes whenever it is published again.
+
+        The text is empty where the place cannot say.
+        """
+        return dict.fromkeys(self.names(folder), "")
+
     @abstractmethod
     def folders(self, folder: str) -> list[str]:
         """Return the sorted names of the folders directly in `folder` (`""`: the root); empty if it does not exist."""
@@ -267,6 +274,20 @@ class LocalPlace(Place):
                 return sorted(entry.name for entry in entries if wanted(entry))
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def stamps(self, folder: str) -> dict[str, str]:
+        """Return the files directly in `folder`, each with a text that changes when it is published again."""
+        self.requests["list"] += 1
+        found = {}
+        try:
+            with os.scandir(self.path(folder)) as entries:
+                for entry in entries:
+                    if entry.is_file():
+                        status = entry.stat()
+                        found[entry.name] = f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
+        except FileNotFoundError:
+            return {}
+        return found
 
     def walk(self) -> Iterator[str]:
         """Yield the names of all files outside `_log/`, in a fixed order."""

@@ -65,7 +65,10 @@ class FeatureReader:
         self._zstd = Zstd()
 
     def status(self, row: int) -> RowReceipt | None:
-        """What became of a row; None while its shard is not committed."""
+        """What became of a row; None while its shard is not committed.
+
+        Where `same_as` names another row, `read` follows it.
+        """
         shard, index = divmod(row, self._store.rows_per_shard)
         opened = self._opened(shard)
         return opened.receipt.rows[index] if opened else None
@@ -77,9 +80,22 @@ class FeatureReader:
         """
         shard, index = divmod(row, self._store.rows_per_shard)
         opened = self._opened(shard)
-        if opened is None or opened.receipt.rows[index].status != "ok":
+        status = opened.receipt.rows[index] if opened else None
+        if opened is None or status is None or status.status != "ok":
             raise StoreError(f"{self._store.url}: row {row} has no {self._teacher} feature")
+        if status.same_as is not None:
+            return self._shared(row, status)
         return Stored(**{array.name: self._row(array, opened, shard, row, index) for array in self._arrays})
+
+    def _shared(self, row: int, status: RowReceipt) -> Stored:
+        target = status.same_as
+        other = self.status(target) if target is not None else None
+        if target is None or other is None or not other.stored or other.sha256 != status.sha256:
+            raise self._damage(
+                row // self._store.rows_per_shard,
+                f"{self._store.url}: row {row} of {self._teacher} shares row {target}, which is not of the same image",
+            )
+        return self.read(target)
 
     def feature(self, row: int) -> np.ndarray:
         """Return one row's feature, `(H, W, C)` or `(C,)` float32; raises as `read` does."""

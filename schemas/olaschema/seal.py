@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from olaschema.digest import sealed
 from olaschema.errors import DamagedStoreError
 from olaschema.layout import array_document, receipt_file
+from olaschema.ledger import read_ledger
 from olaschema.manifest import FileReceipt, StoreManifest
 from olaschema.store import FeatureStore, read_document
 
@@ -52,7 +53,7 @@ def seal(store: FeatureStore, teachers: Iterable[str]) -> None:
     for name in teachers:
         shards = store.shard_count()
         if name not in receipts and store.committed(name) == list(range(shards)):
-            receipts[name] = tuple(receipt_digest(store, name, shard) for shard in range(shards))
+            receipts[name] = read_ledger(store, name, keep=True).digests
     files = manifest.files or {name: _promise(store.place.read(name)) for name in documents(store)}
     data = sealed(StoreManifest(files=files, receipts=receipts))
     if not store.place.exists(MANIFEST) or store.place.read(MANIFEST) != data:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
@@ -34,20 +36,12 @@ from olaschema.manifest import (
     TeacherRecord,
 )
 from olaschema.place import LocalPlace, Place, open_place
+from olaschema.plantable import part_bytes, plan_table, rechunked, sample_rows
 from olaschema.precision import Stored
 
 DEFAULT_ROWS_PER_SHARD = 256
 _PART_ROWS = 1 << 16
 Model = TypeVar("Model", bound=Frozen)
-_SAMPLE_SCHEMA = pa.schema(
-    [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("problem", pa.string()),
-    ]
-)
 
 
 class FeatureStore:
@@ -149,19 +143,22 @@ class FeatureStore:
 
         The same images in the same order make the same bytes. Interrupted halfway, nothing was planned.
         """
+        stream = iter(images)
+        return self.add_plan(plan_table(piece) for piece in iter(lambda: list(islice(stream, self.part_rows)), []))
+
+    def add_plan(self, tables: Iterable[pa.Table]) -> Generation | None:
+        """Commit a plan of further images, given as tables of key, uri, size and problem, as `add_generation` does."""
         generations = self.generations()
         number = len(generations)
         first = self._next_first_row(generations[-1]) if generations else 0
         parts: dict[str, FileReceipt] = {}
-        part_rows = max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
-        images = iter(images)
         count = 0
-        while chunk := list(islice(images, part_rows)):
+        for table in rechunked(tables, self.part_rows):
             name = f"samples/{number:04d}-{len(parts):05d}.parquet"
-            data = self.part_bytes(chunk, first + count)
+            data = part_bytes(table, first + count, self.rows_per_shard)
             self.place.publish(name, data)
             parts[name] = FileReceipt(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-            count += len(chunk)
+            count += len(table)
         if not count:
             return None
         for name in self.place.names("samples"):  # parts of an interrupted, longer plan
@@ -171,21 +168,36 @@ class FeatureStore:
         self.place.publish(f"samples/{number:04d}.json", sealed(generation))
         return generation
 
+    @property
+    def part_rows(self) -> int:
+        """Rows in every parquet part of a plan but its last."""
+        return max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
+
     def part_bytes(self, images: list[SampleRow], first_row: int) -> bytes:
         """Return the parquet file of some images, which become the rows from `first_row` on."""
-        table = pa.table(
-            {
-                "row": range(first_row, first_row + len(images)),
-                "key": [image.key for image in images],
-                "uri": [image.uri for image in images],
-                "size": [image.size for image in images],
-                "problem": [image.problem for image in images],
-            },
-            schema=_SAMPLE_SCHEMA,
-        )
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd", row_group_size=self.rows_per_shard, store_schema=False)
-        return sink.getvalue()
+        return part_bytes(plan_table(images), first_row, self.rows_per_shard)
+
+    def plan_tables(self) -> Iterator[pa.Table]:
+        """Yield the plan as tables of row, key, uri, size and problem, one per part, in row order."""
+        for generation in self.generations():
+            for name in generation.parts:
+                with self._part(generation, name) as part:
+                    yield part.read()
+
+    def find(self, keys: Collection[str]) -> tuple[Generation, str, SampleRow] | None:
+        """Return the first planned image with one of `keys`, its generation and part; None if there is none.
+
+        Reads part after part, and holds one.
+        """
+        wanted = pa.array(keys, type=pa.string())
+        for generation in self.generations():
+            for name in generation.parts:
+                with self._part(generation, name) as part:
+                    hits = pc.is_in(part.read(["key"])["key"], value_set=wanted)
+                    place = pc.index(hits, True).as_py()
+                    if place >= 0:
+                        return generation, name, next(sample_rows(part.read().slice(place, 1)))
+        return None
 
     def samples(self) -> Iterator[SampleRow]:
         """Yield every planned image in row order."""
@@ -197,7 +209,7 @@ class FeatureStore:
         """Yield the planned images of one parquet part of a generation."""
         with self._part(generation, name) as part:
             for group in range(part.num_row_groups):
-                yield from _rows(part.read_row_group(group))
+                yield from sample_rows(part.read_row_group(group))
 
     def shard_samples(self, shard: int) -> list[SampleRow]:
         """Return the planned images of one shard; fewer than `rows_per_shard` in the last one of a generation."""
@@ -205,10 +217,10 @@ class FeatureStore:
         for generation in self.generations():
             offset = first - generation.first_row
             if 0 <= offset < generation.rows:
-                part_rows = max(1, _PART_ROWS // self.rows_per_shard) * self.rows_per_shard
+                part_rows = self.part_rows
                 name = list(generation.parts)[offset // part_rows]  # canonical JSON keeps them sorted
                 with self._part(generation, name) as part:
-                    return list(_rows(part.read_row_group(offset % part_rows // self.rows_per_shard)))
+                    return list(sample_rows(part.read_row_group(offset % part_rows // self.rows_per_shard)))
         raise StoreError(f"{self.url} has no shard {shard}: {self.shard_count()} shards are planned")
 
     def _part(self, generation: Generation, name: str) -> pq.ParquetFile:
@@ -282,6 +294,12 @@ class FeatureStore:
         data = self.place.find(name)
         return None if data is None else parse_document(Receipt, self.place, name, data)
 
+    def receipt_bytes(self, teacher: str, shard: int) -> tuple[bytes, Receipt]:
+        """Return a receipt's file and what it says; raises StoreError if there is none."""
+        name = receipt_file(teacher, shard)
+        data = self.place.read(name)
+        return data, parse_document(Receipt, self.place, name, data)
+
     def committed(self, teacher: str) -> list[int]:
         """Return the numbers of the committed shards of a teacher, ascending."""
         stems = (name.removesuffix(".json") for name in self.place.names(f"receipts/{teacher}"))
@@ -306,15 +324,18 @@ class FeatureStore:
         execution: Execution,
         *,
         replace: bool = False,
+        timings: dict[str, float] | None = None,
     ) -> Receipt:
         """Publish the stored arrays `(rows_per_shard, ...)` of one shard, then its receipt.
 
         A shard that is committed already stays as it is, unless `replace`: its receipt is returned, so a writer
-        presumed dead changes nothing. Rows that are not `ok` must decode to NaN (`precision.blank`). Raises StoreError
+        presumed dead changes nothing. Seconds are added to `timings["compress"]` and `["write"]`. Rows that are not
+        `ok` must decode to NaN (`precision.blank`). Raises StoreError
         for arrays of another precision or shape than the record's.
         """
         from olaschema.zarrbytes import encode_shard
 
+        started = time.perf_counter()
         teacher = record.fingerprint.teacher
         objects = {
             shard_file(teacher, shard, stored.values.ndim, array): data
@@ -333,6 +354,7 @@ class FeatureStore:
             statistics=statistics.to_json(),
             execution=execution,
         )
+        compressed = time.perf_counter()
         with self.place.lock(shard_lock(teacher, shard)):
             present = self.receipt(teacher, shard)
             if present is not None and not replace:
@@ -344,16 +366,14 @@ class FeatureStore:
             # a writer presumed dead may have come first after all; then its receipt stands, and what it promises
             if not self.place.publish_if_absent(receipt_file(teacher, shard), sealed(receipt)):
                 return read_document(Receipt, self.place, receipt_file(teacher, shard))
+        if timings is not None:
+            timings["compress"] = timings.get("compress", 0.0) + compressed - started
+            timings["write"] = timings.get("write", 0.0) + time.perf_counter() - compressed
         return receipt
 
     def _publish_unless_there(self, name: str, data: bytes) -> None:
         if not self.place.publish_if_absent(name, data) and self.place.find(name) != data:
             self.place.publish(name, data)
-
-
-def _rows(table: pa.Table) -> Iterator[SampleRow]:
-    for row in table.to_pylist():
-        yield SampleRow.model_validate(row)
 
 
 def read_document(model: type[Model], place: Place, name: str) -> Model:

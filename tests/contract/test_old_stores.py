@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tensorstore
 import zarr
 from store_support import DOCS, decoding, fixture_features
 
@@ -57,6 +58,26 @@ def test_plain_zarr_and_the_line_in_the_docs_read_them(precision: Precision) -> 
                 continue
             expected = fixture_features(row, shape)
             assert (np.abs(one.astype(np.float64) - expected) <= bounds(expected, precision)).all()
+
+
+@TIERS
+def test_tensorstore_reads_the_same(precision: Precision) -> None:
+    group = zarr.open_group(FIXTURES / precision, mode="r")
+    for teacher, shape in SHAPES.items():
+        arrays = {}
+        for name, array in group[teacher].arrays():
+            path = FIXTURES / precision / teacher / name
+            opened = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}).result()
+            arrays[name] = np.asarray(opened.read().result())
+            assert arrays[name].dtype == array.dtype
+            assert arrays[name].tobytes() == array[:].tobytes()
+        whole = decoding(DOCS, precision)(channels=67, **arrays)
+        for row in range(8):
+            if row not in ROWS:
+                assert np.isnan(whole[row]).all()
+                continue
+            expected = fixture_features(row, shape)
+            assert (np.abs(whole[row].astype(np.float64) - expected) <= bounds(expected, precision)).all()
 
 
 @TIERS

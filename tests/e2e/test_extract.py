@@ -80,7 +80,7 @@ def test_two_workers_write_the_same_bytes(corpus: Path, store: Path, tmp_path: P
         arguments = depth_arguments(corpus, out, "--shard-size", 2, "--batch-size", 2, "--workers", 2)
         assert olapipe(*arguments).exit_code == 0
         assert digests(out) == digests(store)
-        log = [json.loads(line) for line in (out / "_log/shards.jsonl").read_text().splitlines()]
+        log = [json.loads(line) for line in (out / "_log/timings.jsonl").read_text().splitlines()]
         assert sorted(line["shard"] for line in log) == [0, 1, 2, 3]
         shares.append(len({line["pid"] for line in log}))
         if shares[-1] == 2:

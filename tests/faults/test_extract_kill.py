@@ -69,7 +69,7 @@ def test_sigkill_and_sigint_at_random_moments_change_no_byte(
     time.sleep(moments[0][1])
     _kill(process, signal.SIGKILL)
     assert _receipts(out) < COUNT, "it was stopped halfway"
-    workers = {json.loads(line)["pid"] for line in (out / "_log" / "shards.jsonl").read_text().splitlines()}
+    workers = {json.loads(line)["pid"] for line in (out / "_log" / "timings.jsonl").read_text().splitlines()}
     _wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     first = _receipts(out)
     # what a writer that was killed in the middle of a file leaves behind
@@ -99,7 +99,7 @@ def test_a_worker_that_dies_is_replaced_and_its_shard_done_again(
     corpus: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "s"
-    log = out / "_log" / "shards.jsonl"
+    log = out / "_log" / "timings.jsonl"
     killed: list[int] = []
 
     def kill_the_first_worker() -> None:

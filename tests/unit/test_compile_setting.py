@@ -11,7 +11,8 @@ from pipeline_support import DEPTH, olapipe, write_images
 
 from olapipe.config import ExtractConfig
 from olapipe.corpus import list_corpus
-from olapipe.job import ShardTask, ShardWorker
+from olapipe.tally import ShardTask
+from olapipe.worker import ShardWorker
 from olaschema.store import FeatureStore
 
 

@@ -13,6 +13,7 @@ from pipeline_support import image_bytes, write_images
 from store_support import make_store
 
 from olapipe.corpus import Entry, Listing, compare, list_corpus, read_image
+from olapipe.planning import gather
 from olaschema.errors import CorpusError, ImageError, StoreError
 from olaschema.manifest import SampleRow
 from olaschema.store import FeatureStore
@@ -60,7 +61,7 @@ def test_folders_named_like_images_broken_links_and_pipes(tmp_path: Path) -> Non
 def test_a_name_that_is_not_utf8_is_planned_under_an_escaped_one(tmp_path: Path) -> None:
     for name in (b"caf\xe9.png", b"caf\\xe9.png"):
         (tmp_path / os.fsdecode(name)).write_bytes(b"x")
-    entries = list_corpus(tmp_path, None).entries
+    entries = list(list_corpus(tmp_path, None).entries)
     # sorted by bytes: the literal backslash (5c) comes before e9
     assert entries == [Entry("caf\\xe9.png", 1, None), Entry("./caf\\xe9.png", -1, "bad-name")]
 
@@ -96,7 +97,9 @@ def test_jsonl_lists_the_same_as_json(tmp_path: Path) -> None:
     samples = [{"image": "b.png"}, {"id": 1}, {"image": "a.png"}]
     lines = tmp_path / "c.jsonl"
     lines.write_text("\ufeff" + "\n\n".join(map(json.dumps, samples)) + "\n", encoding="utf-8")
-    assert list_corpus(lines, tmp_path) == list_corpus(_json(tmp_path / "c.json", samples), tmp_path)
+    one, other = list_corpus(lines, tmp_path), list_corpus(_json(tmp_path / "c.json", samples), tmp_path)
+    assert list(one.entries) == list(other.entries)
+    assert (one.repeated, one.text_only) == (other.repeated, other.text_only) == (0, 1)
 
 
 def test_paths_outside_the_root_are_planned_without_leaking_where_they_point(tmp_path: Path) -> None:
@@ -115,15 +118,15 @@ def test_paths_outside_the_root_are_planned_without_leaking_where_they_point(tmp
 def test_lone_surrogates_of_json_are_bad_names(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(r'[{"image": "\ud800.png"}, {"image": "\udce9.png"}]')
     listing = list_corpus(tmp_path / "c.json", tmp_path)
-    assert listing.entries == [Entry("./\\ud800.png", -1, "bad-name"), Entry("./\\xe9.png", -1, "bad-name")]
+    assert list(listing.entries) == [Entry("./\\ud800.png", -1, "bad-name"), Entry("./\\xe9.png", -1, "bad-name")]
 
 
 @given(st.lists(st.text(alphabet="ab./\\x0é9\udce9\ud800\0 ", max_size=8), min_size=1, max_size=12, unique=True))
 def test_every_key_can_be_stored_and_no_two_bad_names_share_one(names: list[str]) -> None:
     root = Path("/nonexistent")
-    from olapipe.corpus import _key
+    from olapipe.corpora.entry import make_key
 
-    found = {name: _key(name) for name in names}
+    found = {name: make_key(name) for name in names}
     bad = [key for key, problem in found.values() if problem == "bad-name"]
     good = {key for key, problem in found.values() if problem is None}
     assert len(bad) == len(set(bad))
@@ -167,7 +170,7 @@ def test_corpora_that_are_not_there(tmp_path: Path) -> None:
     for path, images, words in (
         (tmp_path / "none", None, "no such file or folder"),
         (tmp_path / "empty", None, "no image in this folder"),
-        (tmp_path / "empty", tmp_path, "is a folder of images itself"),
+        (tmp_path / "empty", tmp_path, "holds the images itself"),
         (corpus, None, "folder of its images is not given"),
         (corpus, tmp_path / "none", "no such folder"),
     ):
@@ -185,8 +188,8 @@ def _store_of(root: Path, sizes: dict[str, int]) -> FeatureStore:
 def test_growth_is_what_the_store_does_not_know(tmp_path: Path) -> None:
     store = _store_of(tmp_path / "s", {"a": 1, "gone": 2, "missing then": -1, "missing now": 5})
     entries = [Entry("new", 9), Entry("a", 1), Entry("missing then", 7), Entry("missing now", -1)]
-    growth = compare(Listing(tmp_path, entries, 0, 0), store)
-    assert (growth.new, growth.known, growth.gone) == ([Entry("new", 9)], 3, 1)
+    growth = compare(gather(tmp_path, entries), store)
+    assert (list(growth.new), growth.known, growth.gone) == ([Entry("new", 9)], 3, 1)
 
 
 def test_a_file_of_another_size_than_planned_is_refused_by_name(tmp_path: Path) -> None:
@@ -196,7 +199,7 @@ def test_a_file_of_another_size_than_planned_is_refused_by_name(tmp_path: Path) 
     entries = [Entry(name, size + (name == key)) for name, size in planned.items()]
     (tmp_path / key).write_bytes(b"another image")
     with pytest.raises(StoreError, match=f"{key} had {planned[key]} bytes") as caught:
-        compare(Listing(tmp_path, entries, 0, 0), store)
+        compare(gather(tmp_path, entries), store)
     assert "another --out" in caught.value.remedy
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,11 @@ from pipeline_support import FakeTeacher, digests, write_images
 from store_support import DOCS, decoding
 
 from olapipe.corpus import list_corpus
-from olapipe.encode import Limits, ShardEncoder, execution
+from olapipe.encode import STAGES, Limits, ShardEncoder, execution
 from olapipe.load import teacher_record
 from olaschema.errors import CorpusError, TeacherError
 from olaschema.manifest import ChannelStatistics, Precision
+from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
 ROWS = 8
@@ -261,9 +264,96 @@ def test_memory_of_the_device_and_shapes_are_the_teachers_errors(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(teacher, "encode", exhausted)
-    with pytest.raises(TeacherError, match="do not fit") as caught:
+    with pytest.raises(TeacherError, match="not even one image") as caught:
         encoder.encode(0, ["fake"], _ignore)
-    assert "--batch-size" in caught.value.remedy
+    assert "fewer workers" in caught.value.remedy
     monkeypatch.setattr(teacher, "encode", lambda pixels_bchw: torch.zeros(len(pixels_bchw), 2, 2, 5))
     with pytest.raises(TeacherError, match=r"\(2, 2, 2, 5\)"):
         encoder.encode(0, ["fake"], _ignore)
+
+
+class _BatchTeacher(FakeTeacher):
+    """The last channel of every feature is how many images were encoded with it; more than `fits` do not fit."""
+
+    def __init__(self, name: str = "fake", fits: int = 100, error: Exception | None = None) -> None:
+        super().__init__(name)
+        self.fits = fits
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
+
+    def encode(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
+        features = super().encode(pixels_bchw)
+        if len(pixels_bchw) > self.fits:
+            raise self.error
+        features[..., 3] = len(pixels_bchw)
+        return features
+
+
+def _batches(out: Path, teacher: str, shard: int) -> list[int]:
+    values = FeatureReader(FeatureStore.open(out), teacher)
+    return [int(values.feature(row)[0, 0, 3]) for row in range(shard * ROWS, min(shard * ROWS + ROWS, 11))]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("DefaultCPUAllocator: not enough memory: you tried to …")])
+def test_a_batch_that_does_not_fit_is_halved_for_the_whole_shard_and_recorded(
+    tmp_path: Path, error: Exception | None
+) -> None:
+    small, large = _BatchTeacher("small", 2, error), _BatchTeacher("large")
+    encoder = _encoder(tmp_path / "s", _corpus(tmp_path / "c", 11), small, large, batch=4)
+    for shard in (0, 1):
+        receipts = encoder.encode(shard, ["small", "large"], _ignore)
+        assert receipts["small"].execution.batch_size == 2
+        assert receipts["large"].execution.batch_size == 4
+    assert _batches(tmp_path / "s", "small", 0) == [2] * 8
+    assert _batches(tmp_path / "s", "small", 1) == [2, 2, 1]
+    # no batch holds images of two shards
+    assert _batches(tmp_path / "s", "large", 0) == [4] * 8
+    assert _batches(tmp_path / "s", "large", 1) == [3, 3, 3]
+    # the next shard starts with the full batch again
+    assert small.batches == [4, 2, 2, 2, 2, 3, 2, 1]
+
+
+def test_poisoned_rows_are_not_touched_and_batches_close_up_over_them(tmp_path: Path) -> None:
+    teacher = _BatchTeacher()
+    encoder = _encoder(tmp_path / "s", _corpus(tmp_path / "c"), teacher, batch=2)
+    receipt = encoder.encode(0, ["fake"], _ignore, poisoned={"fake": {1: "crashed"}})["fake"]
+    assert [row.status for row in receipt.rows] == ["ok", "failed", "ok", "ok", "ok", "ok", "ok", "absent"]
+    assert receipt.rows[1].reason == "crashed" and receipt.rows[1].sha256 is None
+    assert teacher.batches == [2, 2, 2]
+    assert len(teacher.fake_preprocessor.seen) == 6
+    assert np.isnan(zarr.open_group(tmp_path / "s", mode="r")["fake/values"][1]).all()
+
+
+def test_timings_name_every_stage(tmp_path: Path) -> None:
+    encoder = _encoder(tmp_path / "s", _corpus(tmp_path / "c"), FakeTeacher())
+    timings: dict[str, float] = {}
+    encoder.encode(0, ["fake"], _ignore, timings=timings)
+    assert set(timings) == {*STAGES, "wall"}
+    assert all(spent > 0 for spent in timings.values())
+
+
+def test_two_shards_in_two_threads_take_turns_with_the_teacher(tmp_path: Path) -> None:
+    inside, most = 0, 0
+
+    class Slow(FakeTeacher):
+        def encode(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.01)
+            inside -= 1
+            return super().encode(pixels_bchw)
+
+    teacher = Slow()
+    encoder = _encoder(tmp_path / "s", _corpus(tmp_path / "c", 11), teacher, batch=2)
+    threads = [threading.Thread(target=encoder.encode, args=(shard, ["fake"], _ignore)) for shard in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert sorted(teacher.batches) == [1, 2, 2, 2, 2, 2]
+    for shard in (0, 1):
+        for sample in encoder.store.shard_samples(shard):
+            np.testing.assert_array_equal(
+                FeatureReader(encoder.store, "fake").feature(sample.row), _expected(tmp_path / "c" / sample.key)
+            )

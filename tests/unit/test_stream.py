@@ -23,8 +23,8 @@ from trainer_support import (
 )
 
 from olaschema.errors import CorpusError, DamagedStoreError, OlaError, StoreError, ViewError
-from olaschema.manifest import View
-from olaschema.precision import array_formats
+from olaschema.manifest import ChannelStatistics, View
+from olaschema.precision import array_formats, blank
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.compose import load_processor
@@ -222,6 +222,38 @@ def test_features_join_by_key_and_keep_their_stored_values(corpus: Corpus, stude
     text = samples[11]
     assert isinstance(text, Sample)
     assert (text.keys, text.rows, text.shown, text.features) == ((), [], [], [])
+
+
+def test_keys_that_share_a_row_are_one_image_with_its_feature(tmp_path: Path, student: Path) -> None:
+    keys = make_images(tmp_path / "images", 6)
+    (tmp_path / "images" / keys[5]).write_bytes((tmp_path / "images" / keys[1]).read_bytes())
+    make_store(tmp_path / "store", tmp_path / "images", keys, failed={keys[5]: "gen"})
+    file = write_json(tmp_path / "c.json", [conversation(key, "x") for key in keys])
+    corpus = Corpus(tmp_path, tmp_path / "images", file, tmp_path / "store", keys)
+    before = {teacher: coverage(FeatureStore.open(corpus.store), listing(corpus), teacher) for teacher in records()}
+    order = listing(corpus).digest
+    store = FeatureStore.open(corpus.store)
+    receipt = store.receipt("depth", 1)
+    assert receipt is not None
+    # what `olapipe dedup` writes: the row is blank, and its receipt names the other one
+    shared = receipt.rows[1].model_copy(update={"same_as": 1})
+    stored = blank(4, (2, 2, 5), "float16")
+    stored[0] = FeatureReader(store, "depth").read(4)
+    rows = [receipt.rows[0], shared, *receipt.rows[2:]]
+    store.commit_shard(store.teacher("depth"), 1, stored, rows, ChannelStatistics(5), receipt.execution, replace=True)
+    first, last = (stream(corpus, student)[position] for position in (1, 5))
+    assert isinstance(first, Sample) and isinstance(last, Sample)
+    assert first.row == last.row == 1
+    assert last.features["gen"] is None and first.features["depth"] is not None and last.features["depth"] is not None
+    np.testing.assert_array_equal(last.features["depth"].values, first.features["depth"].values)
+    batch = collator(student)([first, last])
+    assert isinstance(batch, Batch) and batch.rows.tolist() == [1, 1]
+    # a run that has begun goes on: same order, same samples with features
+    assert listing(corpus).digest == order
+    after = {teacher: coverage(FeatureStore.open(corpus.store), listing(corpus), teacher) for teacher in records()}
+    assert {t: (c.ready.tolist(), c.valid, c.missing) for t, c in after.items()} == {
+        t: (c.ready.tolist(), c.valid, c.missing) for t, c in before.items()
+    }
 
 
 def test_missing_features_mask_that_teacher_only(tmp_path: Path, student: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from olaschema.errors import CorpusError
 from olaschema.keys import tombstone
+from olaschema.rooted import is_rooted
 from olaschema.store import FeatureStore
 from olatrain.conversations import Conversations
 
@@ -56,11 +57,12 @@ def join(conversations: Conversations, store: FeatureStore | None) -> Listing:
     wanted = {key for keys in conversations.keys for key in keys}
     found: dict[str, int] = {}
     forgotten: dict[str, int] = {}
-    for sample in store.samples():
-        if sample.problem == "forgotten":
-            forgotten[sample.key] = sample.row
-        elif sample.key in wanted:
-            found[sample.key] = sample.row
+    for table in store.plan_tables():
+        for key, row, problem in zip(*(table[name].to_pylist() for name in ("key", "row", "problem")), strict=True):
+            if problem == "forgotten":
+                forgotten[key] = row
+            elif key in wanted:
+                found[key] = row
     if forgotten:  # they keep their rows, so that a run that has begun keeps its order; they have no features
         stones = {tombstone(key): key for key in wanted - found.keys()}
         found |= {stones[stone]: row for stone, row in forgotten.items() if stone in stones}
@@ -130,7 +132,7 @@ def require_images(listing: Listing, root: Path) -> None:
     """Raise CorpusError unless at least one of some evenly spaced images is under `root`."""
     keys = [key for keys in listing.conversations.keys for key in keys]
     probed = keys[:: max(1, len(keys) // _PROBED_IMAGES)]
-    if probed and not any((root / key).is_file() for key in probed):
+    if probed and not any(is_rooted(root, key) for key in probed):
         raise CorpusError(
             f"{root} holds none of the images tried, for instance {probed[0]}",
             "Give the folder that the images of the conversations are relative to (--images).",

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from olaschema.errors import ImageError, OlaError, StoreError
-from olaschema.files import read_regular
 from olaschema.images import decode_image
 from olaschema.manifest import RowReceipt
 from olaschema.place import Place
 from olaschema.precision import ArrayFormat, Stored
 from olaschema.reader import FeatureReader
+from olaschema.rooted import read_rooted
 from olaschema.store import FeatureStore
 from olatrain.conversations import SampleError
 from olatrain.families import Shown, Vision
@@ -210,6 +210,7 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         conversation = self._listing.conversations[index]
         rows = self._listing.rows_of(index)
         shown: list[Shown] = []
+        identities: list[int] = []
         features: list[dict[str, Stored | None]] = []
         asked = self._asked()
         for key, row in zip(conversation.keys, rows, strict=True):
@@ -217,11 +218,14 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
             statuses = {t: reader.status(row) if row >= 0 else None for t, reader in readers.items()}
             shown.append(self._show(key, statuses))
             features.append({t: self._feature(t, reader, row) for t, reader in readers.items()})
+            # keys that share a row are one image: none is a negative of another
+            shared = [s.same_as for s in statuses.values() if s is not None and s.same_as is not None]
+            identities.append(min(shared, default=row))
         prompt = self._source.prompts.build(conversation, [one.block for one in shown])
         return Sample(
             position,
             conversation.keys,
-            rows,
+            identities,
             prompt.input_ids,
             prompt.labels,
             shown,
@@ -244,9 +248,8 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         return self._readers
 
     def _show(self, key: str, statuses: Mapping[str, RowReceipt | None]) -> Shown:
-        path = self._source.images / key
         try:
-            data = read_regular(path)
+            data = read_rooted(self._source.images, key)
         except ImageError as error:
             raise ImageError(error.reason, f"{key}: {error.problem}") from error
         _require_same(data, key, statuses)

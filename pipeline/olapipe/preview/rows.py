@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,17 +19,19 @@ from olaschema.manifest import RowReceipt, SampleRow
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
+_LOOKED_AT = 10_000
+
 
 def find_sample(store: FeatureStore, key: str) -> SampleRow:
     """Return the planned image of a key; raises StoreError that says which key was probably meant."""
     wanted = {key}
     with contextlib.suppress(ImageError):  # what reports show for a name that cannot be a key is no key either
         wanted.add(normalise_key(key))
-    keys = []
-    for sample in store.samples():
-        if sample.key in wanted:
-            return sample
-        keys.append(sample.key)
+    found = store.find(wanted)
+    if found is not None:
+        return found[2]
+    # what was meant is looked for among the first ones: names of one corpus are alike
+    keys = [sample.key for sample in islice(store.samples(), _LOOKED_AT)]
     named_alike = [known for known in keys if PurePosixPath(known).name == PurePosixPath(key).name]
     close = named_alike[:1] or difflib.get_close_matches(key, keys, n=1)
     examples = ", ".join(map(visible, keys[:3])) + (", …" if len(keys) > 3 else "")

@@ -1,0 +1,122 @@
+"""Starting Ray here, or joining a cluster; the scratch folder of a Ray that runs here."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from olapipe.signals import sigterm_raises
+from olaschema.errors import OlaError
+
+_CONNECT_SECONDS = 5.0
+# Nothing large goes through Ray's object store: tasks are numbers and the shards are written by the workers.
+_OBJECT_STORE_BYTES = 80 << 20
+_PREFIX = "olapipe-"
+_HELD = "in-use.lock"
+
+
+@contextmanager
+def ray_running(address: str | None, cpus: int) -> Iterator[None]:
+    """Join the cluster at `address`, or start Ray here with room for `cpus` workers at least; stop it in the end.
+
+    A Ray that this process has running already is used and left running. Raises OlaError where there is none to use.
+    """
+    if address is None:
+        # Set before ray is imported, which reads it then: servers listen on the loopback address only.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # A token for this run alone; otherwise Ray writes one into the home folder.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    with nullcontext() if address else _scratch_folder() as scratch:
+        try:
+            _initialise(address, cpus, scratch)
+            with sigterm_raises():  # Ray's own handler, set by init, dumps its stacks and exits with 15
+                yield
+        finally:
+            ray.shutdown()
+
+
+def _initialise(address: str | None, cpus: int, scratch: str | None) -> None:
+    import ray
+
+    where: dict[str, Any] = {
+        "address": "local",  # not one that somebody else runs on this machine
+        "num_cpus": max(cpus, os.cpu_count() or 1),
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "_temp_dir": scratch,
+    }
+    if address is not None:
+        _require_reachable(address)
+        where = {"address": address}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
+    except (RuntimeError, ValueError, ConnectionError, OSError) as error:
+        if address is not None:
+            raise _unreachable(address, error) from error
+        raise OlaError(
+            f"Ray cannot be started here: {_first_line(error)}", "Free memory or processes, or use --address."
+        ) from error
+
+
+def _require_reachable(address: str) -> None:
+    """Ray itself tries a dead address for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator:
+        return  # `auto`, which Ray answers at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> OlaError:
+    return OlaError(
+        f"no Ray cluster can be joined at {address}: {_first_line(error)}",
+        "Check --address, and RAY_AUTH_TOKEN if the cluster wants one. Without --address Ray is started here.",
+    )
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[str]:
+    # Sockets live in there, and their paths may have 107 bytes at most.
+    parent = tempfile.gettempdir()
+    parent = parent if len(parent) <= 24 else "/tmp"  # noqa: S108
+    sweep_scratch(Path(parent))
+    folder = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+    try:
+        with (Path(folder) / _HELD).open("wb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep_scratch(parent: Path) -> None:
+    """Delete scratch folders of drivers that were killed: those of this user whose lock nobody holds any more."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # another user's, one being deleted, or one whose driver lives
+            if folder.lstat().st_uid != os.getuid() or folder.is_symlink():
+                continue
+            with (folder / _HELD).open("rb") as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

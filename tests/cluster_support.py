@@ -1,0 +1,114 @@
+"""A Ray cluster of several nodes on this machine, and the command run on it as a user would, with a faulty teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray._common.utils import reset_ray_address
+from ray.cluster_utils import Cluster
+
+PLUGINS = Path(__file__).parent / "plugins"
+_PATH = os.pathsep.join([str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])])
+_SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What a node is started with, its workers have: the folder of the faulty teacher."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", _PATH)
+        yield
+
+
+class Nodes:
+    """A head without CPUs and two nodes of one CPU each; nodes that were killed are started again."""
+
+    def __init__(self) -> None:
+        with _environment():
+            self.cluster = Cluster(
+                initialize_head=True,
+                head_node_args={
+                    "num_cpus": 0,
+                    "include_dashboard": False,
+                    "_system_config": _SOON,
+                },
+            )
+        reset_ray_address()  # or every other Ray of this machine would join it
+        self.restarted = 0
+        for _ in range(2):
+            self._add()
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def _add(self) -> None:
+        with _environment():
+            self.cluster.add_node(num_cpus=1, object_store_memory=80 << 20, wait=False)
+
+    def mend(self) -> None:
+        """Start a new node for each one whose raylet is gone."""
+        for node in list(self.cluster.worker_nodes):
+            if any(kind == "raylet" for kind, _ in node.dead_processes()):
+                self.cluster.remove_node(node, allow_graceful=False)
+                self._add()
+                self.restarted += 1
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Nodes]:
+    """One cluster for all tests with a faulty teacher."""
+    found = Nodes()
+    yield found
+    found.cluster.shutdown()
+
+
+def control(folder: Path, **settings: Any) -> Path:
+    """Write what the faulty teacher is to do; return its checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "fired").mkdir(exist_ok=True)
+    (folder / "control.json").write_text(json.dumps(settings))
+    return folder
+
+
+def start(nodes: Nodes | None, corpus: Path, out: Path, checkpoint: Path, *more: object) -> subprocess.Popen[str]:
+    """Start `olapipe extract` with the faulty teacher, on the cluster if there is one."""
+    fixed = ["extract", corpus, "--out", out, "--teacher", "faulty", "--checkpoint", f"faulty={checkpoint}"]
+    where = ["--address", nodes.address] if nodes is not None else []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "olapipe", *map(str, [*fixed, *where, *more])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": _PATH},
+    )
+    (checkpoint / "driver.pid").write_text(str(process.pid))
+    return process
+
+
+def finish(process: subprocess.Popen[str], nodes: Nodes | None = None, seconds: float = 240) -> str:
+    """Wait for the command, with lost nodes replaced meanwhile; return what it printed."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        if nodes is not None:
+            nodes.mend()
+        time.sleep(0.2)
+    if process.poll() is None:
+        process.kill()
+        raise AssertionError(f"the command does not end:\n{process.communicate()[0]}")
+    return process.communicate()[0]
+
+
+def fired(checkpoint: Path) -> set[int]:
+    """Which entries of the plan have happened."""
+    return {int(path.name) for path in (checkpoint / "fired").iterdir()}

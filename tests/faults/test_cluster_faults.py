@@ -1,0 +1,68 @@
+"""Driver, worker and raylet of a cluster are killed at every write boundary; the rerun gives an undisturbed store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cluster_support import Nodes, control, finish, fired, nodes, start
+from pipeline_support import digests, write_images
+
+from olaschema.store import FeatureStore
+
+__all__ = ["nodes"]
+
+POINTS = ("before-values", "during-values", "after-values", "before-receipt", "during-receipt", "after-receipt")
+SETTINGS = ("--shard-size", 2, "--batch-size", 2, "--workers", 2)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_images(folder, *(f"{index:02d}.png" for index in range(24)))
+    (folder / "03.png").write_bytes(b"not an image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes: Nodes, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(nodes, corpus, folder / "s", control(folder / "faulty"), *SETTINGS)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert FeatureStore.open(folder / "s").committed("faulty") == list(range(12))
+    return digests(folder / "s")
+
+
+def test_workers_and_nodes_killed_at_every_boundary_of_one_run(
+    nodes: Nodes, corpus: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    plan = [(shard, point, "worker") for shard, point in enumerate(POINTS)]
+    plan += [(6 + shard, point, "raylet") for shard, point in enumerate(POINTS) if shard % 2]
+    checkpoint = control(tmp_path / "faulty", plan=plan)
+    before = nodes.restarted
+    process = start(nodes, corpus, tmp_path / "s", checkpoint, *SETTINGS)
+    output = finish(process, nodes)
+    assert process.returncode == 0, output
+    assert fired(checkpoint) == set(range(len(plan))), "every boundary was hit"
+    nodes.mend()
+    assert nodes.restarted >= before + 3
+    assert digests(tmp_path / "s") == undisturbed
+
+
+def test_the_driver_killed_at_every_boundary_and_run_again(
+    nodes: Nodes, corpus: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    plan = [(2 * number, point, "driver") for number, point in enumerate(POINTS)]
+    checkpoint = control(tmp_path / "faulty", plan=plan)
+    runs = 0
+    while True:
+        process = start(nodes, corpus, tmp_path / "s", checkpoint, *SETTINGS)
+        output = finish(process)
+        runs += 1
+        if process.returncode != -9:
+            break
+        assert runs <= len(plan)
+    assert process.returncode == 0, output
+    assert fired(checkpoint) == set(range(len(plan))), "every boundary was hit"
+    assert digests(tmp_path / "s") == undisturbed

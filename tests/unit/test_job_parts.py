@@ -1,0 +1,168 @@
+"""The parts of a job that need no Ray: suspects, the tally, the slowest stage, notes and status, limits, signals."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from olapipe.bottleneck import bottleneck, busy
+from olapipe.cluster import sweep_scratch
+from olapipe.config import ExtractConfig
+from olapipe.poison import Suspects
+from olapipe.signals import Terminated, sigterm_raises, stop_flag
+from olapipe.status import JOBS, Heartbeat, JobNote, jobs, show_status, teacher_status
+from olapipe.tally import ShardResult, ShardTask, Tally
+from olaschema.manifest import SampleRow
+from olaschema.place import LocalPlace
+from olaschema.store import FeatureStore
+
+
+def _try(suspects: Suspects, deadly: set[tuple[str, int]], raising: set[tuple[str, int]]) -> int:
+    deaths = 0
+    while not suspects.done and not suspects.hopeless:
+        present = suspects.next()
+        if present in deadly:
+            deaths += 1
+            suspects.blame("crashed")
+        elif present in raising:
+            suspects.blame("teacher-failed")
+        else:
+            suspects.survived()
+    return deaths
+
+
+def test_suspects_are_blamed_by_teacher_and_a_death_counts_when_it_happens_twice() -> None:
+    task = ShardTask(3, ("a", "b"), 5, poisoned={"b": {4: "crashed"}})
+    suspects = Suspects(task)
+    assert _try(suspects, {("a", 1)}, {("b", 0)}) == 2
+    assert suspects.poisoned() == {"a": {1: "crashed"}, "b": {0: "teacher-failed", 4: "crashed"}}
+    assert task.poisoned == {"b": {4: "crashed"}}, "the task itself stays as it was"
+
+
+def test_one_death_from_outside_is_no_images_fault() -> None:
+    suspects = Suspects(ShardTask(0, ("a",), 2))
+    suspects.blame("crashed")
+    suspects.survived()
+    suspects.blame("crashed")
+    suspects.survived()
+    assert suspects.done and suspects.poisoned() == {}
+
+
+def test_a_broken_teacher_is_not_the_images_fault() -> None:
+    suspects = Suspects(ShardTask(0, ("a",), 100))
+    deaths = _try(suspects, {("a", row) for row in range(100)}, set())
+    assert suspects.hopeless and deaths == 18
+
+
+def test_a_tally_counts_shards_and_names_those_with_smaller_batches() -> None:
+    tally = Tally()
+    tally.add(ShardTask(0, ("a", "b"), 4), ShardResult({"a": 3, "b": 4}, {"a": 1, "b": 0}, {"a": 8, "b": 8}, {}), 8)
+    tally.add(ShardTask(5, ("a",), 4), ShardResult({"a": 2}, {"a": 2}, {"a": 2}, {"forward": 0.5, "write": 1.25}), 8)
+    assert dict(tally.ok) == {"a": 5, "b": 4} and tally.failures == 3 and tally.shards == 2
+    assert tally.smaller == {"a": {5: 2}}
+    assert tally.seconds["write"] == 1.25
+
+
+def test_the_busiest_stage_is_named_with_the_decoding_threads_taken_together() -> None:
+    seconds = {"read": 2.0, "decode": 6.0, "preprocess": 8.0, "forward": 7.0, "write": 1.0, "wait": 9.0}
+    shares = busy(seconds, wall=10.0, workers=1, decoders=2)
+    assert shares["decode"] == pytest.approx(0.3) and shares["forward"] == pytest.approx(0.7)
+    found = bottleneck(seconds, 10.0, 1, 2)
+    assert found is not None and found.stage == "preprocess" and found.busy == pytest.approx(0.8)
+    found = bottleneck(seconds | {"forward": 9.0}, 10.0, 1, 2)
+    assert found is not None and found.stage == "forward" and found.busy == pytest.approx(0.9)
+    found = bottleneck(seconds | {"write": 19.8}, 10.0, 2, 2)
+    assert found is not None and found.stage == "write" and found.busy == pytest.approx(0.99)
+    assert bottleneck({}, 10.0, 1, 2) is None
+
+
+@pytest.mark.parametrize(("given", "most"), [("12", 12), ("5%", 10), ("0", 0), ("2.5%", 5), ("0%", 0), (7, 7)])
+def test_max_failures_is_a_number_or_a_share(given: object, most: int) -> None:
+    assert _config(given).most_failures(200) == most
+
+
+@pytest.mark.parametrize("given", ["-1", "5 %", "many", "%", "1.5"])
+def test_other_limits_are_refused(given: str) -> None:
+    with pytest.raises(ValidationError, match="max_failures"):
+        _config(given)
+
+
+def _config(most: object) -> ExtractConfig:
+    return ExtractConfig.model_validate({"corpus": "c", "out": "s", "teachers": ("depth",), "max_failures": most})
+
+
+def test_the_first_signal_sets_a_flag_and_the_second_one_raises() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_flag() as flag:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.number == signal.SIGTERM
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+    with sigterm_raises(), pytest.raises(Terminated):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_scratch_folders_of_dead_drivers_are_swept(tmp_path: Path) -> None:
+    for name in ("olapipe-dead", "olapipe-alive", "other-dead"):
+        (tmp_path / name / "session").mkdir(parents=True)
+        (tmp_path / name / "in-use.lock").touch()
+    (tmp_path / "olapipe-unknown").mkdir()
+    with (tmp_path / "olapipe-alive" / "in-use.lock").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        sweep_scratch(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["olapipe-alive", "olapipe-unknown", "other-dead"]
+
+
+def _store(root: Path, images: int) -> FeatureStore:
+    store = FeatureStore.create(root, rows_per_shard=4)
+    store.add_generation(SampleRow(row=0, key=f"{n}.png", uri=f"{n}.png", size=1) for n in range(images))
+    return store
+
+
+def test_status_counts_images_of_short_shards_and_the_rate_of_active_jobs(tmp_path: Path) -> None:
+    store = _store(tmp_path / "s", 10)
+    (tmp_path / "s" / "receipts" / "a").mkdir(parents=True)
+    for shard in (0, 2):
+        (tmp_path / "s" / "receipts" / "a" / f"{shard:05d}.json").touch()
+    now = 1000.0
+    running = JobNote(
+        host="m", pid=1, started=980.0, updated=990.0, waiting={"a": 10}, settled={"a": 5}, failed={"a": 2}
+    )
+    silent = running.model_copy(update={"updated": 100.0, "started": 0.0})
+    found = teacher_status(store, "a", [running, running, silent], now)
+    assert (found.shards, found.planned_shards, found.done, found.planned) == (2, 3, 6, 10)
+    assert found.rate == pytest.approx(1.0) and found.left == pytest.approx(4.0) and found.failed == 4
+    assert silent.describe(now) == "silent for 15 min 00 s, probably killed"
+    assert not running.model_copy(update={"state": "finished"}).active(now)
+
+
+def test_a_job_leaves_notes_that_status_shows(tmp_path: Path) -> None:
+    store = _store(tmp_path / "s", 10)
+    heart = Heartbeat(store.place, {"a": 10})
+    tally = Tally(workers=2)
+    tally.settled["a"] = 3
+    heart.beat(tally)
+    tally.settled["a"] = 7
+    heart.beat(tally)  # too early
+    (note,) = jobs(store.place)
+    assert note.settled == {"a": 3} and note.active(time.time())
+    heart.end("finished")
+    LocalPlace(tmp_path / "s").publish(f"{JOBS}/9-broken.json", b"{")
+    (note,) = jobs(store.place)
+    assert note.settled == {"a": 7} and not note.active(time.time())
+    out = io.StringIO()
+    show_status(Console(file=out, width=200), store, as_json=True)
+    assert json.loads(out.getvalue())["jobs"][0]["state"] == "finished"
+    out = io.StringIO()
+    show_status(Console(file=out, width=200), store, as_json=False)
+    assert "a 7 of 10" in out.getvalue() and f"process {os.getpid()}" in out.getvalue()
