@@ -13,6 +13,7 @@ from olatrain.conversations import Conversations
 from olatrain.families import open_vision
 from olatrain.join import coverage, join
 from olatrain.prompts import PromptBuilder
+from olatrain.storedata import StoreData
 from olatrain.stream import Sample, SampleStream, Source
 from olatrain.tokens import TaskTokens
 
@@ -31,9 +32,8 @@ def test_a_forgotten_image_is_masked_and_the_order_stays(tmp_path: Path) -> None
     assert found.missing == {"forgotten": 2}, "the image is used twice"
     processor = load_processor(student)
     source = Source(
-        store=corpus.store,
+        data=StoreData.at(str(corpus.store), ("depth", "gen"), corpus.conversations, corpus.images),
         teachers=("depth", "gen"),
-        images=corpus.images,
         prompts=PromptBuilder(processor.tokenizer, TaskTokens.load(student), max_length=512),
         vision=open_vision(processor, TaskTokens.load(student)),
         exif=True,

@@ -30,10 +30,12 @@ from olaschema.store import FeatureStore
 from olatrain.compose import load_processor
 from olatrain.conversations import Conversations
 from olatrain.families import open_vision
-from olatrain.join import Listing, coverage, join, require_features, require_images
+from olatrain.join import Listing, coverage, join, require_images
 from olatrain.meanmap import mean_maps
 from olatrain.order import PositionSampler, cyclic_partners, epoch_order, rank_span
 from olatrain.prompts import PromptBuilder
+from olatrain.source import require_features
+from olatrain.storedata import StoreData
 from olatrain.stream import Batch, Collator, Fault, Sample, SampleStream, Skipped, Source, make_loader
 from olatrain.tokens import TaskTokens
 from olatrain.views import require_views
@@ -53,13 +55,16 @@ def listing(corpus: Corpus) -> Listing:
     return join(Conversations.read(corpus.conversations), FeatureStore.open(corpus.store))
 
 
+def data(corpus: Corpus) -> StoreData:
+    return StoreData.at(str(corpus.store), ("depth", "gen"), corpus.conversations, corpus.images)
+
+
 def source(corpus: Corpus, student: Path, **changes: Any) -> Source:
     processor = load_processor(student)
     tokens = TaskTokens.load(student)
     chosen: dict[str, Any] = {
-        "store": corpus.store,
+        "data": data(corpus),
         "teachers": ("depth", "gen"),
-        "images": corpus.images,
         "prompts": PromptBuilder(processor.tokenizer, tokens, max_length=512),
         "vision": open_vision(processor, tokens),
         "exif": True,
@@ -243,7 +248,7 @@ def test_keys_that_share_a_row_are_one_image_with_its_feature(tmp_path: Path, st
     store.commit_shard(store.teacher("depth"), 1, stored, rows, ChannelStatistics(5), receipt.execution, replace=True)
     first, last = (stream(corpus, student)[position] for position in (1, 5))
     assert isinstance(first, Sample) and isinstance(last, Sample)
-    assert first.row == last.row == 1
+    assert first.rows == last.rows == [1]
     assert last.features["gen"] is None and first.features["depth"] is not None and last.features["depth"] is not None
     np.testing.assert_array_equal(last.features["depth"].values, first.features["depth"].values)
     batch = collator(student)([first, last])
@@ -278,7 +283,7 @@ def test_a_teacher_without_any_feature_is_refused(corpus: Corpus) -> None:
     found = join(Conversations.read(file), FeatureStore.open(corpus.store))
     coverages = {"depth": coverage(FeatureStore.open(corpus.store), found, "depth")}
     with pytest.raises(CorpusError, match=r"depth has no feature for any sample \(1 not-in-store\)"):
-        require_features(coverages, corpus.store)
+        require_features(coverages, str(corpus.store))
     with pytest.raises(CorpusError, match=r"none of the images tried, for instance elsewhere/1\.png"):
         require_images(found, corpus.images)
 
@@ -348,10 +353,10 @@ def test_mean_map_is_the_mean_of_the_training_rows(corpus: Corpus) -> None:
     store = FeatureStore.open(corpus.store)
     file = write_json(corpus.root / "few.json", [conversation(key, "x") for key in corpus.keys[1:4]])
     found = join(Conversations.read(file), store)
-    means = mean_maps(corpus.store, {"depth": coverage(store, found, "depth")}, most=100)
+    means = mean_maps(data(corpus), {"depth": coverage(store, found, "depth")}, most=100)
     rows = [FeatureReader(store, "depth").feature(row).astype(np.float64) for row in (1, 2, 3)]
     np.testing.assert_allclose(means["depth"].numpy(), np.mean(rows, axis=0), rtol=1e-6)
-    two = mean_maps(corpus.store, {"depth": coverage(store, found, "depth")}, most=2)
+    two = mean_maps(data(corpus), {"depth": coverage(store, found, "depth")}, most=2)
     np.testing.assert_allclose(two["depth"].numpy(), np.mean([rows[0], rows[1]], axis=0), rtol=1e-6)
 
 
@@ -382,7 +387,7 @@ def test_a_view_that_differs_is_refused_in_words_or_allowed() -> None:
 def test_a_receipt_that_vanishes_during_the_run_is_an_error_not_a_missing_feature(
     corpus: Corpus, student: Path
 ) -> None:
-    samples = stream(corpus, student, committed={"depth": frozenset((0, 1, 2))})
+    samples = stream(corpus, student)
     assert isinstance(samples[0], Sample)
     (corpus.store / "receipts/depth/00001.json").unlink()
     found = samples[5]

@@ -87,8 +87,12 @@ print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 
 
 def _data(config: TrainConfig, samples: str, start: dict[str, Any] | None) -> str:
-    features = f", features `{PurePosixPath(config.store).name}`" if config.store is not None else ""
-    text = f"Conversations `{config.conversations.name}`{features}. Samples digest `{samples}`."
+    store = f"`{PurePosixPath(config.store).name}`" if config.store is not None else ""
+    if config.conversations is None:
+        sources = f"Packed training set {store}"
+    else:
+        sources = f"Conversations `{config.conversations.name}`" + (f", features {store}" if store else "")
+    text = f"{sources}. Samples digest `{samples}`."
     if start is not None:
         text += (
             f" An epoch has {start['samples']} samples, {start['text_only']} of them text alone; "

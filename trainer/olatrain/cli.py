@@ -124,7 +124,9 @@ def run(
     ] = None,
     preset: Annotated[PresetName | None, typer.Option(help="Settings of a published stage; others win.")] = None,
     student: Annotated[Path | None, typer.Option(help="Folder that `olatrain compose` or `export` wrote.")] = None,
-    store: Annotated[str | None, typer.Option(help="Feature store that `olapipe extract` wrote.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Feature store of `olapipe extract`, or packed training set of `olapipe pack`.")
+    ] = None,
     conversations: Annotated[Path | None, typer.Option(help="LLaVA-style JSON or JSONL.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder that the conversations' images are relative to.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; a run in it is continued.")] = None,
@@ -198,11 +200,17 @@ def export(
 @app.command()
 def probe(
     student: Annotated[Path, typer.Option(help="Student to probe; it stays as it is.")],
-    store: Annotated[str, typer.Option(help="Feature store that `olapipe extract` wrote.")],
+    store: Annotated[
+        str, typer.Option(help="Feature store of `olapipe extract`, or packed training set of `olapipe pack`.")
+    ],
     teacher: Annotated[list[str], typer.Option(help="Teacher whose features to read from the layers; repeat.")],
-    conversations: Annotated[Path, typer.Option(help="LLaVA-style JSON or JSONL; one of each image is used.")],
-    images: Annotated[Path, typer.Option(help="Folder that the conversations' images are relative to.")],
     out: Annotated[Path, typer.Option(help="Folder of the probe; one in it is continued.")],
+    conversations: Annotated[
+        Path | None, typer.Option(help="LLaVA-style JSON or JSONL; one of each image is used. Not for a packed set.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that the conversations' images are relative to. Not for a packed set.")
+    ] = None,
     context: Annotated[
         ContextName | None, typer.Option(help="What the probes read: the image's states, the prompt's, or all. [image]")
     ] = None,

@@ -71,9 +71,18 @@ class Lora(Frozen):
 class Evaluation(Frozen):
     """Samples held out of the training, whose embedding losses are measured now and then."""
 
-    conversations: Path
+    conversations: Path | None = None
+    """About images of the run's `images`, or of its packed set."""
+    store: StoreUrl | None = None
+    """Or a packed training set of the samples held out."""
     every: int = Field(default=500, gt=0)
     """Steps between evaluations; there is one before the first step and one after the last."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Evaluation:
+        if (self.conversations is None) == (self.store is None):
+            raise ValueError("evaluation takes conversations, or a packed set as store: one of the two")
+        return self
 
 
 class PredictionSamples(Frozen):
@@ -101,11 +110,11 @@ class TrainConfig(Frozen):
     """Folder that `olatrain compose`, `prepare`, `import-ola` or `export` wrote; a stage starts from the export of the
     last."""
     store: StoreUrl | None = None
-    """Feature store that `olapipe extract` wrote: a folder, or an address such as `s3://bucket/prefix`; none where no
-    teacher is named."""
-    conversations: Path
-    """LLaVA-style JSON or JSONL."""
-    images: Path
+    """Feature store that `olapipe extract` wrote, or packed training set of `olapipe pack`: a folder, or an address
+    such as `s3://bucket/prefix`; none where no teacher is named."""
+    conversations: Path | None = None
+    """LLaVA-style JSON or JSONL; not beside a packed set, which holds its own, and so does it the images."""
+    images: Path | None = None
     """Folder that the images of the conversations are relative to."""
     out: Path
     teachers: dict[str, TeacherTraining] = Field(default_factory=dict)
@@ -233,7 +242,11 @@ class TrainConfig(Frozen):
         """Refuse what contradicts itself about losses and groups of parameters."""
         if self.teachers and self.store is None:
             raise ValueError("teachers are named, but the setting store is missing")
-        if self.store is not None and not self.teachers:
+        if (self.conversations is None) != (self.images is None):
+            raise ValueError("conversations and images go together: one of them is missing")
+        if self.conversations is None and self.store is None:
+            raise ValueError("conversations and images are missing, or a packed training set as store")
+        if self.store is not None and self.conversations is not None and not self.teachers:
             raise ValueError("a store is given, but teachers names none to learn from")
         if not self.text and not any(teacher.trains for teacher in self.teachers.values()):
             raise ValueError("text is 0 and no teacher has a weight: there is no loss")
@@ -252,12 +265,14 @@ class TrainConfig(Frozen):
 
     def require_inputs(self) -> None:
         """Raise ConfigError naming the first input that is not there, before anything is loaded."""
-        folders = {"student": self.student, "images": self.images}
+        folders = {"student": self.student}
+        if self.images is not None:
+            folders["images"] = self.images
         # what an address holds is seen when it is opened
         if self.store is not None and "://" not in self.store:
             folders["store"] = Path(self.store)
-        files = {"conversations": self.conversations}
-        if self.evaluation is not None:
+        files = {"conversations": self.conversations} if self.conversations is not None else {}
+        if self.evaluation is not None and self.evaluation.conversations is not None:
             files["evaluation.conversations"] = self.evaluation.conversations
         for name, path in folders.items():
             if not path.is_dir():

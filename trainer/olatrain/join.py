@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,30 +29,40 @@ class Listing:
     """(N,) int64: shard of that row, or -1."""
     image_rows: np.ndarray
     """(M,) int64: rows of all images, sample after sample; -1 where the store does not plan one."""
+    image_places: np.ndarray
+    """(M,) int64: where to read each image and its features; its row in a store, -1 for nowhere."""
     ends: np.ndarray
     """(N,) int64: where each sample's images end in `image_rows`."""
     digest: str
-    """Changes with any conversation, its order, or its row: the order of samples depends on nothing else."""
+    """Changes with any conversation, its order, row or shard: the order of samples depends on nothing else."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def rows_of(self, place: int) -> list[int]:
         """Return the rows of one sample's images, in order."""
-        found: list[int] = self.image_rows[self.ends[place - 1] if place else 0 : self.ends[place]].tolist()
+        return self._images(self.image_rows, place)
+
+    def places_of(self, place: int) -> list[int]:
+        """Return the places of one sample's images, in order."""
+        return self._images(self.image_places, place)
+
+    def _images(self, array: np.ndarray, place: int) -> list[int]:
+        found: list[int] = array[self.ends[place - 1] if place else 0 : self.ends[place]].tolist()
         return found
 
     def select(self, places: np.ndarray) -> Listing:
         """Return the samples at `places`, in that order."""
         chosen = [self.rows_of(int(place)) for place in places]
-        return _listing(self.conversations.select(places.tolist()), chosen, self.shards[places])
+        where = [self.places_of(int(place)) for place in places]
+        return make_listing(self.conversations.select(places.tolist()), chosen, self.shards[places], where)
 
 
 def join(conversations: Conversations, store: FeatureStore | None) -> Listing:
     """Find the rows of every conversation's images; without a store none has one."""
     if store is None:
         nowhere = [[-1] * len(keys) for keys in conversations.keys]
-        return _listing(conversations, nowhere, np.full(len(nowhere), -1, dtype=np.int64))
+        return make_listing(conversations, nowhere, np.full(len(nowhere), -1, dtype=np.int64))
     wanted = {key for keys in conversations.keys for key in keys}
     found: dict[str, int] = {}
     forgotten: dict[str, int] = {}
@@ -68,15 +77,24 @@ def join(conversations: Conversations, store: FeatureStore | None) -> Listing:
         found |= {stones[stone]: row for stone, row in forgotten.items() if stone in stones}
     by_sample = [[found.get(key, -1) for key in keys] for keys in conversations.keys]
     firsts = np.asarray([rows[0] if rows else -1 for rows in by_sample], dtype=np.int64)
-    return _listing(conversations, by_sample, np.where(firsts >= 0, firsts // store.rows_per_shard, -1))
+    return make_listing(conversations, by_sample, np.where(firsts >= 0, firsts // store.rows_per_shard, -1))
 
 
-def _listing(conversations: Conversations, by_sample: list[list[int]], shards: np.ndarray) -> Listing:
+def make_listing(
+    conversations: Conversations, by_sample: list[list[int]], shards: np.ndarray, places: list[list[int]] | None = None
+) -> Listing:
+    """Make a listing of each sample's rows and shard, and of its images' places where these are not their rows."""
     rows = np.asarray([rows[0] if rows else -1 for rows in by_sample], dtype=np.int64)
     image_rows = np.asarray([row for rows in by_sample for row in rows], dtype=np.int64)
     ends = np.cumsum([len(rows) for rows in by_sample], dtype=np.int64)
-    data = conversations.digest.encode() + rows.astype("<i8").tobytes() + image_rows.astype("<i8").tobytes()
-    return Listing(conversations, rows, shards, image_rows, ends, hashlib.sha256(data).hexdigest())
+    where = by_sample if places is None else places
+    image_places = np.asarray([place for those in where for place in those], dtype=np.int64)
+    # shards by their rank: their numbers are no matter, and tars have others
+    ranks = np.searchsorted(np.unique(shards[shards >= 0]), shards) * (shards >= 0) - (shards < 0)
+    arrays = (rows, image_rows, ranks)
+    data = conversations.digest.encode() + b"".join(array.astype("<i8").tobytes() for array in arrays)
+    digest = hashlib.sha256(data).hexdigest()
+    return Listing(conversations, rows, shards, image_rows, image_places, ends, digest)
 
 
 @dataclass(frozen=True)
@@ -84,7 +102,7 @@ class Coverage:
     """What one teacher has for the samples of a listing."""
 
     ready: np.ndarray
-    """Rows (unique, ascending) with a feature."""
+    """Places of the features, each row once, by ascending row."""
     valid: int
     """Images of the samples with a feature, counted at each use."""
     missing: dict[str, int] = field(default_factory=dict)
@@ -112,20 +130,6 @@ def coverage(store: FeatureStore, listing: Listing, teacher: str) -> Coverage:
                 reason = "not-extracted" if status is None else status.reason or status.status
                 missing[reason] += uses[row]
     return Coverage(np.asarray(ready, dtype=np.int64), sum(uses[row] for row in ready), dict(sorted(missing.items())))
-
-
-def require_features(coverages: Mapping[str, Coverage], store: str) -> None:
-    """Raise CorpusError naming the teacher that has no feature for any sample."""
-    for teacher, found in coverages.items():
-        if not found.valid:
-            reasons = (
-                ", ".join(f"{count} {reason}" for reason, count in found.missing.items()) or "no sample has an image"
-            )
-            raise CorpusError(
-                f"{store}: {teacher} has no feature for any sample ({reasons})",
-                "Keys are paths relative to the image folder: check that the conversations name images as the "
-                "extraction did, and that it has finished.",
-            )
 
 
 def require_images(listing: Listing, root: Path) -> None:

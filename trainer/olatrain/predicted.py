@@ -14,7 +14,6 @@ from torch import Tensor
 
 from olaschema.manifest import ChannelStatistics, Execution, RowReceipt, SampleRow
 from olaschema.precision import blank, encode
-from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.folder import publish_folder
 from olatrain.predictors import Standard
@@ -42,7 +41,7 @@ def keep_predictions(run: Run, step: int) -> Path | None:
     shutil.rmtree(folder, ignore_errors=True)  # of the same step, before a crash
     by_key: dict[str, tuple[int, int]] = {}
     for place, (sample, number, key) in enumerate(_images(samples)):
-        by_key.setdefault(key, (sample.rows[number], place))  # its first use: what is asked may colour predictions
+        by_key.setdefault(key, (sample.places[number], place))  # its first use: what is asked may colour predictions
     layers = sorted({layer for _, layer in found})
     with publish_folder(folder) as made:
         for layer in layers:
@@ -99,15 +98,15 @@ def _write(
         update={"precision": "float32", "source": f"predicted from layer {layer} at step {step}", "libraries": {}}
     )
     store.put_teacher(record)
-    reader = FeatureReader(FeatureStore.open(run.config.store), teacher)
+    opened = (run.heldout or run.stream).data.open()
     stored = blank(len(rows), record.fingerprint.shape, "float32")
     receipts = []
     statistics = ChannelStatistics(record.fingerprint.channels)
-    for place, (row, image) in enumerate(rows):
+    for place, (where, image) in enumerate(rows):
         feature = np.ascontiguousarray(values[image].numpy())
         stored[place] = encode(feature, "float32")
         statistics.update(feature[None])
-        status = reader.status(row) if row >= 0 else None
+        status = opened.status(teacher, where)
         seen = status.model_dump(include={"sha256", "width", "height"}) if status is not None else {}
         receipts.append(RowReceipt(status="ok", **seen))
     execution = Execution(

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from olaschema.errors import ImageError, OlaError, StoreError
 from olaschema.images import decode_image
 from olaschema.manifest import RowReceipt
-from olaschema.place import Place
 from olaschema.precision import ArrayFormat, Stored
-from olaschema.reader import FeatureReader
-from olaschema.rooted import read_rooted
-from olaschema.store import FeatureStore
 from olatrain.conversations import SampleError
 from olatrain.families import Shown, Vision
 from olatrain.join import Listing
 from olatrain.losses import IGNORED
 from olatrain.order import PositionSampler, epoch_order, group_by_modality
 from olatrain.prompts import PromptBuilder
+from olatrain.source import Data, Opened
 from olatrain.tokens import Items, TaskTokens, locate
 
 # more than any run has positions: tells the images of one sample apart
@@ -42,17 +38,14 @@ _POSITIONS = 1 << 40
 class Source:
     """Where samples come from, and how they become the student's inputs."""
 
-    store: str | None
+    data: Data
     teachers: tuple[str, ...]
-    images: Path
     prompts: PromptBuilder
     vision: Vision
     exif: bool
     max_pixels: int
     partners: Mapping[int, int] | None = None
-    """Row whose features an image is given instead of its own: the `shuffle` control."""
-    committed: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    """Shards by teacher that had a receipt when the run began: one that is gone since is no missing feature."""
+    """By an image's row, the place whose features it is given instead of its own: the `shuffle` control."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,9 @@ class Sample:
     position: int
     keys: tuple[str, ...]
     rows: list[int]
-    """Of each image; -1 where the store does not plan it."""
+    """Of each image, its identity: -1 where the store does not plan it, the row that it shares where it shares one."""
+    places: list[int]
+    """Of each image, where the data has it; -1 for nowhere."""
     input_ids: list[int]
     labels: list[int]
     shown: list[Shown]
@@ -160,16 +155,14 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         self._window = window
         self._grouped = grouped
         self._order = lru_cache(maxsize=2)(self._make_order)
-        self._readers: dict[str, FeatureReader] | None = None
-        self._place: Place | None = None
-        self._rows_per_shard = 0
+        self._opened: Opened | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # for a spawned loader process, which opens the store and makes the order for itself
-        return {name: value for name, value in vars(self).items() if name not in ("_order", "_readers", "_place")}
+        return {name: value for name, value in vars(self).items() if name not in ("_order", "_opened")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _readers=None, _place=None)
+        vars(self).update(state, _opened=None)
         self._order = lru_cache(maxsize=2)(self._make_order)
 
     def __len__(self) -> int:
@@ -178,7 +171,12 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
     @property
     def remote(self) -> bool:
         """Whether the features come over a network."""
-        return self._source.store is not None and "://" in self._source.store
+        return self._source.data.remote
+
+    @property
+    def data(self) -> Data:
+        """Where the samples come from."""
+        return self._source.data
 
     def index(self, position: int) -> int:
         """Return which sample of the listing stands at a position."""
@@ -208,16 +206,19 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
     def _load(self, position: int) -> Sample:
         index = self.index(position)
         conversation = self._listing.conversations[index]
-        rows = self._listing.rows_of(index)
+        rows, places = self._listing.rows_of(index), self._listing.places_of(index)
         shown: list[Shown] = []
         identities: list[int] = []
         features: list[dict[str, Stored | None]] = []
-        asked = self._asked()
-        for key, row in zip(conversation.keys, rows, strict=True):
-            readers = self._open()
-            statuses = {t: reader.status(row) if row >= 0 else None for t, reader in readers.items()}
-            shown.append(self._show(key, statuses))
-            features.append({t: self._feature(t, reader, row) for t, reader in readers.items()})
+        asked = self._opened.requests if self._opened is not None else 0
+        opened = self._open()
+        for key, row, place in zip(conversation.keys, rows, places, strict=True):
+            statuses = {teacher: opened.status(teacher, place) for teacher in self._source.teachers}
+            shown.append(self._show(opened, key, place, statuses))
+            target = place
+            if self._source.partners is not None:
+                target = self._source.partners[row] if row >= 0 else -1
+            features.append({teacher: opened.feature(teacher, target) for teacher in self._source.teachers})
             # keys that share a row are one image: none is a negative of another
             shared = [s.same_as for s in statuses.values() if s is not None and s.same_as is not None]
             identities.append(min(shared, default=row))
@@ -226,49 +227,25 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
             position,
             conversation.keys,
             identities,
+            places,
             prompt.input_ids,
             prompt.labels,
             shown,
             features,
             prompt.cut,
-            self._asked() - asked,
+            opened.requests - asked,
         )
 
-    def _asked(self) -> int:
-        return self._place.requests.total() if self._place is not None else 0
+    def _open(self) -> Opened:
+        if self._opened is None:
+            self._opened = self._source.data.open()
+        return self._opened
 
-    def _open(self) -> dict[str, FeatureReader]:
-        if self._source.store is None:
-            return {}
-        if self._readers is None:
-            store = FeatureStore.open(self._source.store)
-            self._place = store.place
-            self._rows_per_shard = store.rows_per_shard
-            self._readers = {teacher: FeatureReader(store, teacher) for teacher in self._source.teachers}
-        return self._readers
-
-    def _show(self, key: str, statuses: Mapping[str, RowReceipt | None]) -> Shown:
-        try:
-            data = read_rooted(self._source.images, key)
-        except ImageError as error:
-            raise ImageError(error.reason, f"{key}: {error.problem}") from error
+    def _show(self, opened: Opened, key: str, place: int, statuses: Mapping[str, RowReceipt | None]) -> Shown:
+        data = opened.image(place, key)
         _require_same(data, key, statuses)
         decoded = decode_image(data, name=key, max_pixels=self._source.max_pixels)
         return self._source.vision.show(decoded.oriented(exif=self._source.exif))
-
-    def _feature(self, teacher: str, reader: FeatureReader, row: int) -> Stored | None:
-        if row < 0:
-            return None
-        if self._source.partners is not None:
-            row = self._source.partners[row]
-        status = reader.status(row)
-        shard = row // self._rows_per_shard
-        if status is None and shard in self._source.committed.get(teacher, ()):
-            raise StoreError(
-                f"{self._source.store}: the receipt of {teacher} shard {shard} is gone since the run began",
-                "Extract that shard again, then run the same command again.",
-            )
-        return reader.read(row) if status is not None and status.status == "ok" else None
 
 
 def _require_same(data: bytes, key: str, statuses: Mapping[str, RowReceipt | None]) -> None:
