@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from olaschema.errors import ConfigError
 from olatrain.tokens import TaskTokens
@@ -55,7 +58,7 @@ class Student(nn.Module):
         self.model = model
         embeddings = _embeddings(model)
         self.hidden_size = int(embeddings.weight.shape[1])
-        self.layers, self.norm = _decoder(model, embeddings)
+        self.decoder, self.layers, self.norm = _decoder(model, embeddings)
         self.taps = _checked_taps(taps, len(self.layers))
         self.latents = _make_latents(tokens, latents, self.hidden_size, seed)
         if tokens.flat and max(tokens.flat) >= embeddings.weight.shape[0]:
@@ -88,6 +91,24 @@ class Student(nn.Module):
             f"{type(self.model).__name__} has no module named {', '.join(_PROJECTORS)}",
             "Choose a LLaVA, LLaVA-NeXT, Idefics3 or Qwen-VL student.",
         )
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute each decoder block in the backward pass; raises ConfigError for a model that cannot.
+
+        transformers recomputes blocks in training mode only. Theirs is set and that of their parts is not, so that no
+        dropout comes with it; `train` and `eval` would set it again, so this comes last.
+        """
+        blocks = [layer for layer in self.layers if isinstance(layer, GradientCheckpointingLayer)]
+        if len(blocks) != len(self.layers):
+            raise ConfigError(
+                f"the decoder blocks of {type(self.model).__name__} cannot be recomputed",
+                "Set gradient_checkpointing to false, or use a smaller micro_batch.",
+            )
+        for layer in blocks:
+            block: Any = layer
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            block.training = True
 
     def task_embeddings(self) -> Tensor:
         """Means of the latents' groups, (T·K, D) float32, in the order of `tokens.flat`."""
@@ -153,13 +174,13 @@ def _embeddings(model: nn.Module) -> nn.Embedding:
     return embeddings
 
 
-def _decoder(model: nn.Module, embeddings: nn.Embedding) -> tuple[nn.ModuleList, nn.Module]:
-    """The decoder blocks and the final norm: of the module that owns the input embeddings."""
+def _decoder(model: nn.Module, embeddings: nn.Embedding) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
+    """The decoder, which is the module that owns the input embeddings, its blocks and its final norm."""
     for module in model.modules():
         owns = any(child is embeddings for child in module.children())
         layers, norm = getattr(module, "layers", None), getattr(module, "norm", None)
         if owns and isinstance(layers, nn.ModuleList) and isinstance(norm, nn.Module):
-            return layers, norm
+            return module, layers, norm
     raise ConfigError(
         f"the decoder layers of {type(model).__name__} were not found",
         "The language model must hold its input embeddings, `layers` and `norm` side by side, as Llama, Phi-3, Mistral "
