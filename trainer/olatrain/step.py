@@ -57,7 +57,8 @@ def run_batch(
     if mean_targets:
         gathered = {n: replace(g, values=floors[n].expand(len(g.rows), *floors[n].shape)) for n, g in gathered.items()}
     micros = list(batch.micro)
-    if is_sharded(learner.student.model):
+    sharded = is_sharded(learner.student.model)
+    if sharded:
         # the ranks' passes through a split model go in step: who has fewer runs one that counts for nothing
         micros += [_nothing(learner.tokens)] * (ranks.most(len(micros)) - len(micros))
     pieces = []
@@ -87,7 +88,7 @@ def run_batch(
             keep=keep,
         )
         if insight is not None:
-            insight.add_text(report.text_loss)
+            insight.add_text(report.text_loss, through=output.entry if sharded else None)
             insight.add(predictions, targets)
         if report.loss.requires_grad:
             torch.autograd.backward(report.loss)

@@ -178,7 +178,7 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
     @property
     def remote(self) -> bool:
         """Whether the features come over a network."""
-        return self._source.store is not None and "://" in self._source.store
+        return self._source.store is not None and "://" in str(self._source.store)
 
     def index(self, position: int) -> int:
         """Return which sample of the listing stands at a position."""
