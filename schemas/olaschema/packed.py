@@ -75,6 +75,7 @@ class PackedSet:
             )
         self.place = place
         self.record = read_document(PackedRecord, place, ROOT)
+        place.expect({tar_name(number): tar.tar for number, tar in enumerate(self.record.tars)})
         self._indices: OrderedDict[int, TarIndex] = OrderedDict()
         self._formats: dict[str, dict[str, ArrayFormat]] = {
             name: array_formats(record.fingerprint.shape, record.precision)
@@ -82,9 +83,9 @@ class PackedSet:
         }
 
     @classmethod
-    def open(cls, where: str | Path) -> PackedSet:
+    def open(cls, where: str | Path | Place) -> PackedSet:
         """Open a set; raises StoreError if there is none."""
-        return cls(open_place(where))
+        return cls(where if isinstance(where, Place) else open_place(where))
 
     @property
     def teachers(self) -> dict[str, TeacherRecord]:

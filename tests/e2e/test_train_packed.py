@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -201,6 +202,8 @@ def test_samples_held_out_in_a_packed_set(corpus: Corpus, student: Path, tmp_pat
         ({"evaluation": {"every": 3}}, "one of the two"),
         ({"store": None, "teachers": {}}, "or a packed training set as store"),
         ({"store": "features.zarr"}, "is no packed training set, and conversations and images are missing"),
+        ({"cache_dir": "cache"}, "cache_dir keeps files of stores in buckets"),
+        ({"cache_limit": "1GiB"}, "cache_limit is given, but not cache_dir"),
         ({"teachers": {"seg": {"layers": [1]}}}, "has no features of the teacher 'seg'.*depth, gen"),
     ],
 )
@@ -218,3 +221,35 @@ def test_a_pinned_fingerprint_is_compared_with_the_set(corpus: Corpus, student: 
     other = pinned.model_copy(update={"weights": "0" * 64}).model_dump(mode="json")
     with pytest.raises(FingerprintError, match=r"weights"):
         run(packed_settings(corpus, student, tmp_path / "out", fingerprints={"depth": other}))
+
+
+@pytest.mark.parametrize("layout", ["packed", "store"])
+def test_a_cache_of_remote_files_changes_no_figure_and_spares_requests(
+    corpus: Corpus, student: Path, tmp_path: Path, s3: str, layout: str
+) -> None:
+    """Smaller than an epoch's files: they are fetched again, and the limit holds."""
+    place = open_place(f"s3://{BUCKET}/{uuid4().hex}/{layout}")
+    for name in digests(corpus.root / layout):
+        place.publish(name, (corpus.root / layout / name).read_bytes())
+    limit = 16_000
+    remote = {"store": place.url, "cache_dir": str(tmp_path / "cache"), "cache_limit": limit, "workers": 2}
+    changes = {"steps": 8}
+    made = packed_settings if layout == "packed" else settings
+    assert run(made(corpus, student, tmp_path / "out") | remote | changes) == run(
+        settings(corpus, student, tmp_path / "here", **changes)
+    )
+    kept = list((tmp_path / "cache/files").iterdir())
+    assert 0 < sum(path.stat().st_size for path in kept) <= limit
+    for path in kept:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+    asked = sum(line["requests_per_sample"] * line["samples"] for line in metrics(tmp_path / "out"))
+    roomy = {**remote, "cache_limit": "1GiB", "workers": 0, "cache_dir": str(tmp_path / "roomy")}
+    run(made(corpus, student, tmp_path / "again") | roomy | changes)
+    less = sum(line["requests_per_sample"] * line["samples"] for line in metrics(tmp_path / "again"))
+    assert 0 < less < asked
+    name = "000001.tar" if layout == "packed" else "depth/values/c/1/0/0/0"
+    damaged = bytearray(place.read(name))
+    damaged[len(damaged) // 2] ^= 1
+    place.publish(name, bytes(damaged))
+    with pytest.raises(DamagedStoreError, match=f"{place.url}/{name}"):
+        run(made(corpus, student, tmp_path / "damaged") | roomy | changes | {"cache_dir": str(tmp_path / "fresh")})

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
+from olaschema.cache import CacheSettings
 from olaschema.config import StoreUrl
 from olaschema.errors import ConfigError
 from olaschema.images import DEFAULT_MAX_PIXELS
@@ -17,6 +18,8 @@ from olatrain.tokens import Context
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Group = Literal["projector", "predictors", "task_tokens", "llm", "vision"]
+
+_CACHE_LIMIT = 64 << 30
 
 PUBLISHED_LAYERS: dict[str, tuple[int, ...]] = {"depth": (18, 20), "seg": (10, 18), "gen": (12, 20)}
 """Decoder blocks supervised in OLA-VLM (arXiv 2412.09585), counted from 1."""
@@ -172,6 +175,10 @@ class TrainConfig(Frozen):
     order: Literal["mixed", "grouped"] = "mixed"
     """`grouped`: a batch is of text alone or of images alone, but for those at an epoch's ends and at most one more."""
     allow_view_mismatch: bool = False
+    cache_dir: Path | None = None
+    """Folder on a local disk that files of a store in a bucket are kept in, by all ranks and workers together."""
+    cache_limit: ByteSize | None = None
+    """Most bytes in it, such as `200GiB` (by default 64 GiB); it should hold the files of `window` shards."""
 
     max_length: int = Field(default=4096, gt=0)
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, gt=0)
@@ -251,6 +258,11 @@ class TrainConfig(Frozen):
             raise ValueError("a store is given, but teachers names none to learn from")
         if not self.text and not any(teacher.trains for teacher in self.teachers.values()):
             raise ValueError("text is 0 and no teacher has a weight: there is no loss")
+        if self.cache_limit is not None and self.cache_dir is None:
+            raise ValueError("cache_limit is given, but not cache_dir")
+        stores = [self.store, self.evaluation.store if self.evaluation is not None else None]
+        if self.cache_dir is not None and not any(store is not None and "://" in store for store in stores):
+            raise ValueError("cache_dir keeps files of stores in buckets, and there is none: leave it out")
         if len(set(self.train)) != len(self.train):
             raise ValueError("train names a group twice")
         for name, named in (("lrs", self.lrs), ("weight_decays", self.weight_decays)):
@@ -263,6 +275,13 @@ class TrainConfig(Frozen):
             raise ValueError("lora is given, but train does not name llm")
         if self.target_control != "none" and not self.teachers:
             raise ValueError("target_control changes targets, and no teacher is named")
+
+    @property
+    def cache(self) -> CacheSettings | None:
+        """The cache of remote files, where there is one."""
+        if self.cache_dir is None:
+            return None
+        return CacheSettings(folder=self.cache_dir, limit=self.cache_limit or _CACHE_LIMIT)
 
     def require_inputs(self) -> None:
         """Raise ConfigError naming the first input that is not there, before anything is loaded."""
@@ -288,6 +307,7 @@ class TrainConfig(Frozen):
 # What may differ between a run and its continuation: where things are, how fast they are read, what is reported.
 _FREE = frozenset(
     ("preset", "student", "store", "images", "conversations", "out", "device", "nproc", "workers", "micro_batch",
+     "cache_dir", "cache_limit",
      "gradient_checkpointing", "stop_after", "checkpoint_every", "keep_last", "log_every", "look_every", "trackers",
      "evaluation", "predictions",
      "mean_map_rows", "fingerprints")

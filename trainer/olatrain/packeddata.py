@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from olaschema.cache import CacheSettings, through
 from olaschema.errors import CorpusError, ImageError, StoreError
 from olaschema.manifest import ChannelStatistics, RowReceipt, TeacherRecord
 from olaschema.packed import Found, PackedSet
@@ -31,6 +32,7 @@ class PackedData:
     """See `olatrain.source.Data`."""
 
     where: str
+    cache: CacheSettings | None = None
 
     @property
     def url(self) -> str:
@@ -128,7 +130,7 @@ class PackedData:
 
     def open(self) -> OpenedPacked:
         """Open the set."""
-        return OpenedPacked(self._opened())
+        return OpenedPacked(PackedSet.open(through(self.cache, self.where)))
 
     def _opened(self) -> PackedSet:
         return PackedSet.open(self.where)

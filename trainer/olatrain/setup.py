@@ -168,20 +168,21 @@ def open_data(config: TrainConfig) -> Data:
                 f"{config.store} is a packed training set, which holds its own conversations and images",
                 "Leave conversations and images out, or give the feature store that was packed.",
             )
-        return PackedData(config.store)
+        return PackedData(config.store, cache=config.cache)
     if config.conversations is None or config.images is None:
         raise ConfigError(
             f"store = {config.store} is no packed training set, and conversations and images are missing",
             "Give both (--conversations, --images), or a folder that `olapipe pack` wrote.",
         )
-    return StoreData.at(config.store, tuple(config.teachers), config.conversations, config.images)
+    return StoreData.at(config.store, tuple(config.teachers), config.conversations, config.images, cache=config.cache)
 
 
 def _evaluation(config: TrainConfig, evaluation: Evaluation, data: Data) -> tuple[Data, Conversations]:
     """Where the samples held out come from, and which they are."""
     if evaluation.conversations is not None:
         return data, Conversations.read(evaluation.conversations)
-    aside = PackedData(str(evaluation.store))
+    where = str(evaluation.store)
+    aside = PackedData(where, cache=config.cache if "://" in where else None)
     _pin(config, {name: aside.teacher(name) for name in config.teachers}, aside.url)
     return aside, aside.conversations()
 

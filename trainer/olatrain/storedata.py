@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from olaschema.cache import CacheSettings, through
 from olaschema.errors import ImageError, StoreError
 from olaschema.manifest import ChannelStatistics, RowReceipt, TeacherRecord
 from olaschema.precision import Stored
@@ -27,13 +28,22 @@ class StoreData:
     images: Path
     committed: Mapping[str, frozenset[int]]
     """Shards by teacher that had a receipt when the run began: one that is gone since is no missing feature."""
+    cache: CacheSettings | None = None
 
     @classmethod
-    def at(cls, store: str | None, teachers: tuple[str, ...], file: Path, images: Path) -> StoreData:
+    def at(
+        cls,
+        store: str | None,
+        teachers: tuple[str, ...],
+        file: Path,
+        images: Path,
+        *,
+        cache: CacheSettings | None = None,
+    ) -> StoreData:
         """Note what is committed now; raises StoreError where there is no such store."""
         found = FeatureStore.open(store) if store is not None else None
         committed = {name: frozenset(found.committed(name)) for name in teachers} if found is not None else {}
-        return cls(store, teachers, file, images, committed)
+        return cls(store, teachers, file, images, committed, cache)
 
     @property
     def url(self) -> str:
@@ -75,7 +85,7 @@ class StoreData:
 
     def open(self) -> OpenedStore:
         """Open the store."""
-        return OpenedStore(self, None if self.store is None else self._opened())
+        return OpenedStore(self, None if self.store is None else FeatureStore.open(through(self.cache, self.store)))
 
     def _opened(self) -> FeatureStore:
         if self.store is None:
