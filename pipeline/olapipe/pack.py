@@ -26,8 +26,8 @@ from olaschema.files import read_regular
 from olaschema.keys import normalise_key, tombstone
 from olaschema.layout import receipt_file
 from olaschema.manifest import FileReceipt, TeacherRecord, canonical_json
-from olaschema.packed import listing_schema
 from olaschema.nesting import require_outside_stores
+from olaschema.packed import listing_schema
 from olaschema.place import Place, open_place
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore, read_document

@@ -41,7 +41,7 @@ def test_a_shared_row_is_compared_where_its_feature_is_and_a_nan_is_no_agreement
     real = live._stored
 
     def spoilt(*where: object) -> tuple[np.ndarray, np.ndarray]:
-        values, bound = real(*where)
+        values, _ = real(*where)
         values[0, 0, 0] = np.nan
         return values, np.abs(values) * 2.0**-11 + 2.0**-25
 
