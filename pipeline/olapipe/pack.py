@@ -26,6 +26,7 @@ from olaschema.files import read_regular
 from olaschema.keys import normalise_key, tombstone
 from olaschema.layout import receipt_file
 from olaschema.manifest import FileReceipt, TeacherRecord, canonical_json
+from olaschema.nesting import require_outside_stores
 from olaschema.packed import listing_schema
 from olaschema.place import Place, open_place
 from olaschema.reader import FeatureReader
@@ -102,6 +103,7 @@ def pack(settings: PackSettings, progress: Callable[[int, int], None] = lambda d
     for name in records:
         require_nameable(name)
     place = open_place(settings.out)
+    require_outside_stores(settings.out)
     _require_ours(place)
     groups, left_out = _plan(store, settings.conversations)
     tars = _cut(groups, store.rows_per_shard, settings.samples_per_tar)
