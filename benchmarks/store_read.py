@@ -43,9 +43,7 @@ from peers.formats import CHANNELS, GRID, KINDS, SHAPES, WRITERS, Layout
 RESULTS = Path(__file__).parent / "results" / "store-read.json"
 # in the process itself, and in two loader processes
 MODES = {"one process": 0, "2 workers": 2}
-PACKAGES = (
-    "ola-distill numpy torch numcodecs google-crc32c zarr zarrs tensorstore mosaicml-streaming litdata webdataset obstore"
-)
+PACKAGES = "ola-distill numpy torch numcodecs google-crc32c zarr zarrs tensorstore mosaicml-streaming litdata webdataset obstore"
 
 
 def make(layout: Layout, seed: int) -> dict[str, float]:
@@ -151,7 +149,10 @@ def local(layout: Layout, kinds: list[str], rounds: int, epochs: int) -> list[di
     for turn in range(rounds):
         for (kind, mode), found in turns.items():
             found.append(in_a_process(kind, mode, layout, epochs, expected))
-            print(f"turn {turn + 1}  {kind:22} {mode:11} {found[-1]['rows_per_s']:7.0f} rows/s  {found[-1].get('rows_per_cpu_s', 0):7.0f} /CPU s", flush=True)
+            print(
+                f"turn {turn + 1}  {kind:22} {mode:11} {found[-1]['rows_per_s']:7.0f} rows/s  {found[-1].get('rows_per_cpu_s', 0):7.0f} /CPU s",
+                flush=True,
+            )
     lines = []
     for (kind, mode), found in turns.items():
         line: dict[str, Any] = {"reader": kind, "mode": mode}
