@@ -26,6 +26,7 @@ from olaschema.files import read_regular
 from olaschema.keys import normalise_key, tombstone
 from olaschema.layout import receipt_file
 from olaschema.manifest import FileReceipt, TeacherRecord, canonical_json
+from olaschema.nesting import require_outside_stores
 from olaschema.packed import listing_schema
 from olaschema.place import Place, open_place
 from olaschema.reader import FeatureReader
@@ -102,6 +103,7 @@ def pack(settings: PackSettings, progress: Callable[[int, int], None] = lambda d
     for name in records:
         require_nameable(name)
     place = open_place(settings.out)
+    require_outside_stores(settings.out)
     _require_ours(place)
     groups, left_out = _plan(store, settings.conversations)
     tars = _cut(groups, store.rows_per_shard, settings.samples_per_tar)
@@ -216,7 +218,8 @@ class _Job:
             digest = hashlib.sha256(data).hexdigest()
             statuses = {name: self._status(name, key, row, digest) for name in self._records}
             name = image_member(key, place)
-            images.append(PackedImage(key=key, row=row, sha256=digest, member=name, features=statuses))
+            shared = self._shared(row)
+            images.append(PackedImage(key=key, row=row, sha256=digest, member=name, features=statuses, same_as=shared))
             members[name] = data
             for teacher, status in statuses.items():
                 if status == OK:
@@ -240,6 +243,10 @@ class _Job:
                 "Restore the image, check --images, or extract its shard again.",
             )
         return OK if status.status == "ok" else status.reason or status.status
+
+    def _shared(self, row: int) -> int | None:
+        statuses = [reader.status(row) for reader in self._readers.values()] if row >= 0 else []
+        return min((s.same_as for s in statuses if s is not None and s.same_as is not None), default=None)
 
     def _finish(self, tars: list[list[_Group]], indices: list[TarIndex]) -> PackedRecord:
         entries = sorted((i, entry) for groups in tars for group in groups for i, entry in group.entries)
