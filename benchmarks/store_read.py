@@ -4,8 +4,8 @@ int8 rows of 576 x 1024 with their scales, from proxies of features (see codec.p
 frames with the same CRC-32C, as many rows in a shard; every row that is read is checked, decompressed, put into a
 batch of tensors, and in an untimed first epoch compared with what was written. The trivial baseline is a memory map of
 the uncompressed arrays without any check. Each measurement is a process of its own; they take turns (A B C A B C ...),
-and a figure is the median of its turns. The page cache is warm. Rows per CPU second (all threads of the process counted)
-say more than rows per second where others use the machine.
+and a figure is the median of its turns. The page cache is warm. Rows per CPU second (all threads of the process
+counted) say more than rows per second where others use the machine.
 
     benchmarks/peers/install.sh && .venv-peers/bin/python benchmarks/store_read.py
 
@@ -26,7 +26,9 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,13 +39,18 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 
-from codec import _cpu, fastest, proxy
-from peers.formats import CHANNELS, GRID, KINDS, SHAPES, WRITERS, Layout
+from codec import _cpu, fastest, proxy  # noqa: E402
+from peers.formats import CHANNELS, GRID, KINDS, SHAPES, WRITERS, Layout  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "store-read.json"
 # in the process itself, and in two loader processes
 MODES = {"one process": 0, "2 workers": 2}
-PACKAGES = "ola-distill numpy torch numcodecs google-crc32c zarr zarrs tensorstore mosaicml-streaming litdata webdataset obstore"
+PACKAGES = (
+    *("ola-distill", "numpy", "torch", "numcodecs", "google-crc32c", "zarr", "zarrs", "tensorstore"),
+    *("mosaicml-streaming", "litdata", "webdataset", "obstore"),
+)
+Turns = dict[tuple[str, str], list[dict[str, Any]]]
+Save = Callable[[Turns], None]
 
 
 def make(layout: Layout, seed: int) -> dict[str, float]:
@@ -143,34 +150,40 @@ def _send(sender: Connection, *task: Any) -> None:
     sender.close()
 
 
-def local(layout: Layout, kinds: list[str], rounds: int, epochs: int) -> list[dict[str, Any]]:
-    turns: dict[tuple[str, str], list[dict[str, Any]]] = {(kind, mode): [] for kind in kinds for mode in MODES}
+def local(layout: Layout, kinds: list[str], rounds: int, epochs: int, save: Save) -> None:
+    """Let the readers take turns; `save` is called with all turns so far."""
+    turns: Turns = {(kind, mode): [] for kind in kinds for mode in MODES}
     expected = sums(layout)
     for turn in range(rounds):
         for (kind, mode), found in turns.items():
             found.append(in_a_process(kind, mode, layout, epochs, expected))
-            print(
-                f"turn {turn + 1}  {kind:22} {mode:11} {found[-1]['rows_per_s']:7.0f} rows/s  {found[-1].get('rows_per_cpu_s', 0):7.0f} /CPU s",
-                flush=True,
-            )
+            speed, by_cpu = found[-1]["rows_per_s"], found[-1].get("rows_per_cpu_s", 0)
+            print(f"turn {turn + 1}  {kind:22} {mode:11} {speed:7.0f} rows/s  {by_cpu:7.0f} /CPU s", flush=True)
+            save(turns)
+
+
+def compared(turns: Turns) -> list[dict[str, Any]]:
+    """Return the medians of each reader's turns, and of the ratios of ours to it in the same turn.
+
+    What else the machine does falls on both of a turn.
+    """
     lines = []
     for (kind, mode), found in turns.items():
-        line: dict[str, Any] = {"reader": kind, "mode": mode}
+        if not found:
+            continue
+        line: dict[str, Any] = {"reader": kind, "mode": mode, "turns": len(found)}
         line |= {name: statistics.median(one[name] for one in found) for name in found[0]}
-        line["turns"] = [round(one["rows_per_s"], 1) for one in found]
-        # of the same turn: what else the machine does falls on both
-        ours = [one["rows_per_s"] for one in turns["ours", mode]]
-        if mode == "one process":
-            ours_cpu = [one["rows_per_cpu_s"] for one in turns["ours", mode]]
-            pairs = zip(ours_cpu, found, strict=True)
-            line["ours_over_it_by_cpu"] = statistics.median(a / b["rows_per_cpu_s"] for a, b in pairs)
-        line["ours_over_it"] = statistics.median(a / b["rows_per_s"] for a, b in zip(ours, found, strict=True))
+        ours = turns["ours", mode]
+        for name in ("rows_per_s", "rows_per_cpu_s"):
+            if name in line:
+                pairs = zip(ours, found, strict=False)
+                line[f"ours_over_it_{name}"] = statistics.median(a[name] / b[name] for a, b in pairs)
         lines.append(line)
     return lines
 
 
 @contextmanager
-def bucket(layout: Layout, latency: float) -> Any:
+def bucket(layout: Layout, latency: float) -> Iterator[Any]:
     """Serve the formats from an S3 server behind a proxy that adds `latency` seconds; yields the proxy."""
     import place_support
     from proxy_support import Proxy
@@ -195,11 +208,9 @@ def bucket(layout: Layout, latency: float) -> Any:
         server.close()
 
 
-def remote(layout: Layout, kinds: list[str], rounds: int, latency: float) -> list[dict[str, Any]]:
+def remote(layout: Layout, kinds: list[str], rounds: int, latency: float, save: Save) -> None:
     """Read one epoch, from the opening on, with nothing of it on this machine before."""
-    turns: dict[tuple[str, str], list[dict[str, Any]]] = {
-        (kind, mode): [] for mode in MODES for kind in kinds if kind != "memmap"
-    }
+    turns: Turns = {(kind, mode): [] for mode in MODES for kind in kinds if kind != "memmap"}
     with bucket(layout, latency) as proxied:
         for turn in range(rounds):
             for (kind, mode), found in turns.items():
@@ -211,15 +222,9 @@ def remote(layout: Layout, kinds: list[str], rounds: int, latency: float) -> lis
                     one = in_a_process(kind, mode, there, 1, [])
                 one["requests_per_row"] = proxied.requests.total() / layout.rows
                 found.append(one)
-                print(
-                    f"turn {turn + 1}  {kind:22} {mode:10} {one['rows_per_s']:7.1f} rows/s  "
-                    f"{one['requests_per_row']:.2f} requests/row",
-                    flush=True,
-                )
-    return [
-        {"reader": kind, "mode": mode} | {name: statistics.median(one[name] for one in found) for name in found[0]}
-        for (kind, mode), found in turns.items()
-    ]
+                speed, asked = one["rows_per_s"], one["requests_per_row"]
+                print(f"turn {turn + 1}  {kind:22} {mode:11} {speed:7.1f} rows/s  {asked:.2f} requests/row", flush=True)
+                save(turns)
 
 
 def writing(seconds: dict[str, float], layout: Layout) -> dict[str, float]:
@@ -265,18 +270,23 @@ def main() -> None:
             "question": "how fast shuffled training reads of int8 576 x 1024 rows are, by reader and format",
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "hardware": {"cpu": _cpu(), "cores": os.cpu_count()},
-            "versions": {name: version(name) for name in PACKAGES.split()} | {"python": platform.python_version()},
-            "conditions": {"said": settings.conditions, "load_before": os.getloadavg()[0]},
+            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "conditions": {"said": settings.conditions, "load": [os.getloadavg()[0]]},
             "settings": {k: v for k, v in vars(settings).items() if k not in ("out", "conditions")},
             "stored_bytes_per_row": stored / layout.rows,
             "writing": writing(seconds, layout),
-            "local": local(layout, kinds, settings.rounds, settings.epochs),
         }
-        result["remote"] = remote(layout, kinds, settings.remote_rounds, settings.latency) if settings.latency else []
-        result["conditions"]["load_after"] = os.getloadavg()[0]
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(_rounded({k: result[k] for k in ("writing", "local", "remote")}), indent=1))
+
+        def save(part: str, turns: Turns) -> None:
+            # after every turn: what a run that is stopped has measured counts
+            result[part] = compared(turns)
+            result["conditions"]["load"] = [*result["conditions"]["load"][:1], os.getloadavg()[0]]
+            settings.out.parent.mkdir(parents=True, exist_ok=True)
+            settings.out.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
+
+        local(layout, kinds, settings.rounds, settings.epochs, partial(save, "local"))
+        if settings.latency:
+            remote(layout, kinds, settings.remote_rounds, settings.latency, partial(save, "remote"))
 
 
 def _rounded(value: Any) -> Any:

@@ -158,6 +158,8 @@ class Rows(Dataset[Row]):
 
 
 class Raw(Rows):
+    """The uncompressed arrays, unchecked."""
+
     def open(self) -> Any:
         return [np.load(self.layout.at(f"{name}.npy"), mmap_mode="r") for name in SHAPES]
 
@@ -167,6 +169,8 @@ class Raw(Rows):
 
 
 class Ours(Rows):
+    """The store through our reader."""
+
     def open(self) -> Any:
         return FeatureReader(FeatureStore.open(self.layout.at("store")), TEACHER)
 
@@ -200,6 +204,8 @@ class PlainZarr(Rows):
 
 
 class Zarrs(PlainZarr):
+    """The store through zarr-python with the codecs of zarrs."""
+
     def open(self) -> Any:
         import zarr
         import zarrs  # noqa: F401
@@ -236,7 +242,7 @@ class TensorStore(Rows):
 
 
 def _streaming() -> types.ModuleType:
-    """Return `streaming.base`. The package above it imports torchvision, for data sets of images that nobody asks for."""
+    """Return `streaming.base`; the package above it imports torchvision, for data sets of images."""
     if "streaming" not in sys.modules:
         spec = importlib.util.find_spec("streaming")
         if spec is None or spec.submodule_search_locations is None:
