@@ -197,9 +197,10 @@ def inspect_command(
         from olaschema.store import FeatureStore
 
         if is_packed(store):
-            if key is not None or picture is not None:
+            if key is not None or picture is not None or html is not None or images is not None:
                 raise ConfigError(
-                    f"{store} is a packed training set: images are looked up in its store", "Leave KEY out."
+                    f"{store} is a packed training set: images are looked up in its store",
+                    "Leave out KEY, --picture, --html and --images.",
                 )
             inspect.show_packed(_console(), PackedSet.open(store), as_json=as_json)
             return
@@ -258,11 +259,24 @@ def verify_command(
         from olaschema.packed import is_packed
 
         if is_packed(store):
-            _verify_packed(store, given=bool(teacher or repair or live), as_json=as_json)
+            _verify_packed(
+                store,
+                given=bool(teacher or repair or live or images or checkpoint or overrides or workers or seed),
+                as_json=as_json,
+            )
         from olapipe.audit import Request, audit
         from olapipe.progress import make_reporter
         from olapipe.repair import Source
 
+        told = {
+            "--images": images,
+            "--checkpoint": checkpoint,
+            "--set": overrides,
+            "--device": None if device == "auto" else device,
+        }
+        _refuse(told, "--repair and --live", used=repair or live > 0)
+        _refuse({"--workers": workers}, "--repair", used=repair)
+        _refuse({"--seed": seed or None}, "--live", used=live > 0)
         checkpoints = dict(_pairs(checkpoint or [], "--checkpoint"))
         source = Source(images, checkpoints, tuple(overrides or ()), device, workers)
         request = Request(store, teacher or None, repair, live, seed, source)
@@ -519,7 +533,7 @@ def _verify_packed(where: str, *, given: bool, as_json: bool) -> NoReturn:
 
     if given:
         raise ConfigError(
-            f"{where} is a packed training set: it is checked as a whole", "Leave --teacher, --repair and --live out."
+            f"{where} is a packed training set: it is checked as a whole", "Leave out all flags but --json."
         )
     packed = PackedSet.open(where)
     problems = verify_packed(packed)
@@ -554,6 +568,13 @@ def _pairs(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
             raise ConfigError(f"{flag} {text!r} is not of the form TEACHER=PATH_OR_ID", f"{flag} depth=FOLDER")
         pairs.append((name, value))
     return pairs
+
+
+def _refuse(told: dict[str, object], wanted: str, *, used: bool) -> None:
+    """Raise ConfigError for a flag that was given where nothing uses it."""
+    given = [flag for flag, value in told.items() if value is not None]
+    if given and not used:
+        raise ConfigError(f"{', '.join(given)}: nothing but {wanted} uses this", f"Leave it out, or add {wanted}.")
 
 
 def _ask(question: str) -> None:

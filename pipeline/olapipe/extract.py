@@ -29,6 +29,7 @@ from olaschema.errors import StoreError, TeacherError
 from olaschema.lease import writing
 from olaschema.ledger import read_ledger
 from olaschema.manifest import TeacherRecord
+from olaschema.nesting import require_outside_stores
 from olaschema.place import Place, absolute_url, open_place
 from olaschema.seal import seal, unseal
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
@@ -202,6 +203,7 @@ def _present_store(config: ExtractConfig) -> FeatureStore | None:
         if config.shard_size is not None:
             return FeatureStore.create(config.out, rows_per_shard=config.shard_size)
         return FeatureStore.open(config.out)
+    require_outside_stores(config.out)
     if not place.vacant():
         raise StoreError(f"{config.out} exists and is not a feature store", "Choose a new or empty folder for --out.")
     return None

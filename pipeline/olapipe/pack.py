@@ -24,6 +24,7 @@ from olaschema.digest import sealed
 from olaschema.errors import CorpusError, DamagedStoreError, ImageError, StoreError
 from olaschema.layout import receipt_file
 from olaschema.manifest import FileReceipt, canonical_json
+from olaschema.nesting import require_outside_stores
 from olaschema.packed import listing_schema
 from olaschema.place import Place, open_place
 from olaschema.reader import FeatureReader
@@ -87,6 +88,7 @@ def pack(settings: PackSettings, progress: Callable[[int, int], None] = lambda d
         raise CorpusError(f"--images {settings.images}: no such folder", "Give the folder that keys start from.")
     store = FeatureStore.open(settings.store)
     place = open_place(settings.out)
+    require_outside_stores(settings.out)
     require_ours(place)
     plan = plan_pack(store, settings.conversations, settings.samples_per_tar)
     with place.lock("pack"):
@@ -226,7 +228,8 @@ class Packer:
             digest = hashlib.sha256(data).hexdigest()
             statuses = {name: self._status(name, key, row, digest) for name in self._records}
             name = image_member(key, place)
-            images.append(PackedImage(key=key, row=row, sha256=digest, member=name, features=statuses))
+            shared = self._shared(row)
+            images.append(PackedImage(key=key, row=row, sha256=digest, member=name, features=statuses, same_as=shared))
             members[name] = data
             for teacher, status in statuses.items():
                 if status == OK:
@@ -250,6 +253,10 @@ class Packer:
                 "Restore the image, check --images, or extract its shard again.",
             )
         return OK if status.status == "ok" else status.reason or status.status
+
+    def _shared(self, row: int) -> int | None:
+        statuses = [reader.status(row) for reader in self._readers.values()] if row >= 0 else []
+        return min((s.same_as for s in statuses if s is not None and s.same_as is not None), default=None)
 
     def _finish(self, indices: list[TarIndex]) -> PackedRecord:
         entries = sorted((i, entry) for groups in self.plan.tars for group in groups for i, entry in group.entries)

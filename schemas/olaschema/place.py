@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 
 from olaschema.errors import StoreError
+from olaschema.manifest import FileReceipt
 
 _SCRATCH = "_log/tmp"
 _LOCKS = "_log/locks"
@@ -70,6 +71,9 @@ class Place(ABC):
     @abstractmethod
     def find(self, name: str) -> bytes | None:
         """Return a file's bytes, None if it is missing; raises StoreError if it cannot be read."""
+
+    def expect(self, files: dict[str, FileReceipt]) -> None:  # noqa: B027  # most places have no use for it
+        """Take note of files that a document promises. A place with a cache reads them through it from now on."""
 
     @abstractmethod
     def read_range(self, name: str, offset: int, length: int) -> bytes:

@@ -124,6 +124,7 @@ class FeatureReader:
                 f"{self._store.url}: the receipt of {self._teacher} shard {shard} does not belong to this store",
                 "Extract that shard again.",
             )
+        self._store.place.expect(receipt.files)
         self._open[shard] = _OpenShard(
             receipt, {array.name: self._read_index(array, shard, receipt) for array in self._arrays}
         )
