@@ -70,9 +70,10 @@ class FeatureStore:
         return self.record.rows_per_shard
 
     @classmethod
-    def open(cls, root: str | Path) -> FeatureStore:
+    def open(cls, where: str | Path | Place) -> FeatureStore:
         """Open a store; raises StoreError if there is none, or it is of another format version."""
-        place = open_place(root)
+        place = where if isinstance(where, Place) else open_place(where)
+        root = place.url
         if not place.present():
             raise StoreError(f"{root}: no such feature store", "Give the folder that `olapipe extract --out` wrote.")
         data = place.read("zarr.json")

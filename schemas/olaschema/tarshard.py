@@ -52,6 +52,8 @@ class PackedImage(Frozen):
     member: str
     features: dict[str, str]
     """By teacher `ok`, or why there is no feature: `not-in-store`, `not-extracted`, or the receipt's reason."""
+    same_as: int | None = None
+    """Row of the store that an image of the same bytes has and that it shares (`olapipe dedup`)."""
 
 
 class TarSample(Frozen):

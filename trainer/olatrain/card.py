@@ -15,7 +15,8 @@ from olatrain.tokens import TaskTokens
 # Where things were on one machine; the fingerprints have a table of their own.
 _NOT_SHOWN = frozenset(
     ("student", "store", "conversations", "images", "out", "evaluation", "fingerprints", "device", "nproc", "workers",
-     "checkpoint_every", "keep_last", "log_every", "tensorboard")
+     "cache_dir", "cache_limit",
+     "checkpoint_every", "keep_last", "log_every", "look_every", "trackers")
 )  # fmt: skip
 
 
@@ -38,8 +39,7 @@ def model_card(
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\nlicense: other\ntags:\n- ola-distill\n---",
         f"# {name}",
-        f"A {type(model).__name__} whose hidden states were supervised with features of "
-        f"{', '.join(config.teachers)} while it trained (the method of OLA-VLM, arXiv 2412.09585). "
+        f"A {type(model).__name__} {_how(config)}. "
         f"It started from the student `{base}`{f', {origin},' if origin else ''} and trained "
         f"{', '.join(config.train)} for {step} steps of {config.batch} samples. Weights are {dtype}.",
         _use(tokens),
@@ -51,6 +51,16 @@ def model_card(
         "tokens. transformers reads neither; `olatrain run --student` goes on from them.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _how(config: TrainConfig) -> str:
+    if not config.teachers:
+        return "that trained on the next token alone"
+    teachers = ", ".join(config.teachers)
+    return (
+        f"whose hidden states were supervised with features of {teachers} while it trained (the method of OLA-VLM, "
+        "arXiv 2412.09585)"
+    )
 
 
 def _use(tokens: TaskTokens) -> str:
@@ -78,8 +88,12 @@ print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 
 
 def _data(config: TrainConfig, samples: str, start: dict[str, Any] | None) -> str:
-    store = PurePosixPath(config.store).name
-    text = f"Conversations `{config.conversations.name}`, features `{store}`. Samples digest `{samples}`."
+    store = f"`{PurePosixPath(config.store).name}`" if config.store is not None else ""
+    if config.conversations is None:
+        sources = f"Packed training set {store}"
+    else:
+        sources = f"Conversations `{config.conversations.name}`" + (f", features {store}" if store else "")
+    text = f"{sources}. Samples digest `{samples}`."
     if start is not None:
         text += (
             f" An epoch has {start['samples']} samples, {start['text_only']} of them text alone; "
