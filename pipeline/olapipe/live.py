@@ -112,8 +112,8 @@ def _compare(store: FeatureStore, teacher: Teacher, row: int, root: Path, max_pi
         return bad(f"the teacher returned {now.shape}, {stored.shape} is stored")
     allowed = bound + FLOAT_SLACK * np.abs(now).max(initial=0.0)
     difference = np.abs(stored - now)
-    # 0/0 is no difference; anything else over 0 is beyond what is allowed
-    ratio = np.divide(difference, allowed, out=np.where(difference > 0, math.inf, 0.0), where=allowed > 0)
+    # 0/0 is no difference; anything else over 0, or with a NaN, is beyond what is allowed
+    ratio = np.divide(difference, allowed, out=np.where(difference == 0, 0.0, math.inf), where=allowed > 0)
     length = float(np.linalg.norm(now))
     relative = float(np.linalg.norm(difference)) / length if length else float(difference.any())
     # a NaN is no agreement
@@ -124,6 +124,9 @@ def _compare(store: FeatureStore, teacher: Teacher, row: int, root: Path, max_pi
 def _stored(store: FeatureStore, teacher: str, shard: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a stored feature as float64, and by how much its precision may have changed each element."""
     channels = store.teacher(teacher).fingerprint.channels
+    holder = committed_receipt(store, teacher, shard).rows[index].same_as
+    if holder is not None:
+        shard, index = divmod(holder, store.rows_per_shard)
     parts = {}
     for array, document in store.arrays(teacher).items():
         name = array_shard_file(teacher, array, shard, document)

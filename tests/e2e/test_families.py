@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from family_support import FAMILIES, make_checkpoint
@@ -15,7 +16,17 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
-from trainer_support import Corpus, conversation, make_images, make_store, metrics, settings, write_json
+from trainer_support import (
+    Corpus,
+    conversation,
+    end_all,
+    make_images,
+    make_store,
+    metrics,
+    settings,
+    start_ranks,
+    write_json,
+)
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -24,6 +35,8 @@ import olatrain.student
 from olaschema.config import load_config
 from olaschema.errors import ConfigError
 from olaschema.manifest import View
+from olaschema.reader import FeatureReader
+from olaschema.store import FeatureStore
 from olatrain.cli import app
 from olatrain.compose import load_processor, student_view
 from olatrain.config import TrainConfig
@@ -171,8 +184,8 @@ def test_losses_are_those_of_the_right_layers_at_the_right_positions(
         honest = olatrain.student._decoder
 
         def shifted(model: Any, embeddings: Any) -> Any:
-            layers, norm = honest(model, embeddings)
-            return torch.nn.ModuleList([*layers[1:], layers[0]]), norm
+            decoder, layers, norm = honest(model, embeddings)
+            return decoder, torch.nn.ModuleList([*layers[1:], layers[0]]), norm
 
         patch.setattr(olatrain.student, "_decoder", shifted)
         with pytest.raises(AssertionError, match=r"depth\.2|gen\.1"):
@@ -309,3 +322,21 @@ def test_what_a_family_sees_and_what_prepare_refuses(students: dict[str, Path], 
     with pytest.raises(ConfigError, match="shows no text of a user's turn"):
         prepare(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_split_language_model_trains_as_a_whole_one_whatever_its_ranks_are_shown(
+    students: dict[str, Path], corpus: Corpus, tmp_path: Path
+) -> None:
+    """Ranks have micro-batches of several images, of text alone, and none; figures are those of one rank."""
+    values = chosen(
+        corpus, students["qwen2.5-vl"], tmp_path / "one", steps=3, batch=3, micro_batch=1, look_every=1,
+        train=["projector", "predictors", "task_tokens", "llm"], predictions={"every": 3, "images": 3},
+    )  # fmt: skip
+    fit(values)
+    end_all(start_ranks(values | {"out": str(tmp_path / "two"), "nproc": 2}, world=2))
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["projector_gradient"] == pytest.approx(one["projector_gradient"], rel=1e-2, abs=1e-3)
+    kept = [FeatureStore.open(tmp_path / out / "predictions/step-00000003/layer-02") for out in ("one", "two")]
+    (mine, theirs) = ([FeatureReader(store, "depth").feature(row) for row in range(3)] for store in kept)
+    np.testing.assert_allclose(theirs, mine, rtol=1e-2, atol=1e-2)

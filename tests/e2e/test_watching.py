@@ -32,6 +32,7 @@ from olatrain.step import run_batch
 from olatrain.stream import Batch, Sample
 from olatrain.train import train
 
+LLM = ["projector", "predictors", "task_tokens", "llm"]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -135,8 +136,17 @@ def test_retrieval_rank_and_gradients_are_those_of_the_whole_batch(
     assert totals["samples"] == 9
 
 
-def test_ranks_change_no_figure(corpus: Corpus, student: Path, tmp_path: Path) -> None:
-    values = settings(corpus, student, tmp_path / "one", steps=2, batch=5, look_every=1)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"train": LLM, "micro_batch": 1, "gradient_checkpointing": True},
+        {"train": LLM, "micro_batch": 1, "lora": {"rank": 2}},
+    ],
+)
+def test_ranks_change_no_figure(corpus: Corpus, student: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    """Of a language model that is split too, where a rank has a micro-batch without an image or none at all."""
+    values = settings(corpus, student, tmp_path / "one", steps=2, batch=5, look_every=1, **more)
     fit(values)
     end_all(start_ranks(values | {"out": str(tmp_path / "two"), "nproc": 2}, world=2))
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):

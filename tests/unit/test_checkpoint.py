@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -52,13 +53,31 @@ def test_what_is_saved_comes_back(tmp_path: Path, ranks: Ranks) -> None:
     assert names[1] == "state.json"
 
 
-def test_what_changes_while_it_is_written_is_not_saved(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_small_one_is_there_when_save_returns(tmp_path: Path, ranks: Ranks) -> None:
+    saver = Saver(tmp_path, ranks, keep_last=1)
+    assert not saver.ready
+    saver.save(1, {"t.x": torch.zeros(3)}, {})
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000001"
+    assert saver.ready
+
+
+def test_what_changes_while_it_is_written_is_not_saved(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large one is written in the background; the next one waits for it."""
+    may_go_on, write = threading.Event(), checkpoint._write
+    monkeypatch.setattr(checkpoint, "_write", lambda *given: may_go_on.wait(60) and write(*given))
+    monkeypatch.setattr(checkpoint, "BACKGROUND_BYTES", 4_000_000)
     value = torch.zeros(1000, 1000)
     saver = Saver(tmp_path, ranks, keep_last=1)
     saver.save(1, {"t.x": value}, {})
+    assert not saver.ready
+    assert latest_checkpoint(tmp_path) is None
     value += 1.0
+    may_go_on.set()
     done = saver.wait()
     assert done is not None
+    assert done[1] == latest_checkpoint(tmp_path)
     found = {"t.x": torch.ones(1000, 1000)}
     load_tensors(done[1], read_state(done[1]), found)
     assert not found["t.x"].any()

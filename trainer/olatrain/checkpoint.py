@@ -37,6 +37,8 @@ from olatrain.parallel import Ranks
 _STATE = "state.json"
 _PREFIX = "step-"
 _SCRATCH = ".saving-"
+BACKGROUND_BYTES = 1 << 30
+"""Smaller checkpoints, over all ranks, are written before the training goes on; larger ones while it does."""
 
 
 class CheckpointError(OlaError):
@@ -47,10 +49,11 @@ Tensors = dict[str, Tensor]
 
 
 class Saver:
-    """Writes checkpoints under `root` while the training goes on, one at a time; every rank must call alike.
+    """Writes checkpoints under `root`, one at a time; every rank must call alike.
 
-    Weights are copied before `save` returns. A checkpoint exists once it is published, whole and with its digests;
-    `wait` says which. Raises CheckpointError where the disk does not take it; what was there before stays.
+    A checkpoint exists once it is published, whole and with its digests. One of less than BACKGROUND_BYTES is when
+    `save` returns. A larger one is copied by then, and `wait` returns when it is published. Both raise CheckpointError
+    where the disk does not take it; what was there before stays.
     """
 
     def __init__(self, root: Path, ranks: Ranks, *, keep_last: int) -> None:
@@ -63,7 +66,7 @@ class Saver:
         ranks.barrier()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Begin to save this rank's part of `tensors`, and `state` beside them; waits for the one before."""
+        """Save this rank's part of `tensors`, and `state` beside them; waits for the one before."""
         self.wait()
         # copies: the writer takes tensors on the CPU as they are, and the next step changes them
         staged = {name: _copied(tensor) for name, tensor in tensors.items()}
@@ -73,7 +76,14 @@ class Saver:
         writer = _Writer(scratch, lambda: _publish(scratch, target, document, self._keep_last))
         with _writing(target):
             future: Any = async_save(staged, storage_writer=writer, process_group=self._ranks.saving)
+            if sum(tensor.nbytes for tensor in tensors.values()) < BACKGROUND_BYTES:
+                future.result()
         self._pending = step, future
+
+    @property
+    def ready(self) -> bool:
+        """Whether `wait` has something to say and would return at once."""
+        return self._pending is not None and self._pending[1].done()
 
     def wait(self) -> tuple[int, Path] | None:
         """Wait until what `save` began is published; its step and folder, None where nothing was begun."""

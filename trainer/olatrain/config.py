@@ -218,6 +218,7 @@ class TrainConfig(Frozen):
     workers: int = Field(default=2, ge=0)
     """Loader processes of each rank."""
     checkpoint_every: int = Field(default=500, gt=0)
+    """Steps between checkpoints. One of 1 GiB or more is written while the training goes on, until the next is due."""
     keep_last: int = Field(default=2, gt=0)
     log_every: int = Field(default=10, gt=0)
     """Steps between printed lines; metrics.jsonl gets every step."""

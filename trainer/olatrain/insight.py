@@ -35,12 +35,17 @@ class Insight:
         }  # layer: retrieved, scored; targets: chance, scored
         self.figures: dict[str, Any] = {}
 
-    def add_text(self, loss: Tensor) -> None:
-        """Take the text loss's gradient at the projector; before the backward pass, whose graph it keeps."""
+    def add_text(self, loss: Tensor, *, through: Tensor | None = None) -> None:
+        """Take the text loss's gradient at the projector; before the backward pass, whose graph it keeps.
+
+        `through` is a tensor of the graph that the pass is to reach even where no image, and so no projector, is in
+        it: ranks that hold a part each of a language model must go back through it together.
+        """
         if not self._projector or not loss.requires_grad:
             return
-        found = torch.autograd.grad(loss, self._projector, retain_graph=True, allow_unused=True)
-        for total, gradient in zip(self._text, found, strict=True):
+        wanted = self._projector if through is None else [*self._projector, through]
+        found = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+        for total, gradient in zip(self._text, found[: len(self._text)], strict=True):
             if gradient is not None:
                 total += gradient
 

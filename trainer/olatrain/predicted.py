@@ -18,6 +18,7 @@ from olaschema.store import FeatureStore
 from olatrain.folder import publish_folder
 from olatrain.predictors import Standard
 from olatrain.setup import Run
+from olatrain.step import in_step
 from olatrain.stream import Batch, Sample
 
 FOLDER = "predictions"
@@ -31,10 +32,12 @@ def keep_predictions(run: Run, step: int) -> Path | None:
     float32, in the teacher's own units, under the teacher's fingerprint. Returns the folder; None where no image of
     the first samples can be shown.
     """
+    if run.config.store is None:
+        return None
     samples = _handful(run)
+    found = _predict(run, samples)
     if not samples:
         return None
-    found = _predict(run, samples)
     folder = run.config.out / FOLDER / f"step-{step:08d}"
     if not run.ranks.first:
         return folder
@@ -79,7 +82,7 @@ def _predict(run: Run, samples: list[Sample]) -> dict[tuple[str, int], Tensor]:
     if not isinstance(batch, Batch):
         raise batch.error
     parts: dict[tuple[str, int], list[Tensor]] = {}
-    for micro in batch.micro:
+    for micro in in_step(learner, batch.micro, run.ranks):
         inputs = {name: value.to(device) for name, value in micro.inputs.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.config.precision == "bf16"):
             output = learner.student(inputs, keep=torch.zeros(1, dtype=torch.int64, device=device))
@@ -92,7 +95,13 @@ def _predict(run: Run, samples: list[Sample]) -> dict[tuple[str, int], Tensor]:
 
 
 def _write(
-    run: Run, store: FeatureStore, teacher: str, layer: int, step: int, values: Tensor, rows: list[tuple[int, int]]
+    run: Run,
+    store: FeatureStore,
+    teacher: str,
+    layer: int,
+    step: int,
+    values: Tensor,
+    rows: list[tuple[int, int]],
 ) -> None:
     record = run.teachers[teacher].model_copy(
         update={"precision": "float32", "source": f"predicted from layer {layer} at step {step}", "libraries": {}}

@@ -65,7 +65,7 @@ def saver(run: Run) -> Saver:
 
 
 def save(run: Run, optimiser: Optimizer, progress: Progress, saver: Saver) -> None:
-    """Begin to save a checkpoint; every rank must call this."""
+    """Save a checkpoint, or begin to (`Saver`); every rank must call this."""
     state = {
         "position": progress.position,
         "world": run.ranks.world,

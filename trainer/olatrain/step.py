@@ -56,10 +56,7 @@ def run_batch(
     floors = {name: learner.bank.standardise(name, mean) for name, mean in means.items()}
     if mean_targets:
         gathered = {n: replace(g, values=floors[n].expand(len(g.rows), *floors[n].shape)) for n, g in gathered.items()}
-    micros = list(batch.micro)
-    if is_sharded(learner.student.model):
-        # the ranks' passes through a split model go in step: who has fewer runs one that counts for nothing
-        micros += [_nothing(learner.tokens)] * (ranks.most(len(micros)) - len(micros))
+    micros = in_step(learner, batch.micro, ranks)
     pieces = []
     first = 0
     for micro in micros:
@@ -87,7 +84,7 @@ def run_batch(
             keep=keep,
         )
         if insight is not None:
-            insight.add_text(report.text_loss)
+            insight.add_text(report.text_loss, through=output.entry if is_sharded(learner.student.model) else None)
             insight.add(predictions, targets)
         if report.loss.requires_grad:
             torch.autograd.backward(report.loss)
@@ -102,6 +99,15 @@ def run_batch(
     if insight is not None:
         insight.finish(ranks)
     return meter.totals(ranks)
+
+
+def in_step(learner: Learner, micros: Sequence[MicroBatch], ranks: Ranks) -> list[MicroBatch]:
+    """Return the micro-batches to run: where ranks hold a part each of the language model, as many on every rank.
+
+    Their passes through it go in step, so a rank that has fewer runs some that count for nothing.
+    """
+    more = ranks.most(len(micros)) - len(micros) if is_sharded(learner.student.model) else 0
+    return [*micros, *[_nothing(learner.tokens)] * more]
 
 
 def _gather(batch: Batch, ranks: Ranks, bank: PredictorBank) -> dict[str, Global]:

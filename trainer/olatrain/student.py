@@ -27,12 +27,15 @@ class StudentOutput:
     """(B, L, V), or (B, P, V) where P positions were asked for."""
     taps: dict[int, Tensor]
     """1-based layer → its output (B, L, D); for the last layer after the final norm."""
+    entry: Tensor
+    """What entered the first decoder block, (B, L, D)."""
 
 
 @dataclass
 class _Call:
     owner: Student
     gradients: bool
+    entry: Tensor | None = None
     taps: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -71,6 +74,7 @@ class Student(nn.Module):
         self.register_buffer("_slots", slots, persistent=False)
         if tokens.flat:
             embeddings.register_forward_hook(self._write_means)
+        self.layers[0].register_forward_pre_hook(self._record_entry)
         for layer in self.taps:
             last = layer == len(self.layers)
             module = self.norm if last else self.layers[layer - 1]
@@ -141,13 +145,22 @@ class Student(nn.Module):
             raise ConfigError(
                 f"layers {missing} of {type(self.model).__name__} did not run", "Tap layers that the model uses."
             )
-        return StudentOutput(output.logits, call.taps)
+        if call.entry is None:
+            raise ConfigError(
+                f"the first decoder block of {type(self.model).__name__} did not run", "Choose another student."
+            )
+        return StudentOutput(output.logits, call.taps, call.entry)
 
     def _write_means(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         ids: Tensor = args[0]
         slots = self._slots[ids]  # type: ignore[index]
         means = self.task_embeddings().to(output)
         return torch.where((slots >= 0).unsqueeze(-1), means[slots.clamp(min=0)], output)
+
+    def _record_entry(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        call = _CALL.get()
+        if call is not None and call.owner is self:
+            call.entry = args[0]
 
     def _recorder(self, layer: int) -> Any:
         def record(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:

@@ -141,6 +141,8 @@ def _loop(
         if step % config.checkpoint_every == 0 or step == last or stopping:
             _published(keeper, watch)
             save(run, optimiser, Progress(step, position), keeper)
+        if keeper.ready:
+            _published(keeper, watch)
         if stopping:
             _published(keeper, watch)
             raise Stopped(step, stop.signal)
