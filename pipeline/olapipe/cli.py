@@ -253,7 +253,8 @@ def verify_command(
     """Check every byte of a feature store, and name the damaged files, shards and rows.
 
     Exit status: 0 if nothing is wrong (shards that are not extracted yet are no damage) or all of it was repaired; 1
-    for damage, stray files, or features that --live finds different; 2 for unusable settings.
+    for damage, stray files, features that --repair could not bring back or --live finds different; 2 for unusable
+    settings.
     """
     with _user_errors():
         from olaschema.packed import is_packed
