@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -571,7 +571,7 @@ def _pairs(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _refuse(told: dict[str, object], wanted: str, *, used: bool) -> None:
+def _refuse(told: Mapping[str, object], wanted: str, *, used: bool) -> None:
     """Raise ConfigError for a flag that was given where nothing uses it."""
     given = [flag for flag, value in told.items() if value is not None]
     if given and not used:
