@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipeline_support import FakeTeacher, image_bytes
+from pipeline_support import FakeTeacher, image_bytes, olapipe
 
 from olapipe import live
 from olapipe.corpus import list_corpus
@@ -47,3 +47,18 @@ def test_a_shared_row_is_compared_where_its_feature_is_and_a_nan_is_no_agreement
 
     monkeypatch.setattr(live, "_stored", spoilt)
     assert not live._compare(store, teacher, 0, corpus, 10_000).agrees
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--images", "x"], "--repair and --live"),
+        (["--device", "gpu"], "--repair and --live"),
+        (["--workers", 2, "--live", 1], "--repair"),
+        (["--seed", 4, "--repair"], "--live"),
+    ],
+)
+def test_flags_that_nothing_would_use_are_refused(tmp_path: Path, flags: list[object], wanted: str) -> None:
+    result = olapipe("verify", tmp_path, *flags)
+    assert result.exit_code == 2
+    assert f"{flags[0]}: nothing but {wanted} uses this" in result.stderr
