@@ -16,6 +16,7 @@ from olapipe.signals import Terminated, sigterm_raises
 from olaschema.errors import ConfigError, OlaError
 
 if TYPE_CHECKING:
+    from olapipe.pack import Packed
     from olapipe.preview.page import Page
 
 app = typer.Typer(
@@ -40,6 +41,10 @@ def extract_command(
     ] = None,
     out: Annotated[
         str | None, typer.Option(help="Feature store to make or continue: a folder, or s3://BUCKET/PREFIX.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(metavar="zarr|webdataset", help="webdataset: packed training shards at once, as by pack."),
     ] = None,
     teacher: Annotated[list[str] | None, typer.Option(help="Teacher to run; may be given several times.")] = None,
     checkpoint: Annotated[
@@ -81,6 +86,7 @@ def extract_command(
         flags: dict[str, Any] = {
             "corpus": corpus,
             "out": out,
+            "format": format,
             "teachers": teacher or None,
             "images": images,
             "preset": preset,
@@ -111,6 +117,8 @@ def extract_command(
         print_summary(_console(), result.store, result.summaries, result.rates)
         if result.tally is not None:
             print_job(_console(), result.tally, result.bottleneck)
+        if result.packed is not None:
+            _show_packed(settings.out, result.packed)
         if result.lost:
             log = result.store.place.locate("_log/errors.log")
             _errors().print(f"details in {visible(log)}; run the same command to try again", markup=False)
@@ -245,7 +253,8 @@ def verify_command(
     """Check every byte of a feature store, and name the damaged files, shards and rows.
 
     Exit status: 0 if nothing is wrong (shards that are not extracted yet are no damage) or all of it was repaired; 1
-    for damage, stray files, or features that --live finds different; 2 for unusable settings.
+    for damage, stray files, features that --repair could not bring back or --live finds different; 2 for unusable
+    settings.
     """
     with _user_errors():
         from olaschema.packed import is_packed
@@ -280,9 +289,11 @@ def verify_command(
 @app.command("pack")
 def pack_command(
     store: Annotated[str, typer.Argument(help="Feature store.")],
-    conversations: Annotated[Path, typer.Option(help="LLaVA-style .json or .jsonl.")],
-    images: Annotated[Path, typer.Option(help="Folder that the conversations' images are relative to.")],
+    images: Annotated[Path, typer.Option(help="Folder that the paths of the images start from.")],
     out: Annotated[str, typer.Option(help="Folder of the shards to make or continue.")],
+    conversations: Annotated[
+        Path | None, typer.Option(help="LLaVA-style .json or .jsonl; without it each image is a sample.")
+    ] = None,
     teacher: Annotated[list[str] | None, typer.Option(help="Only this teacher's features; several times.")] = None,
     samples_per_tar: Annotated[
         int | None, typer.Option(help="Samples of a tar; by default a tar holds the images of one shard of the store.")
@@ -291,20 +302,9 @@ def pack_command(
     """Write features, images and conversations as WebDataset shards. Run the same command again to continue."""
     with _user_errors():
         from olapipe.pack import PackSettings, pack
-        from olapipe.report import visible
 
         settings = PackSettings(store, conversations, images, out, tuple(teacher) if teacher else None, samples_per_tar)
-        done = pack(settings)
-        record = done.record
-        lines = [f"{out}: {record.conversations} conversations in {record.samples} samples, {len(record.tars)} tars"]
-        lines[0] += f", {done.made} of them written now"
-        for name, missing in done.missing.items():
-            shown = ", ".join(f"{count} {reason}" for reason, count in missing.items())
-            lines += [f"{name}: images without a feature: {shown}"] if missing else []
-        shown = ", ".join(f"{count} {reason}" for reason, count in record.left_out.items())
-        lines += [f"conversations left out (the indices say which): {shown}"] if shown else []
-        for line in lines:
-            _console().print(visible(line), markup=False, highlight=False, soft_wrap=True)
+        _show_packed(out, pack(settings))
 
 
 @app.command("drop")
@@ -510,6 +510,21 @@ def _user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         _errors().print(_GO_ON, style="bold", markup=False)
         raise typer.Exit(_INTERRUPTED) from None
+
+
+def _show_packed(out: str, done: Packed) -> None:
+    from olapipe.report import visible
+
+    record = done.record
+    lines = [f"{out}: {record.conversations} conversations in {record.samples} samples, {len(record.tars)} tars"]
+    lines[0] += f", {done.made} of them written now"
+    for name, missing in done.missing.items():
+        shown = ", ".join(f"{count} {reason}" for reason, count in missing.items())
+        lines += [f"{name}: images without a feature: {shown}"] if missing else []
+    shown = ", ".join(f"{count} {reason}" for reason, count in record.left_out.items())
+    lines += [f"left out (the indices say what): {shown}"] if shown else []
+    for line in lines:
+        _console().print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _verify_packed(where: str, *, given: bool, as_json: bool) -> NoReturn:

@@ -36,7 +36,7 @@ from olaschema.tarshard import (
 )
 
 _KEPT_INDICES = 16
-_RESTORE = "Pack the set again (`olapipe pack`): tars that are whole are kept."
+_RESTORE = "Run the command that wrote the set again (`olapipe pack` or `extract`): tars that are whole are kept."
 
 
 def listing_schema(teachers: tuple[str, ...]) -> pa.Schema:
@@ -65,7 +65,7 @@ class Found:
 
 
 class PackedSet:
-    """A training set that `olapipe pack` wrote. Opening reads the root document, nothing else."""
+    """A training set that `olapipe pack` or `extract` wrote. Opening reads the root document, nothing else."""
 
     def __init__(self, place: Place) -> None:
         if not place.exists(ROOT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -299,15 +300,26 @@ class TestLease:
         with lease.writing(open_place(url), ["depth"], wait=False):
             assert time.monotonic() - begun < 5
 
+    def test_that_of_a_process_whose_number_another_one_has_now_is_taken_at_once(self, tmp_path: Path) -> None:
+        place, file = open_place(tmp_path / "s"), "_log/leases/depth"
+        holder = {"owner": "x", "host": "here", "machine": lease._machine(), "pid": os.getpid(), "term": 60}
+        place.publish(file, json.dumps(holder | {"started": lease._started(os.getpid())}).encode())
+        with pytest.raises(StoreError, match="is writing there now"):
+            lease.Lease(place, file, 60).acquire(wait=False)
+        place.publish(file, json.dumps(holder | {"started": "1"}).encode())
+        with lease.hold(place, file, wait=False):
+            pass
+
     def test_one_that_cannot_be_renewed_or_was_taken_is_lost(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         place = open_place(tmp_path / "s")
-        with lease.hold(place, "_log/leases/a", term=60) as kept, lease.hold(place, "_log/leases/b", term=0.4) as held:
-            with monkeypatch.context() as patch:
-                patch.setattr(type(place), "swap", _unreachable)
-                time.sleep(0.6)
-                assert (kept.lost, held.lost) == (False, True)
+        long, short = (lease.hold(place, f"_log/leases/{name}", term=term) for name, term in (("a", 60), ("b", 0.4)))
+        with long as kept, short as held, monkeypatch.context() as patch:
+            patch.setattr(type(place), "swap", _unreachable)
+            time.sleep(0.6)
+            assert (kept.lost, held.lost) == (False, True)
+            patch.undo()
         with lease.hold(place, "_log/leases/c", term=2) as held:
             place.publish("_log/leases/c", b'{"owner": "another"}')
             deadline = time.monotonic() + 1.9

@@ -8,14 +8,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from olaschema.manifest import TeacherRecord
-from olatrain.config import TrainConfig
+from olatrain.config import SourceSettings, TrainConfig
 from olatrain.sidecar import SIDECAR_NAME
 from olatrain.tokens import TaskTokens
 
 # Where things were on one machine; the fingerprints have a table of their own.
 _NOT_SHOWN = frozenset(
-    ("student", "store", "conversations", "images", "out", "evaluation", "fingerprints", "device", "nproc", "workers",
-     "cache_dir", "cache_limit",
+    ("student", "store", "sources", "conversations", "images", "out", "evaluation", "fingerprints", "device", "nproc",
+     "workers", "cache_dir", "cache_limit",
      "checkpoint_every", "keep_last", "log_every", "look_every", "trackers")
 )  # fmt: skip
 
@@ -89,7 +89,9 @@ print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 
 def _data(config: TrainConfig, samples: str, start: dict[str, Any] | None) -> str:
     store = f"`{PurePosixPath(config.store).name}`" if config.store is not None else ""
-    if config.conversations is None:
+    if config.sources:
+        sources = "A mixture of " + ", ".join(map(_source, config.sources))
+    elif config.conversations is None:
         sources = f"Packed training set {store}"
     else:
         sources = f"Conversations `{config.conversations.name}`" + (f", features {store}" if store else "")
@@ -102,6 +104,13 @@ def _data(config: TrainConfig, samples: str, start: dict[str, Any] | None) -> st
         for teacher, found in start["targets"].items():
             text += f" {teacher}: {found['valid']} samples have a target, {sum(found['missing'].values())} have none."
     return f"## Data\n\n{text}"
+
+
+def _source(source: SourceSettings) -> str:
+    store = f"`{PurePosixPath(source.store).name}`" if source.store is not None else ""
+    what = store if source.conversations is None else f"conversations `{source.conversations.name}`"
+    features = f" with features {store}" if store and source.conversations is not None else ""
+    return f"{what}{features} ({source.repeats} × an epoch)"
 
 
 def _teachers(config: TrainConfig, teachers: Sequence[TeacherRecord], earlier: Sequence[TeacherRecord]) -> str:

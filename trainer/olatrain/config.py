@@ -97,6 +97,24 @@ class PredictionSamples(Frozen):
     """How many, held-out ones where there are any; whole samples, so perhaps a few more."""
 
 
+class SourceSettings(Frozen):
+    """One source of a mixture; its settings are those of the run of the same names."""
+
+    store: StoreUrl | None = None
+    conversations: Path | None = None
+    images: Path | None = None
+    repeats: int = Field(default=1, gt=0)
+    """How often its samples are seen in an epoch."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> SourceSettings:
+        if (self.conversations is None) != (self.images is None):
+            raise ValueError("conversations and images of a source go together: one of them is missing")
+        if self.conversations is None and self.store is None:
+            raise ValueError("a source has conversations and images, or a packed training set as store")
+        return self
+
+
 class Probe(Frozen):
     """Probing a frozen student instead of training it (`olatrain probe`)."""
 
@@ -119,6 +137,8 @@ class TrainConfig(Frozen):
     """LLaVA-style JSON or JSONL; not beside a packed set, which holds its own, and so does it the images."""
     images: Path | None = None
     """Folder that the images of the conversations are relative to."""
+    sources: tuple[SourceSettings, ...] = ()
+    """In place of `store`, `conversations` and `images`: several of them, mixed."""
     out: Path
     teachers: dict[str, TeacherTraining] = Field(default_factory=dict)
     """Teachers whose features are losses; none in a stage of next tokens alone, whose predictors are left out."""
@@ -248,11 +268,13 @@ class TrainConfig(Frozen):
 
     def _consistent_stage(self) -> None:
         """Refuse what contradicts itself about losses and groups of parameters."""
-        if self.teachers and self.store is None:
+        if self.sources:
+            self._consistent_sources()
+        elif self.teachers and self.store is None:
             raise ValueError("teachers are named, but the setting store is missing")
         if (self.conversations is None) != (self.images is None):
             raise ValueError("conversations and images go together: one of them is missing")
-        if self.conversations is None and self.store is None:
+        if self.conversations is None and self.store is None and not self.sources:
             raise ValueError("conversations and images are missing, or a packed training set as store")
         if self.store is not None and self.conversations is not None and not self.teachers:
             raise ValueError("a store is given, but teachers names none to learn from")
@@ -260,7 +282,8 @@ class TrainConfig(Frozen):
             raise ValueError("text is 0 and no teacher has a weight: there is no loss")
         if self.cache_limit is not None and self.cache_dir is None:
             raise ValueError("cache_limit is given, but not cache_dir")
-        stores = [self.store, self.evaluation.store if self.evaluation is not None else None]
+        stores = [self.store, *(source.store for source in self.sources)]
+        stores += [self.evaluation.store if self.evaluation is not None else None]
         if self.cache_dir is not None and not any(store is not None and "://" in store for store in stores):
             raise ValueError("cache_dir keeps files of stores in buckets, and there is none: leave it out")
         if len(set(self.train)) != len(self.train):
@@ -275,6 +298,16 @@ class TrainConfig(Frozen):
             raise ValueError("lora is given, but train does not name llm")
         if self.target_control != "none" and not self.teachers:
             raise ValueError("target_control changes targets, and no teacher is named")
+
+    def _consistent_sources(self) -> None:
+        if self.store is not None or self.conversations is not None or self.images is not None:
+            raise ValueError("sources stand in place of store, conversations and images: give one or the other")
+        if self.teachers and any(source.store is None for source in self.sources):
+            raise ValueError("teachers are named, but a source has no store")
+        if not self.teachers and any(source.store and source.conversations for source in self.sources):
+            raise ValueError("a source has a feature store, but teachers names none to learn from")
+        if self.evaluation is not None and self.evaluation.store is None:
+            raise ValueError("evaluation beside sources takes a packed set as evaluation.store")
 
     @property
     def cache(self) -> CacheSettings | None:
@@ -292,6 +325,13 @@ class TrainConfig(Frozen):
         if self.store is not None and "://" not in self.store:
             folders["store"] = Path(self.store)
         files = {"conversations": self.conversations} if self.conversations is not None else {}
+        for number, source in enumerate(self.sources):
+            if source.store is not None and "://" not in source.store:
+                folders[f"sources[{number}].store"] = Path(source.store)
+            if source.images is not None:
+                folders[f"sources[{number}].images"] = source.images
+            if source.conversations is not None:
+                files[f"sources[{number}].conversations"] = source.conversations
         if self.evaluation is not None and self.evaluation.conversations is not None:
             files["evaluation.conversations"] = self.evaluation.conversations
         for name, path in folders.items():
@@ -306,8 +346,8 @@ class TrainConfig(Frozen):
 
 # What may differ between a run and its continuation: where things are, how fast they are read, what is reported.
 _FREE = frozenset(
-    ("preset", "student", "store", "images", "conversations", "out", "device", "nproc", "workers", "micro_batch",
-     "cache_dir", "cache_limit",
+    ("preset", "student", "store", "images", "conversations", "sources", "out", "device", "nproc", "workers",
+     "micro_batch", "cache_dir", "cache_limit",
      "gradient_checkpointing", "stop_after", "checkpoint_every", "keep_last", "log_every", "look_every", "trackers",
      "evaluation", "predictions",
      "mean_map_rows", "fingerprints")

@@ -119,6 +119,21 @@ class Conversations(Sequence[Conversation]):
         """
         return cls(path, _entries(path))
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Conversations], repeats: Sequence[int]) -> Conversations:
+        """Return all parts' conversations, one part after the other, each `repeats` times in a row."""
+        chosen = copy.copy(parts[0])
+        chosen.path = Path(", ".join(str(part.path) for part in parts))
+        chosen.bad = [bad for part in parts for bad in part.bad]
+        repeated = [part for part, count in zip(parts, repeats, strict=True) for _ in range(count)]
+        chosen.keys = [keys for part in repeated for keys in part.keys]
+        chosen._indices = np.concatenate([part._indices for part in repeated])
+        chosen._data = np.concatenate([part._data for part in repeated])
+        lengths = [np.diff(part._ends, prepend=0) for part in repeated]
+        chosen._ends = np.cumsum(np.concatenate(lengths), dtype=np.int64)
+        chosen.digest = hashlib.sha256("".join(part.digest for part in repeated).encode()).hexdigest()
+        return chosen
+
     def __len__(self) -> int:
         return len(self._ends)
 

@@ -22,9 +22,9 @@ from olaschema.tarshard import CONVERSATIONS, OK, tar_name
 from olatrain.conversations import Conversations
 from olatrain.join import Coverage, Listing, make_listing
 
-# A place is tar, sample and image in one number; tars are numbered with six digits.
-_IMAGES = 1 << 14
-_SAMPLES = 1 << 28
+# A place is tar, sample and image in one number of 50 bits; tars are numbered with six digits.
+_IMAGES = 1 << 12
+_SAMPLES = 1 << 18
 
 
 @dataclass(frozen=True)

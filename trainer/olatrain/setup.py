@@ -27,6 +27,7 @@ from olatrain.groups import describe
 from olatrain.join import Coverage, Listing
 from olatrain.learner import Learner, build_learner, load_start
 from olatrain.meanmap import mean_maps
+from olatrain.mixeddata import MixedData
 from olatrain.order import cyclic_partners
 from olatrain.packeddata import PackedData
 from olatrain.parallel import Ranks
@@ -87,7 +88,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     """
     data = open_data(config)
     records = {name: data.teacher(name) for name in config.teachers}
-    config = _pin(config, records, str(config.store))
+    config = _pin(config, records, data.url)
     tokens = TaskTokens.load(config.student)
     processor = load_processor(config.student)
     found = {name: record.fingerprint for name, record in records.items()}
@@ -162,19 +163,27 @@ def open_data(config: TrainConfig) -> Data:
 
     Raises ConfigError where that leaves settings without a meaning, StoreError where there is no store.
     """
-    if config.store is not None and is_packed(config.store):
-        if config.conversations is not None or config.images is not None:
+    if not config.sources:
+        return _one_source(config, config.store, config.conversations, config.images)
+    parts = tuple(_one_source(config, each.store, each.conversations, each.images) for each in config.sources)
+    return MixedData(parts, tuple(each.repeats for each in config.sources))
+
+
+def _one_source(config: TrainConfig, store: str | None, conversations: Path | None, images: Path | None) -> Data:
+    cache = config.cache if store is not None and "://" in store else None
+    if store is not None and is_packed(store):
+        if conversations is not None or images is not None:
             raise ConfigError(
-                f"{config.store} is a packed training set, which holds its own conversations and images",
+                f"{store} is a packed training set, which holds its own conversations and images",
                 "Leave conversations and images out, or give the feature store that was packed.",
             )
-        return PackedData(config.store, cache=config.cache)
-    if config.conversations is None or config.images is None:
+        return PackedData(store, cache=cache)
+    if conversations is None or images is None:
         raise ConfigError(
-            f"store = {config.store} is no packed training set, and conversations and images are missing",
+            f"store = {store} is no packed training set, and conversations and images are missing",
             "Give both (--conversations, --images), or a folder that `olapipe pack` wrote.",
         )
-    return StoreData.at(config.store, tuple(config.teachers), config.conversations, config.images, cache=config.cache)
+    return StoreData.at(store, tuple(config.teachers), conversations, images, cache=cache)
 
 
 def _evaluation(config: TrainConfig, evaluation: Evaluation, data: Data) -> tuple[Data, Conversations]:
