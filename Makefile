@@ -11,7 +11,7 @@ DEMO ?= demo-out
 # The images in docker/ install one half each with the same target
 EXTRAS ?= pipeline,trainer,dev
 
-.PHONY: help install demo test lint types imports pytest clean
+.PHONY: help install peers demo test lint types imports pytest clean
 
 help:
 	@echo "make demo    install, then photographs -> features -> trained student, in minutes on a CPU (results in $(DEMO)/)"
@@ -27,6 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $(STAMP)
+
+# what benchmarks/store_read.py compares the store with: an environment of its own on top of this one
+peers: install
+	PYTHON=$(BIN)/python benchmarks/peers/install.sh
 
 demo: install
 	$(BIN)/python examples/demo/run.py $(DEMO)

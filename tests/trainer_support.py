@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
 from store_support import EXECUTION, put, record
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -231,22 +232,40 @@ def settings(corpus: Corpus, folder: Path, target: Path, /, **changes: Any) -> d
         "window": 2,
         "workers": 0,
         "device": "cpu",
-        "tensorboard": False,
+        "trackers": [],
         "log_every": 1,
         "checkpoint_every": 2,
     }
     return chosen | changes
 
 
-def start_ranks(chosen: Mapping[str, Any], world: int) -> list[BaseProcess]:
-    """Start a run as `world` real processes, forked from a server that has the imports behind it."""
+def saved(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
+    """Tensors of one part of a checkpoint, put together here from the pieces that ranks wrote."""
+    found: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():  # noqa: SIM118
+                if name.startswith(f"{part}."):
+                    piece = (offsets[name]["saved_offsets"], file.get_tensor(name))
+                    found.setdefault(name.removeprefix(f"{part}."), []).append(piece)
+    for pieces in found.values():
+        pieces.sort(key=lambda piece: piece[0])
+    return {n: torch.cat([piece for _, piece in p]) if len(p) > 1 else p[0][1] for n, p in found.items()}
+
+
+def start_ranks(chosen: Mapping[str, Any], world: int, *, record: Path | None = None) -> list[BaseProcess]:
+    """Start a run as `world` real processes, forked from a server that has the imports behind it.
+
+    With `record`, what each step trains on is written there: `seen-RANK-PID`, lines of [position, place in the file].
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["olatrain.train", "olatrain.compose"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks: list[BaseProcess] = [
-        context.Process(target=_rank, args=(dict(chosen), rank, world, port)) for rank in range(world)
+        context.Process(target=_rank, args=(dict(chosen), rank, world, port, record)) for rank in range(world)
     ]
     for rank in ranks:
         rank.start()
@@ -260,10 +279,35 @@ def end_all(ranks: Sequence[BaseProcess]) -> None:
     assert [rank.exitcode for rank in ranks] == [0] * len(ranks)
 
 
-def _rank(chosen: dict[str, Any], rank: int, world: int, port: int) -> None:
+def _rank(chosen: dict[str, Any], rank: int, world: int, port: int, record: Path | None) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    if record is not None:
+        _record_steps(record / f"seen-{rank}-{os.getpid()}")
     train(load_config(TrainConfig, flags=chosen), Console(file=io.StringIO()))
+
+
+def _record_steps(path: Path) -> None:
+    """Write down the samples of every batch that reaches a training step, as the sampler and the stream named them."""
+    from olatrain import train as module
+
+    run_batch, loader = module.run_batch, module._loader
+    pending: list[list[list[int]]] = []
+
+    def remembering(run: Any, stream: Any, *, start: int, end: int) -> Any:
+        found = loader(run, stream, start=start, end=end)
+        if stream is run.stream:
+            pending[:] = [[[p, stream.index(p)] for p in batch] for batch in found.batch_sampler]
+        return found
+
+    def stepping(learner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        samples = pending.pop(0)
+        assert len(samples) == batch.samples
+        with path.open("a") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+        return run_batch(learner, batch, *args, **kwargs)
+
+    module._loader, module.run_batch = remembering, stepping
 
 
 def environment() -> dict[str, str]:

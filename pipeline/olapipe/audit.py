@@ -43,8 +43,9 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """1 while something is wrong."""
-        return 1 if self.left or not all(compared.agrees for compared in self.live) else 0
+        """1 while something is wrong, or where a repair could not bring a feature back."""
+        gone = self.repair is not None and self.repair.gone
+        return 1 if self.left or gone or not all(compared.agrees for compared in self.live) else 0
 
     def show(self, console: Console, *, as_json: bool) -> None:
         """Print it."""
@@ -74,6 +75,8 @@ class Report:
         for key in self.repair.changed:
             text = f"{key}: the image has changed since; the shard holds the features of the new one"
             console.print(Text(visible(text)), soft_wrap=True)
+        for text in self.repair.gone:
+            console.print(Text(visible(f"not brought back: {text}")), soft_wrap=True)
         for text in self.repair.lost:
             console.print(Text(visible(f"given up: {text}")), soft_wrap=True)
         for problem in self.left:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,6 +16,7 @@ from olapipe.signals import Terminated, sigterm_raises
 from olaschema.errors import ConfigError, OlaError
 
 if TYPE_CHECKING:
+    from olapipe.pack import Packed
     from olapipe.preview.page import Page
 
 app = typer.Typer(
@@ -40,6 +41,10 @@ def extract_command(
     ] = None,
     out: Annotated[
         str | None, typer.Option(help="Feature store to make or continue: a folder, or s3://BUCKET/PREFIX.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(metavar="zarr|webdataset", help="webdataset: packed training shards at once, as by pack."),
     ] = None,
     teacher: Annotated[list[str] | None, typer.Option(help="Teacher to run; may be given several times.")] = None,
     checkpoint: Annotated[
@@ -84,6 +89,7 @@ def extract_command(
         flags: dict[str, Any] = {
             "corpus": corpus,
             "out": out,
+            "format": format,
             "teachers": teacher or None,
             "images": images,
             "preset": preset,
@@ -115,6 +121,8 @@ def extract_command(
         print_summary(_console(), result.store, result.summaries, result.rates)
         if result.tally is not None:
             print_job(_console(), result.tally, result.bottleneck)
+        if result.packed is not None:
+            _show_packed(settings.out, result.packed)
         if result.lost:
             log = result.store.place.locate("_log/errors.log")
             _errors().print(f"details in {visible(log)}; run the same command to try again", markup=False)
@@ -193,9 +201,10 @@ def inspect_command(
         from olaschema.store import FeatureStore
 
         if is_packed(store):
-            if key is not None or picture is not None:
+            if key is not None or picture is not None or html is not None or images is not None:
                 raise ConfigError(
-                    f"{store} is a packed training set: images are looked up in its store", "Leave KEY out."
+                    f"{store} is a packed training set: images are looked up in its store",
+                    "Leave out KEY, --picture, --html and --images.",
                 )
             inspect.show_packed(_console(), PackedSet.open(store), as_json=as_json)
             return
@@ -248,17 +257,31 @@ def verify_command(
     """Check every byte of a feature store, and name the damaged files, shards and rows.
 
     Exit status: 0 if nothing is wrong (shards that are not extracted yet are no damage) or all of it was repaired; 1
-    for damage, stray files, or features that --live finds different; 2 for unusable settings.
+    for damage, stray files, features that --repair could not bring back or --live finds different; 2 for unusable
+    settings.
     """
     with _user_errors():
         from olaschema.packed import is_packed
 
         if is_packed(store):
-            _verify_packed(store, given=bool(teacher or repair or live), as_json=as_json)
+            _verify_packed(
+                store,
+                given=bool(teacher or repair or live or images or checkpoint or overrides or workers or seed),
+                as_json=as_json,
+            )
         from olapipe.audit import Request, audit
         from olapipe.progress import make_reporter
         from olapipe.repair import Source
 
+        told = {
+            "--images": images,
+            "--checkpoint": checkpoint,
+            "--set": overrides,
+            "--device": None if device == "auto" else device,
+        }
+        _refuse(told, "--repair and --live", used=repair or live > 0)
+        _refuse({"--workers": workers}, "--repair", used=repair)
+        _refuse({"--seed": seed or None}, "--live", used=live > 0)
         checkpoints = dict(_pairs(checkpoint or [], "--checkpoint"))
         source = Source(images, checkpoints, tuple(overrides or ()), device, workers)
         request = Request(store, teacher or None, repair, live, seed, source)
@@ -302,9 +325,11 @@ def fidelity_command(
 @app.command("pack")
 def pack_command(
     store: Annotated[str, typer.Argument(help="Feature store.")],
-    conversations: Annotated[Path, typer.Option(help="LLaVA-style .json or .jsonl.")],
-    images: Annotated[Path, typer.Option(help="Folder that the conversations' images are relative to.")],
+    images: Annotated[Path, typer.Option(help="Folder that the paths of the images start from.")],
     out: Annotated[str, typer.Option(help="Folder of the shards to make or continue.")],
+    conversations: Annotated[
+        Path | None, typer.Option(help="LLaVA-style .json or .jsonl; without it each image is a sample.")
+    ] = None,
     teacher: Annotated[list[str] | None, typer.Option(help="Only this teacher's features; several times.")] = None,
     samples_per_tar: Annotated[
         int | None, typer.Option(help="Samples of a tar; by default a tar holds the images of one shard of the store.")
@@ -313,20 +338,9 @@ def pack_command(
     """Write features, images and conversations as WebDataset shards. Run the same command again to continue."""
     with _user_errors():
         from olapipe.pack import PackSettings, pack
-        from olapipe.report import visible
 
         settings = PackSettings(store, conversations, images, out, tuple(teacher) if teacher else None, samples_per_tar)
-        done = pack(settings)
-        record = done.record
-        lines = [f"{out}: {record.conversations} conversations in {record.samples} samples, {len(record.tars)} tars"]
-        lines[0] += f", {done.made} of them written now"
-        for name, missing in done.missing.items():
-            shown = ", ".join(f"{count} {reason}" for reason, count in missing.items())
-            lines += [f"{name}: images without a feature: {shown}"] if missing else []
-        shown = ", ".join(f"{count} {reason}" for reason, count in record.left_out.items())
-        lines += [f"conversations left out (the indices say which): {shown}"] if shown else []
-        for line in lines:
-            _console().print(visible(line), markup=False, highlight=False, soft_wrap=True)
+        _show_packed(out, pack(settings))
 
 
 @app.command("drop")
@@ -534,6 +548,21 @@ def _user_errors() -> Iterator[None]:
         raise typer.Exit(_INTERRUPTED) from None
 
 
+def _show_packed(out: str, done: Packed) -> None:
+    from olapipe.report import visible
+
+    record = done.record
+    lines = [f"{out}: {record.conversations} conversations in {record.samples} samples, {len(record.tars)} tars"]
+    lines[0] += f", {done.made} of them written now"
+    for name, missing in done.missing.items():
+        shown = ", ".join(f"{count} {reason}" for reason, count in missing.items())
+        lines += [f"{name}: images without a feature: {shown}"] if missing else []
+    shown = ", ".join(f"{count} {reason}" for reason, count in record.left_out.items())
+    lines += [f"left out (the indices say what): {shown}"] if shown else []
+    for line in lines:
+        _console().print(visible(line), markup=False, highlight=False, soft_wrap=True)
+
+
 def _verify_packed(where: str, *, given: bool, as_json: bool) -> NoReturn:
     from olapipe.report import visible
     from olapipe.verify_packed import verify_packed
@@ -541,7 +570,7 @@ def _verify_packed(where: str, *, given: bool, as_json: bool) -> NoReturn:
 
     if given:
         raise ConfigError(
-            f"{where} is a packed training set: it is checked as a whole", "Leave --teacher, --repair and --live out."
+            f"{where} is a packed training set: it is checked as a whole", "Leave out all flags but --json."
         )
     packed = PackedSet.open(where)
     problems = verify_packed(packed)
@@ -576,6 +605,13 @@ def _pairs(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
             raise ConfigError(f"{flag} {text!r} is not of the form TEACHER=PATH_OR_ID", f"{flag} depth=FOLDER")
         pairs.append((name, value))
     return pairs
+
+
+def _refuse(told: Mapping[str, object], wanted: str, *, used: bool) -> None:
+    """Raise ConfigError for a flag that was given where nothing uses it."""
+    given = [flag for flag, value in told.items() if value is not None]
+    if given and not used:
+        raise ConfigError(f"{', '.join(given)}: nothing but {wanted} uses this", f"Leave it out, or add {wanted}.")
 
 
 def _ask(question: str) -> None:

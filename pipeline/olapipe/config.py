@@ -22,7 +22,9 @@ class ExtractConfig(BaseModel):
     images: Path | None = None
     """The folder that the `image` paths of conversations start from."""
     out: StoreUrl
-    """The feature store: made if missing, else continued."""
+    """The feature store, or packed set: made if missing, else continued."""
+    format: Literal["zarr", "webdataset"] = "zarr"
+    """A feature store, or a packed training set at once: that one gets no further images or teachers later."""
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
     checkpoints: dict[str, str] = Field(default_factory=dict)
     """Per teacher a local folder or a hub id; the published id where none is given."""
@@ -69,12 +71,18 @@ class ExtractConfig(BaseModel):
     def _consistent(self) -> ExtractConfig:
         if len(set(self.teachers)) != len(self.teachers):
             raise ValueError(f"a teacher is named twice: {', '.join(self.teachers)}")
+        if self.retry_failed and self.format == "webdataset":
+            raise ValueError("retry_failed needs a feature store: the features of a packed set's images are packed")
         for setting, names in (("checkpoints", self.checkpoints), ("options", self.options)):
             stray = sorted(set(names) - set(self.teachers))
             if stray:
                 raise ValueError(
                     f"{setting} names {', '.join(stray)}, which is not among the teachers ({', '.join(self.teachers)})"
                 )
+        if self.format == "webdataset" and self.precision in ("auto", "klt"):
+            raise ValueError(
+                f"format=webdataset has no place for the basis of precision={self.precision}: name another"
+            )
         stray = sorted({"max_gradient_error", "fit_images"} & self.model_fields_set)
         if stray and self.precision not in ("auto", "klt"):
             raise ValueError(f"{' and '.join(stray)}: only --precision auto and klt are fitted, not {self.precision}")

@@ -13,6 +13,7 @@ from olapipe.progress import Reporter
 from olapipe.rewrite import Change, rewrite
 from olapipe.sorting import ExternalSort
 from olapipe.stored import committed_receipt
+from olaschema.lease import writing
 from olaschema.manifest import RowReceipt
 from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
@@ -40,10 +41,10 @@ def dedup(store: FeatureStore, reporter: Reporter, *, memory: int = MEMORY) -> d
 
     The plan stays as it is. A row's receipt is still `ok` and names the row whose feature it has, per teacher. The
     pass sorts digests outside memory, and changes shards one by one: run again, it finds those that are done.
-    Raises DamagedStoreError for a damaged shard.
+    Raises DamagedStoreError for a damaged shard, StoreError while a job writes features of one of the teachers.
     """
     found = {}
-    with store.place.lock("plan"):
+    with writing(store.place, store.teachers(), wait=False), store.place.lock("plan"):
         teachers = store.teachers()
         unseal(store, teachers)
         for teacher in teachers:

@@ -14,6 +14,8 @@ def drop(store: FeatureStore, teacher: str) -> bool:
     Each step takes a whole folder away at once, and the bytes are deleted afterwards. Says whether the teacher was in
     the store; raises StoreError where it was not and there was nothing to finish either.
     """
+    if not teacher or "/" in teacher:
+        store.teacher(teacher)  # raises: no teacher is called so
     with writing(store.place, [teacher], wait=False), store.place.lock("plan"):
         present = teacher in store.teachers()
         if present:

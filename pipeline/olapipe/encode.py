@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from olapipe.corpus import read_image
+from olapipe.keep import keep_features
 from olapipe.quantise import DeviceBasis, quantise
 from olapipe.teachers.base import Teacher
 from olaschema.basis import Basis
@@ -155,7 +156,8 @@ class ShardEncoder:
         `progress(teacher, rows)` is told how many rows of the shard are settled. An image that cannot be used is
         recorded in its row. Raises CorpusError if the whole image folder is gone, TeacherError where a teacher fails
         on any input, StoreError where the store cannot be written. `replace` encodes a committed
-        shard again, and takes images that have changed since they were planned. `poisoned` are, by teacher, the
+        shard again, and takes images that have changed since they were planned, but where an image cannot be used any
+        more, a sound shard keeps its feature (`keep_features`). `poisoned` are, by teacher, the
         rows that a worker did not survive, with the reason, one of `CRASHES`: they are recorded and not touched.
         `timings` is filled with the seconds spent in each of `STAGES` and `wall`.
 
@@ -194,6 +196,8 @@ class ShardEncoder:
         receipts = {}
         for name in teachers:
             output = outputs.pop(name)
+            if replace:
+                keep_features(self.store, output.record, shard, output.stored, output.rows, output.statistics)
             how = self.execution.model_copy(update={"batch_size": output.batch_size})
             receipts[name] = self.store.commit_shard(
                 output.record,

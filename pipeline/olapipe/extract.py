@@ -14,8 +14,10 @@ from pathlib import Path
 from olapipe.bottleneck import Bottleneck, bottleneck
 from olapipe.config import ExtractConfig
 from olapipe.corpus import Growth, Listing, compare, list_corpus
+from olapipe.direct import DirectSet, working
 from olapipe.dryrun import DryRun, dry_run
 from olapipe.job import worker_pool
+from olapipe.pack import Packed
 from olapipe.progress import Reporter
 from olapipe.report import TeacherSummary, summarise
 from olapipe.tally import LostShard, Stop, Tally
@@ -28,6 +30,7 @@ from olaschema.errors import StoreError, TeacherError
 from olaschema.lease import writing
 from olaschema.ledger import read_ledger
 from olaschema.manifest import TeacherRecord
+from olaschema.nesting import require_outside_stores
 from olaschema.place import Place, absolute_url, open_place
 from olaschema.seal import seal, unseal
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
@@ -48,6 +51,8 @@ class Extraction:
     tally: Tally | None = None
     """What this run did; None where there was nothing to do."""
     bottleneck: Bottleneck | None = None
+    packed: Packed | None = None
+    """The packed set that was asked for; None where one was not, or it is not complete."""
 
     @property
     def stopped(self) -> Stop | None:
@@ -70,7 +75,7 @@ def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
 
     A rerun with nothing to do starts no job: the teachers are loaded here, on the CPU, only to compare their
     fingerprints with the store's. Two jobs on one store: of one teacher the later waits for the other to end, and then
-    does what is left.
+    does what is left. A packed set is written from a working store beside it, which is the one that is returned.
     """
     with ExitStack() as held:
         return _extract(config, reporter, held)
@@ -80,17 +85,23 @@ def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extr
     require_usable(config)
     config = _absolute(config)
     listing = list_corpus(config.corpus, config.images)
+    direct = DirectSet(config, listing.root) if config.format == "webdataset" else None
+    config = working(config) if direct is not None else config
     store = _present_store(config)
     # Also shows, before anything is loaded, that the place can be written to.
     place = open_place(config.out)
     _log_run(place, config)
     held.enter_context(writing(place, config.teachers, wait=True, say=reporter.say))
+    if direct is not None:
+        held.enter_context(direct.writing())
     store = _present_store(config)  # again: whoever was waited for may have made it
     growth = compare(listing, store)
+    if direct is not None:
+        direct.reopen(store, growth, reporter.say)
     reporter.say(_describe(listing, growth))
     tasks = pending(store, config) if store is not None else None
     if store is not None and not growth.new and not tasks:
-        return _unchanged(store, config, listing, reporter)
+        return _unchanged(store, config, listing, reporter, direct)
     rows_per_shard = store.rows_per_shard if store else config.shard_size or DEFAULT_ROWS_PER_SHARD
     tiers = choose(config, listing, store, place, reporter)
     with worker_pool(config, listing.root, len(tasks or ()) + -(-len(growth.new) // rows_per_shard)) as pool:
@@ -98,6 +109,7 @@ def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extr
         reporter.say(f"{workers}, loading {', '.join(config.teachers)} …")
         store = _prepare(config, listing, growth, pool.load(), tiers, rows_per_shard)
         tasks = pending(store, config)
+        packing = held.enter_context(direct.packing(store)) if direct is not None else None
         waiting = {name: tasks.images(name) for name in config.teachers}
         planned = sum(generation.rows for generation in store.generations())
         before = {name: planned - waiting[name] for name in config.teachers}
@@ -105,13 +117,20 @@ def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extr
         started = time.monotonic()
         most = config.most_failures(max(waiting.values(), default=0))
         with watched(store.place, reporter, config, before, waiting) as watch:
-            done = pool.run(store, tasks, _noting(store, config.teachers, watch), most_failures=most)
+            done = pool.run(
+                store,
+                tasks,
+                _noting(store, config.teachers, watch),
+                most_failures=most,
+                shard_done=packing.shard_done if packing is not None else None,
+            )
         spent = time.monotonic() - started
     _seal(store, config)
+    packed = packing.finish() if packing is not None and done.stopped is None else None
     summaries = [summarise(store, name, brief=True) for name in config.teachers]
     rates = {name: done.settled[name] / spent for name, rows in waiting.items() if rows}
     slowest = bottleneck(done.seconds, spent, len(pool), config.decoders)
-    return Extraction(store, summaries, rates, done.lost, done, slowest)
+    return Extraction(store, summaries, rates, done.lost, done, slowest, packed)
 
 
 def _noting(store: FeatureStore, teachers: Iterable[str], watch: Callable[[Tally], None]) -> Callable[[Tally], None]:
@@ -134,6 +153,7 @@ def plan_only(config: ExtractConfig, reporter: Reporter) -> DryRun:
     require_usable(config)
     config = _absolute(config)
     listing = list_corpus(config.corpus, config.images)
+    config = working(config) if config.format == "webdataset" else config
     store = _present_store(config)
     growth = compare(listing, store)
     reporter.say(_describe(listing, growth))
@@ -185,6 +205,7 @@ def _present_store(config: ExtractConfig) -> FeatureStore | None:
         if config.shard_size is not None:
             return FeatureStore.create(config.out, rows_per_shard=config.shard_size)
         return FeatureStore.open(config.out)
+    require_outside_stores(config.out)
     if not place.vacant():
         raise StoreError(f"{config.out} exists and is not a feature store", "Choose a new or empty folder for --out.")
     return None
@@ -224,7 +245,9 @@ def _prepare(
     return store
 
 
-def _unchanged(store: FeatureStore, config: ExtractConfig, listing: Listing, reporter: Reporter) -> Extraction:
+def _unchanged(
+    store: FeatureStore, config: ExtractConfig, listing: Listing, reporter: Reporter, direct: DirectSet | None
+) -> Extraction:
     from olapipe.load import load_teachers, teacher_record
 
     reporter.say("nothing to extract; comparing the teachers with the store's …")
@@ -234,7 +257,12 @@ def _unchanged(store: FeatureStore, config: ExtractConfig, listing: Listing, rep
         store.put_teacher(tier.settle(teacher_record(teacher, tier.precision)))
     store.place.sweep()
     _seal(store, config)  # a run that was killed at the very end has not
-    return Extraction(store, [summarise(store, name, brief=True) for name in config.teachers], {}, [])
+    packed = None
+    if direct is not None:
+        with direct.packing(store) as packing:
+            packed = packing.finish()
+    summaries = [summarise(store, name, brief=True) for name in config.teachers]
+    return Extraction(store, summaries, {}, [], packed=packed)
 
 
 def _seal(store: FeatureStore, config: ExtractConfig) -> None:

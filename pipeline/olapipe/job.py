@@ -96,18 +96,19 @@ class WorkerPool:
         watch: Callable[[Tally], None],
         *,
         most_failures: int | None = None,
+        shard_done: Callable[[int], None] | None = None,
     ) -> Tally:
         """Encode every task's shard; return what was done, with the shards given up.
 
         `tasks` are drawn as workers become free. A worker that dies is replaced and its shards are tried again, as is
         a shard whose encoding raised something unforeseen; after three times its images are tried one by one, and
         those that kill a worker, or that the teacher raises an error on, are recorded as failed. `watch` is called
-        about twice a second. More than `most_failures` failed images of one teacher, Ctrl-C and SIGTERM end the run
-        when what is in flight has finished. Raises the OlaError that a worker meets: it would meet every other shard
-        too.
+        about twice a second, `shard_done` with every shard that is committed. More than `most_failures` failed images
+        of one teacher, Ctrl-C and SIGTERM end the run when what is in flight has finished. Raises the OlaError that a
+        worker meets: it would meet every other shard too.
         """
         with stop_flag() as flag:
-            return _Run(self, store, iter(tasks), watch, most_failures, flag).go()
+            return _Run(self, store, iter(tasks), watch, shard_done, most_failures, flag).go()
 
     def close(self) -> None:
         """Stop all workers at once."""
@@ -178,6 +179,7 @@ class _Run:
         store: FeatureStore,
         tasks: Iterator[ShardTask],
         watch: Callable[[Tally], None],
+        shard_done: Callable[[int], None] | None,
         most_failures: int | None,
         flag: StopFlag,
     ) -> None:
@@ -186,6 +188,7 @@ class _Run:
         self._url = absolute_url(store.url)
         self._tasks = tasks
         self._watch = watch
+        self._shard_done = shard_done
         self._most_failures = most_failures
         self._flag = flag
         self._again: deque[_Work] = deque()
@@ -283,6 +286,8 @@ class _Run:
             return
         self._tally.add(work.task, result, self._pool.batch_size)
         self._settled.update(dict.fromkeys(work.task.teachers, work.task.rows))
+        if self._shard_done is not None:
+            self._shard_done(work.task.shard)
 
     def _went_wrong(self, work: _Work, reason: str, problem: str) -> None:
         if work.suspects is not None:

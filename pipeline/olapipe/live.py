@@ -122,8 +122,8 @@ def _compare(store: FeatureStore, teacher: Teacher, row: int, root: Path, max_pi
     difference = np.abs(stored - now)
     if store.teacher(teacher.name).basis is not None:  # its bound is of the image as a whole
         difference, allowed = (np.sqrt(np.square(part).mean(keepdims=True)) for part in (difference, allowed))
-    # 0/0 is no difference; anything else over 0 is beyond what is allowed
-    ratio = np.divide(difference, allowed, out=np.where(difference > 0, math.inf, 0.0), where=allowed > 0)
+    # 0/0 is no difference; anything else over 0, or with a NaN, is beyond what is allowed
+    ratio = np.divide(difference, allowed, out=np.where(difference == 0, 0.0, math.inf), where=allowed > 0)
     length = float(np.linalg.norm(now))
     relative = float(np.linalg.norm(difference)) / length if length else float(difference.any())
     # a NaN is no agreement
@@ -136,6 +136,9 @@ def _stored(store: FeatureStore, teacher: str, shard: int, index: int) -> tuple[
     record = store.teacher(teacher)
     channels = record.fingerprint.channels
     basis = stored_basis(store, record)
+    holder = committed_receipt(store, teacher, shard).rows[index].same_as
+    if holder is not None:
+        shard, index = divmod(holder, store.rows_per_shard)
     parts = {}
     for array, document in store.arrays(teacher).items():
         name = array_shard_file(teacher, array, shard, document)

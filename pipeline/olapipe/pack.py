@@ -11,24 +11,24 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from olapipe.corpora.conversations import samples as read_entries
+from olapipe.packplan import Group, PackPlan, plan_pack
 from olaschema.digest import sealed
 from olaschema.errors import CorpusError, DamagedStoreError, ImageError, StoreError
-from olaschema.files import read_regular
-from olaschema.keys import normalise_key, tombstone
 from olaschema.layout import receipt_file
-from olaschema.manifest import FileReceipt, TeacherRecord, canonical_json
+from olaschema.manifest import FileReceipt, canonical_json
+from olaschema.nesting import require_outside_stores
 from olaschema.packed import listing_schema
 from olaschema.place import Place, open_place
 from olaschema.reader import FeatureReader
+from olaschema.rooted import read_rooted
 from olaschema.store import FeatureStore, read_document
 from olaschema.tarshard import (
     CONVERSATIONS,
@@ -54,25 +54,16 @@ _OURS = re.compile(rf"\d{{6}}\.(tar|json)|{re.escape(LISTING)}|{re.escape(CONVER
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What to pack: the store, the conversations, the folder of their images, and into what."""
+    """What to pack: the store, conversations, the folder of the images, and into what."""
 
     store: str
-    conversations: Path
+    conversations: Path | None
+    """None: every planned image is a sample, without any."""
     images: Path
     out: str
     teachers: tuple[str, ...] | None = None
     samples_per_tar: int | None = None
     """None: one tar for the images of each shard of the store."""
-
-
-@dataclass
-class _Group:
-    """One set of images with all conversations about it; no image for text alone."""
-
-    keys: tuple[str, ...]
-    rows: tuple[int, ...]
-    entries: list[tuple[int, bytes]] = field(default_factory=list)
-    """Place in the file, and the entry as JSON."""
 
 
 @dataclass(frozen=True)
@@ -94,74 +85,98 @@ def pack(settings: PackSettings, progress: Callable[[int, int], None] = lambda d
     if settings.samples_per_tar is not None and settings.samples_per_tar < 1:
         raise CorpusError(f"--samples-per-tar {settings.samples_per_tar} is not positive", "Give 1 or more.")
     if not settings.images.is_dir():
-        raise CorpusError(
-            f"--images {settings.images}: no such folder", "Give the folder that `image` paths start from."
-        )
+        raise CorpusError(f"--images {settings.images}: no such folder", "Give the folder that keys start from.")
     store = FeatureStore.open(settings.store)
-    records = {name: store.teacher(name) for name in settings.teachers or store.teachers()}
-    for name, record in records.items():
-        require_nameable(name)
-        if record.basis is not None:
-            raise StoreError(
-                f"{settings.store} holds {name} as klt, and a packed set has no place for its basis",
-                "Train from the store itself, name other teachers with --teacher, or extract with another --precision.",
-            )
     place = open_place(settings.out)
-    _require_ours(place)
-    groups, left_out = _plan(store, settings.conversations)
-    tars = _cut(groups, store.rows_per_shard, settings.samples_per_tar)
-    if not tars:
-        raise CorpusError(f"{settings.conversations} holds nothing to pack", "Give LLaVA-style conversations.")
+    require_outside_stores(settings.out)
+    require_ours(place)
+    plan = plan_pack(store, settings.conversations, settings.samples_per_tar)
     with place.lock("pack"):
         place.sweep()
-        job = _Job(store, records, settings.images, place)
-        return job.run(tars, left_out, progress)
+        packer = Packer(store, settings.teachers or tuple(store.teachers()), settings.images, place, plan)
+        for number in range(len(plan.tars)):
+            packer.bring(number)
+            progress(number + 1, len(plan.tars))
+        return packer.finish()
 
 
-class _Job:
-    def __init__(self, store: FeatureStore, records: dict[str, TeacherRecord], images: Path, place: Place) -> None:
+class Packer:
+    """Makes the tars of one plan, in any order; the caller holds the lock `pack` of `place`.
+
+    `images` is the folder that keys are relative to. Raises StoreError for a teacher that members cannot be named by.
+    """
+
+    def __init__(
+        self, store: FeatureStore, teachers: Iterable[str], images: Path, place: Place, plan: PackPlan
+    ) -> None:
+        for name in teachers:
+            require_nameable(name)
         self._store = store
-        self._records = records
-        self._readers = {name: FeatureReader(store, name) for name in records}
+        self._readers = {name: FeatureReader(store, name) for name in teachers}
+        self._records = {name: reader.record for name, reader in self._readers.items()}
+        for name, record in self._records.items():
+            if record.basis is not None:
+                raise StoreError(
+                    f"{store.url} holds {name} as klt, and a packed set has no place for its basis",
+                    "Train from the store, name other teachers with --teacher, or extract with another --precision.",
+                )
         self._images = images
         self._place = place
+        self.plan = plan
+        self._indices: dict[int, TarIndex] = {}
+        self._made = 0
 
-    def run(self, tars: list[list[_Group]], left_out: list[LeftOut], progress: Callable[[int, int], None]) -> Packed:
-        indices: list[TarIndex] = []
-        made = first = 0
-        for number, groups in enumerate(tars):
-            extra = left_out if number == 0 else []  # what no tar could have is on record with the first
-            inputs = self._inputs(groups, first, extra)
-            index = self._present(number, inputs)
+    def present(self, number: int) -> bool:
+        """Whether a tar is there as wanted, with every byte; asked once, what is there is taken for granted then."""
+        if number not in self._indices:
+            index = self._present(number, self._inputs(number))
             if index is None:
-                self._place.remove(ROOT)  # a root document never promises tars that are being replaced
-                self._place.remove(index_name(number))
-                index = self._make(number, groups, first, inputs, extra)
-                made += 1
-            indices.append(index)
-            first += len(groups)
-            progress(number + 1, len(tars))
-        record = self._finish(tars, indices)
+                return False
+            self._indices[number] = index
+        return True
+
+    def missing(self) -> list[int]:
+        """Return the tars that are not `present`, ascending."""
+        return [number for number in range(len(self.plan.tars)) if not self.present(number)]
+
+    def bring(self, number: int) -> None:
+        """Make a tar unless it is there.
+
+        Raises StoreError where an image is not the one that its features were made from, DamagedStoreError.
+        """
+        if not self.present(number):
+            self._place.remove(ROOT)  # a root document never promises tars that are being replaced
+            self._place.remove(index_name(number))
+            self._indices[number] = self._make(number)
+            self._made += 1
+
+    def finish(self) -> Packed:
+        """Write the root document over all tars, each of which was brought."""
+        indices = [self._indices[number] for number in range(len(self.plan.tars))]
+        record = self._finish(indices)
         missing: dict[str, Counter[str]] = {name: Counter() for name in self._records}
         for index in indices:
             for image in (image for sample in index.samples for image in sample.images):
                 for name, status in image.features.items():
                     missing[name].update([status] if status != OK else [])
-        return Packed(record, made, {name: dict(sorted(found.items())) for name, found in missing.items()})
+        return Packed(record, self._made, {name: dict(sorted(found.items())) for name, found in missing.items()})
 
-    def _inputs(self, groups: list[_Group], first: int, left_out: list[LeftOut]) -> str:
+    def _left_out(self, number: int) -> list[LeftOut]:
+        return self.plan.left_out if number == 0 else []  # what no tar could have is on record with the first
+
+    def _inputs(self, number: int) -> str:
         """Digest of all that a tar is made of but the images' bytes."""
-        shards = sorted({row // self._store.rows_per_shard for group in groups for row in group.rows if row >= 0})
+        groups, shards = self.plan.tars[number], self.plan.shards(number)
         receipts = {}
         for name in self._records:
             found = [self._place_digest(receipt_file(name, shard)) for shard in shards]
             receipts[name] = dict(zip(map(str, shards), found, strict=True))
         content = {
-            "first": first,
+            "first": self.plan.firsts[number],
             "groups": [[g.keys, g.rows, [[i, hashlib.sha256(e).hexdigest()] for i, e in g.entries]] for g in groups],
             "receipts": receipts,
             "teachers": {name: record.model_dump(mode="json") for name, record in self._records.items()},
-            "left_out": [entry.model_dump(mode="json") for entry in left_out],
+            "left_out": [entry.model_dump(mode="json") for entry in self._left_out(number)],
         }
         return hashlib.sha256(canonical_json(content)).hexdigest()
 
@@ -180,27 +195,25 @@ class _Job:
         whole = index.inputs == inputs and index.tar == promise(self._place.read(tar_name(number)))
         return index if whole else None
 
-    def _make(self, number: int, groups: list[_Group], first: int, inputs: str, left_out: list[LeftOut]) -> TarIndex:
-        kept: list[tuple[int, _Group, tuple[PackedImage, ...]]] = []
-        left_out = list(left_out)
+    def _make(self, number: int) -> TarIndex:
+        kept: list[tuple[int, Group, tuple[PackedImage, ...]]] = []
+        left_out = list(self._left_out(number))
 
         def samples() -> Iterator[tuple[int, dict[str, bytes]]]:
-            for place, group in enumerate(groups):
+            for place, group in enumerate(self.plan.tars[number], self.plan.firsts[number]):
                 try:
                     images, members = self._members(group)
                 except ImageError as error:
-                    shown = ", ".join(group.keys)
-                    left_out.extend(LeftOut(index=i, key=shown, reason=error.reason, detail=error.problem)
-                                    for i, _ in group.entries)  # fmt: skip
+                    left_out.extend(group.left_out(error))
                     continue
-                kept.append((first + place, group, images))
-                yield first + place, members
+                kept.append((place, group, images))
+                yield place, members
 
         data, placed = write_tar(samples())
         self._place.publish(tar_name(number), data)
         index = TarIndex(
             tar=promise(data),
-            inputs=inputs,
+            inputs=self._inputs(number),
             samples=tuple(
                 TarSample(number=n, conversations=tuple(i for i, _ in group.entries), images=images, members=members)
                 for (n, group, images), members in zip(kept, placed, strict=True)
@@ -210,18 +223,19 @@ class _Job:
         self._place.publish(index_name(number), sealed(index))
         return index
 
-    def _members(self, group: _Group) -> tuple[tuple[PackedImage, ...], dict[str, bytes]]:
+    def _members(self, group: Group) -> tuple[tuple[PackedImage, ...], dict[str, bytes]]:
         members: dict[str, bytes] = {}
         images = []
         for place, (key, row) in enumerate(zip(group.keys, group.rows, strict=True)):
             try:
-                data = read_regular(self._images / key)
+                data = read_rooted(self._images, key)
             except ImageError as error:
                 raise ImageError(error.reason, f"{key}: {error.problem}") from error
             digest = hashlib.sha256(data).hexdigest()
             statuses = {name: self._status(name, key, row, digest) for name in self._records}
             name = image_member(key, place)
-            images.append(PackedImage(key=key, row=row, sha256=digest, member=name, features=statuses))
+            shared = self._shared(row)
+            images.append(PackedImage(key=key, row=row, sha256=digest, member=name, features=statuses, same_as=shared))
             members[name] = data
             for teacher, status in statuses.items():
                 if status == OK:
@@ -246,8 +260,12 @@ class _Job:
             )
         return OK if status.status == "ok" else status.reason or status.status
 
-    def _finish(self, tars: list[list[_Group]], indices: list[TarIndex]) -> PackedRecord:
-        entries = sorted((i, entry) for groups in tars for group in groups for i, entry in group.entries)
+    def _shared(self, row: int) -> int | None:
+        statuses = [reader.status(row) for reader in self._readers.values()] if row >= 0 else []
+        return min((s.same_as for s in statuses if s is not None and s.same_as is not None), default=None)
+
+    def _finish(self, indices: list[TarIndex]) -> PackedRecord:
+        entries = sorted((i, entry) for groups in self.plan.tars for group in groups for i, entry in group.entries)
         packed = {i for index in indices for sample in index.samples for i in sample.conversations}
         lines = b"".join(entry + b"\n" for i, entry in entries if i in packed)
         files = {LISTING: _listing(tuple(self._records), indices), CONVERSATIONS: lines}
@@ -299,61 +317,8 @@ def _listing(teachers: tuple[str, ...], indices: list[TarIndex]) -> bytes:
     return sink.getvalue()
 
 
-def _require_ours(place: Place) -> None:
+def require_ours(place: Place) -> None:
+    """Raise StoreError where something else than a packed set is."""
     strays = [name for name in place.names("") if not _OURS.fullmatch(name)]
     if strays:
         raise StoreError(f"{place.url} holds something else: {strays[0]}", "Choose a new or empty folder for --out.")
-
-
-def _plan(store: FeatureStore, conversations: Path) -> tuple[list[_Group], list[LeftOut]]:
-    """Return the groups in the order of the set, and the conversations that no group can have."""
-    rows: dict[str, int] = {}
-    forgotten: set[str] = set()
-    for sample in store.samples():
-        if sample.problem == "forgotten":
-            forgotten.add(sample.key)
-        else:
-            rows[sample.key] = sample.row
-    groups: dict[Any, _Group] = {}
-    left_out: list[LeftOut] = []
-    for index, (where, entry) in enumerate(read_entries(conversations)):
-        try:
-            keys = _keys(entry, where)
-            for key in keys:
-                if forgotten and tombstone(key) in forgotten:
-                    raise ImageError("forgotten", f"{where}: its image was forgotten")
-        except ImageError as error:
-            left_out.append(LeftOut(index=index, key="", reason=error.reason, detail=error.problem))
-            continue
-        group = groups.setdefault(keys or index, _Group(keys, tuple(rows.get(key, -1) for key in keys)))
-        group.entries.append((index, json.dumps(entry).encode()))
-    # images by row, those that the store does not plan behind them, text alone last
-    order = sorted(
-        groups.values(), key=lambda g: (not g.keys, not g.keys or g.rows[0] < 0, g.rows[:1], g.entries[0][0])
-    )
-    return order, left_out
-
-
-def _keys(entry: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(entry, dict):
-        raise ImageError("not-an-object", f"{where} is a {type(entry).__name__}")
-    value = entry.get("image")
-    names = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(name, str) for name in names):
-        raise ImageError("bad-image", f"{where}: `image` is not a path or a list of paths")
-    return tuple(normalise_key(name) for name in names)
-
-
-def _cut(groups: list[_Group], rows_per_shard: int, samples_per_tar: int | None) -> list[list[_Group]]:
-    """Cut the groups into tars; text alone gets tars of its own, so that it can be read without the images."""
-    tars: list[list[_Group]] = []
-    last: object = None
-    for group in groups:
-        planned = bool(group.keys) and group.rows[0] >= 0 and samples_per_tar is None
-        part = (bool(group.keys), group.rows[0] // rows_per_shard if planned else -1)
-        full = bool(tars) and not planned and len(tars[-1]) >= (samples_per_tar or rows_per_shard)
-        if part != last or full:
-            tars.append([])
-        tars[-1].append(group)
-        last = part
-    return tars

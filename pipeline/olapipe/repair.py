@@ -32,6 +32,8 @@ class Repair:
     shards: list[tuple[str, int]]
     documents: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    """Images that had a feature and could not be extracted again, each with the teacher and the reason."""
     lost: list[str] = field(default_factory=list)
     """Shards that were given up, and why."""
 
@@ -50,7 +52,7 @@ class Source:
 def extract_config(store: FeatureStore, teacher: str, source: Source, receipt: Receipt) -> ExtractConfig:
     """Return the settings under which a teacher's features were made, as far as the store records them.
 
-    Batch size and threads are those of `receipt`. Raises ConfigError where the images are not given.
+    Batch size, threads and compilation are those of `receipt`. Raises ConfigError where the images are not given.
     """
     if source.images is None:
         raise ConfigError("the image folder is not given", "Add --images FOLDER, the folder that keys start from.")
@@ -66,6 +68,7 @@ def extract_config(store: FeatureStore, teacher: str, source: Source, receipt: R
         "precision": record.precision,
         "batch_size": receipt.execution.batch_size,
         "threads": receipt.execution.threads,
+        "compile": receipt.execution.compile,
         "device": source.device,
         "workers": source.workers,
     }
@@ -106,8 +109,8 @@ def repair(store: FeatureStore, problems: Sequence[Problem], source: Source, rep
     shards = damaged_shards(problems)
     teachers = sorted({name for names in shards.values() for name in names})
     documents = sorted({problem.file for problem in problems if problem.mending == "document"})
-    changed: list[str] = []
-    lost: list[str] = []
+    mended = [(name, shard) for shard, names in shards.items() for name in names]
+    done = Repair(mended, documents)
     with writing(store.place, teachers, wait=False):
         with store.place.lock("plan"):
             unseal(store, teachers)
@@ -115,17 +118,16 @@ def repair(store: FeatureStore, problems: Sequence[Problem], source: Source, rep
                 store.put_teacher(store.teacher(name))
         for teacher in teachers:
             mine = [shard for shard, names in shards.items() if teacher in names]
-            lost += _extract(store, teacher, mine, source, reporter, changed)
+            _extract(store, teacher, mine, source, reporter, done)
         with store.place.lock("plan"):
             seal(store, store.teachers())
-    mended = [(name, shard) for shard, names in shards.items() for name in names]
-    return Repair(mended, documents, changed, lost)
+    return done
 
 
 def _extract(
-    store: FeatureStore, teacher: str, shards: list[int], source: Source, reporter: Reporter, changed: list[str]
-) -> list[str]:
-    """Extract shards of one teacher again; return those given up."""
+    store: FeatureStore, teacher: str, shards: list[int], source: Source, reporter: Reporter, report: Repair
+) -> None:
+    """Extract shards of one teacher again, and add to the report what became of their images."""
     planned = shard_rows(store)
     unplanned = [shard for shard in shards if shard not in planned]
     if unplanned:
@@ -159,10 +161,14 @@ def _extract(
         raise interrupted(signal.Signals[done.stopped])
     for shard, known in before.items():
         now = _readable(store, teacher, shard)
-        if known is not None and now is not None:
-            pairs = zip(store.shard_samples(shard), known.rows, now.rows, strict=False)
-            changed += [sample.key for sample, old, new in pairs if old.sha256 != new.sha256]
-    return [f"{teacher} shard {entry.shard}: {entry.reason}" for entry in done.lost]
+        if known is None or now is None:
+            continue
+        for sample, old, new in zip(store.shard_samples(shard), known.rows, now.rows, strict=False):
+            if old.status == "ok" and new.status == "failed":
+                report.gone.append(f"{sample.key}: no {teacher} feature any more: {new.reason}")
+            elif old.sha256 != new.sha256:
+                report.changed.append(sample.key)
+    report.lost.extend(f"{teacher} shard {entry.shard}: {entry.reason}" for entry in done.lost)
 
 
 def _readable(store: FeatureStore, teacher: str, shard: int) -> Receipt | None:

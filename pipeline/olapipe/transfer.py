@@ -9,6 +9,7 @@ from olapipe.progress import Reporter
 from olapipe.verify import verify
 from olaschema.errors import DamagedStoreError, StoreError
 from olaschema.layout import receipt_file
+from olaschema.nesting import require_outside_stores
 from olaschema.place import Place, open_place
 from olaschema.seal import documents, receipt_digest
 from olaschema.store import FeatureStore
@@ -35,6 +36,7 @@ def begin(out: str, job: str) -> Place:
     Raises StoreError where anything else is there. Without its root document, which comes last, it is no store.
     """
     place = open_place(out)
+    require_outside_stores(out)
     if place.vacant():
         place.append_log(_LOG, job)
         return place

@@ -20,7 +20,7 @@ def verify_packed(packed: PackedSet) -> list[tuple[str, str]]:
         found += _verify_tar(packed, number, tar)
     wanted = {n(number) for number in range(len(packed.record.tars)) for n in (tar_name, index_name)}
     known = wanted | {LISTING, CONVERSATIONS, ROOT}
-    return found + [(name, "is named by nothing") for name in packed.place.names("") if name not in known]
+    return found + [(name, "is named by nothing") for name in packed.place.walk() if name not in known]
 
 
 def _verify_tar(packed: PackedSet, number: int, tar: Tar) -> Iterator[tuple[str, str]]:

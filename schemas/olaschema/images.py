@@ -115,7 +115,7 @@ def _too_large(name: str, size: tuple[int, int], limit: int) -> ImageError:
     return ImageError(
         "too-large",
         f"{name}: {shown}, the limit is {limit / 1e6:g} megapixels",
-        "Raise --max-megapixels if the image is meant to be that large.",
+        "If it is meant to be that large, raise the limit: --max-megapixels of olapipe, max_pixels of olatrain.",
     )
 
 

@@ -14,7 +14,7 @@ def normalise_key(text: str) -> str:
     `bad-name` for text that is no UTF-8 file name.
     """
     if "\0" in text or not text.strip():
-        raise ImageError("bad-name", f"{text!r} is not a file name")
+        raise ImageError("bad-name", f"{text!r} is not a file name", "Give a path relative to the image folder.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

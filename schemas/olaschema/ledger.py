@@ -2,7 +2,8 @@
 
 A ledger is derived: it lies under `_log`, may be deleted at any time, and is believed for a receipt only while that
 file's stamp (size and time of writing, or the version that a bucket gives it) is the one it had when it was read.
-`verify` does not use it.
+Its file is a SHA-256 and the parquet file that this is of: the manifest takes digests from it, and parquet would not
+notice all damage. `verify` does not use it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import pyarrow.parquet as pq
 from olaschema.errors import StoreError
 from olaschema.store import FeatureStore
 
-_FORMAT = b"2"
+_FORMAT = b"3"
+_DIGEST = 32
 _SCHEMA = pa.schema(
     [
         ("shard", pa.int64()),
@@ -103,12 +105,14 @@ def read_ledger(store: FeatureStore, teacher: str, *, keep: bool = False) -> Led
     )
     valid = known.filter(present)
     missing = sorted(numbers.keys() - set(valid["shard"].to_pylist()))
-    fresh = pa.Table.from_pylist([_row(store, teacher, shard, numbers[shard]) for shard in missing], schema=_SCHEMA)
+    opened = (_row(store, teacher, shard, numbers[shard]) for shard in missing)
+    fresh = pa.Table.from_pylist([row for row in opened if row is not None], schema=_SCHEMA)
     table = pa.concat_tables([valid, fresh]).sort_by("shard").combine_chunks()
     if keep and (missing or len(valid) < len(known)):
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
-        store.place.publish(_file(teacher), sink.getvalue())
+        data = sink.getvalue()
+        store.place.publish(_file(teacher), hashlib.sha256(data).digest() + data)
     return Ledger(table, store.rows_per_shard)
 
 
@@ -116,8 +120,12 @@ def _stamped(table: pa.Table) -> Iterator[tuple[int, str]]:
     return zip(table["shard"].to_pylist(), table["stamp"].to_pylist(), strict=True)
 
 
-def _row(store: FeatureStore, teacher: str, shard: int, stamp: str) -> Mapping[str, Any]:
-    data, receipt = store.receipt_bytes(teacher, shard)
+def _row(store: FeatureStore, teacher: str, shard: int, stamp: str) -> Mapping[str, Any] | None:
+    """Return what a receipt says; None if it is gone since it was listed, as while its shard is replaced."""
+    found = store.receipt_bytes(teacher, shard)
+    if found is None:
+        return None
+    data, receipt = found
     arrays: dict[str, int] = {}
     for path, file in receipt.files.items():
         array = path.removeprefix(f"{teacher}/").partition("/")[0]
@@ -142,19 +150,21 @@ def _row(store: FeatureStore, teacher: str, shard: int, stamp: str) -> Mapping[s
 def _kept(store: FeatureStore, teacher: str) -> pa.Table:
     """Return the kept ledger; an empty one if there is none, or it cannot be read: it is made again."""
     empty = _SCHEMA.empty_table()
-    if not store.place.exists(_file(teacher)):
-        return empty
     try:
-        table = pq.read_table(io.BytesIO(store.place.read(_file(teacher))))
-    except (pa.ArrowException, OSError, StoreError):
+        data = store.place.find(_file(teacher)) or b""
+    except StoreError:
         return empty
+    told, data = data[:_DIGEST], data[_DIGEST:]
+    if hashlib.sha256(data).digest() != told:
+        return empty
+    table = pq.read_table(io.BytesIO(data))
     if (table.schema.metadata or {}).get(b"ledger") != _FORMAT or table.schema.names != _SCHEMA.names:
         return empty
     return table.cast(_SCHEMA)
 
 
 def _file(teacher: str) -> str:
-    return f"_log/ledger/{teacher}.parquet"
+    return f"_log/ledger/{teacher}"
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:

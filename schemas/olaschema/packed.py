@@ -36,7 +36,7 @@ from olaschema.tarshard import (
 )
 
 _KEPT_INDICES = 16
-_RESTORE = "Pack the set again (`olapipe pack`): tars that are whole are kept."
+_RESTORE = "Run the command that wrote the set again (`olapipe pack` or `extract`): tars that are whole are kept."
 
 
 def listing_schema(teachers: tuple[str, ...]) -> pa.Schema:
@@ -65,7 +65,7 @@ class Found:
 
 
 class PackedSet:
-    """A training set that `olapipe pack` wrote. Opening reads the root document, nothing else."""
+    """A training set that `olapipe pack` or `extract` wrote. Opening reads the root document, nothing else."""
 
     def __init__(self, place: Place) -> None:
         if not place.exists(ROOT):
@@ -75,6 +75,7 @@ class PackedSet:
             )
         self.place = place
         self.record = read_document(PackedRecord, place, ROOT)
+        place.expect({tar_name(number): tar.tar for number, tar in enumerate(self.record.tars)})
         self._indices: OrderedDict[int, TarIndex] = OrderedDict()
         self._formats: dict[str, dict[str, ArrayFormat]] = {
             name: array_formats(record.fingerprint.shape, record.precision)
@@ -82,9 +83,9 @@ class PackedSet:
         }
 
     @classmethod
-    def open(cls, where: str | Path) -> PackedSet:
+    def open(cls, where: str | Path | Place) -> PackedSet:
         """Open a set; raises StoreError if there is none."""
-        return cls(open_place(where))
+        return cls(where if isinstance(where, Place) else open_place(where))
 
     @property
     def teachers(self) -> dict[str, TeacherRecord]:
@@ -96,15 +97,18 @@ class PackedSet:
         channels = self.record.teachers[teacher].fingerprint.channels
         return ChannelStatistics.from_json(self.record.statistics[teacher], channels)
 
-    def listing(self) -> Iterator[Found]:
-        """Yield every packed image in the order of the tars; raises DamagedStoreError."""
+    def table(self) -> pa.Table:
+        """Return `listing.parquet`: every packed image in the order of the tars; raises DamagedStoreError."""
         data = self._promised(LISTING, self.record.files[LISTING])
-        names = tuple(self.record.teachers)
         try:
-            table = pq.read_table(io.BytesIO(data), schema=listing_schema(names))
+            return pq.read_table(io.BytesIO(data), schema=listing_schema(tuple(self.record.teachers)))
         except pa.ArrowInvalid as error:
             raise DamagedStoreError(f"{self.place.locate(LISTING)} is damaged: {error}", _RESTORE) from error
-        for row in table.to_pylist():
+
+    def listing(self) -> Iterator[Found]:
+        """Yield every packed image in the order of the tars; raises DamagedStoreError."""
+        names = tuple(self.record.teachers)
+        for row in self.table().to_pylist():
             statuses = {name: row.pop(f"status.{name}") for name in names}
             yield Found(**row, statuses=statuses)
 
@@ -123,6 +127,11 @@ class PackedSet:
         self._indices.move_to_end(tar)
         return self._indices[tar]
 
+    def at(self, tar: int, sample: int, image: int) -> Found:
+        """Return what the index of a tar says of one image; raises DamagedStoreError."""
+        one = self.index(tar).samples[sample].images[image]
+        return Found(tar, sample, image, one.row, one.key, one.sha256, one.features)
+
     def image(self, found: Found) -> bytes:
         """Return an image's bytes; raises DamagedStoreError naming tar and member."""
         sample, image = self._image(found)
@@ -130,9 +139,10 @@ class PackedSet:
 
     def status(self, found: Found, teacher: str) -> RowReceipt:
         """What became of an image under a teacher."""
-        reason = found.statuses[teacher]
+        _, image = self._image(found)
+        reason = image.features[teacher]
         if reason == OK:
-            return RowReceipt(status="ok", sha256=found.sha256)
+            return RowReceipt(status="ok", sha256=found.sha256, same_as=image.same_as)
         return RowReceipt(status="failed", sha256=found.sha256, reason=reason)
 
     def read(self, found: Found, teacher: str) -> Stored:

@@ -26,6 +26,8 @@ _KEPT_SHARDS = 64
 # Over a network a request costs more than bytes do: small files (scales, single vectors) are fetched whole and kept.
 _WHOLE_BYTES = 8 << 20
 _CACHE_BYTES = 256 << 20
+# CRC-32C of any bytes followed by their own CRC-32C (little endian): checked in one pass, without a copy of the bytes
+_RESIDUE = 0x48674BC7
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,6 @@ class _Array:
     format: ArrayFormat
     chunk_rows: int
     chunks: int
-
-    @property
-    def chunk_bytes(self) -> int:
-        return self.chunk_rows * self.format.row_bytes
 
 
 @dataclass(frozen=True)
@@ -110,9 +108,8 @@ class FeatureReader:
 
     def _row(self, array: _Array, opened: _OpenShard, shard: int, row: int, index: int) -> np.ndarray:
         chunk, within = divmod(index, array.chunk_rows)
-        raw = self._chunk(array, shard, row, opened, opened.indices[array.name][chunk])
-        values = np.frombuffer(raw, dtype=array.format.dtype).reshape(array.chunk_rows, *array.format.shape)
-        row_values: np.ndarray = values[within].copy()
+        values = self._chunk(array, shard, row, opened, opened.indices[array.name][chunk])
+        row_values: np.ndarray = values[within].copy() if array.chunk_rows > 1 else values[0]
         return row_values
 
     def _file(self, array: _Array, shard: int) -> str:
@@ -131,6 +128,7 @@ class FeatureReader:
                 f"{self._store.url}: the receipt of {self._teacher} shard {shard} does not belong to this store",
                 "Extract that shard again.",
             )
+        self._store.place.expect(receipt.files)
         self._open[shard] = _OpenShard(
             receipt, {array.name: self._read_index(array, shard, receipt) for array in self._arrays}
         )
@@ -172,24 +170,32 @@ class FeatureReader:
             self._whole.popitem(last=False)
         return data
 
-    def _chunk(self, array: _Array, shard: int, row: int, opened: _OpenShard, entry: np.void) -> bytes:
+    def _chunk(self, array: _Array, shard: int, row: int, opened: _OpenShard, entry: np.void) -> np.ndarray:
+        """Return the rows of one chunk, `(chunk_rows, *row)`, in memory of their own."""
         name = self._file(array, shard)
-        path = self._store.place.locate(name)
         try:
             offset, size = int(entry["offset"]), int(entry["size"])
             promised = opened.receipt.files[name].bytes
+            if offset + size > promised:
+                raise StoreError(f"{self._store.place.locate(name)} ends before byte {offset + size}")
             if self._is_kept(promised):
                 data = self._kept(name, promised)[offset : offset + size]
             else:
                 data = self._store.place.read_range(name, offset, size)
         except StoreError as error:
             raise self._damage(shard, f"row {row} cannot be read: {error.problem}") from error
-        if len(data) < 4 or _crc32c(data[:-4]) != data[-4:]:
-            raise self._damage(shard, f"{path}: row {row} fails its checksum")
-        raw = bytes(self._zstd.decode(data[:-4]))
-        if len(raw) != array.chunk_bytes:
-            raise self._damage(shard, f"{path}: row {row} decodes to {len(raw)} bytes")
-        return raw
+        if len(data) < 4 or google_crc32c.value(data) != _RESIDUE:
+            raise self._damage(shard, f"{self._store.place.locate(name)}: row {row} fails its checksum")
+        values = np.empty((array.chunk_rows, *array.format.shape), array.format.dtype)
+        try:
+            # decompressed in place, where a shorter frame would leave the end of the array as it was
+            if _frame_content(data) != values.nbytes:
+                raise ValueError("another size")
+            self._zstd.decode(memoryview(data)[:-4], values)
+        except (RuntimeError, ValueError) as error:
+            problem = f"{self._store.place.locate(name)}: row {row} does not decompress to {values.nbytes} bytes"
+            raise self._damage(shard, problem) from error
+        return values
 
     def _has_receipts(self) -> bool:
         return self._store.place.holds(f"receipts/{self._teacher}")
@@ -210,3 +216,16 @@ class FeatureReader:
 def _crc32c(data: bytes) -> bytes:
     value: int = google_crc32c.value(data)
     return value.to_bytes(4, "little")
+
+
+def _frame_content(data: bytes) -> int | None:
+    """Return how many bytes a Zstandard frame says it holds (RFC 8878, 3.1.1.1), None where it does not say."""
+    if data[:4] != b"\x28\xb5\x2f\xfd" or len(data) < 5:
+        return None
+    descriptor = data[4]
+    single = descriptor >> 5 & 1
+    width = (single, 2, 4, 8)[descriptor >> 6]
+    first = 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3]
+    if not width:
+        return None
+    return int.from_bytes(data[first : first + width], "little") + (256 if width == 2 else 0)

@@ -51,9 +51,11 @@ def seal(store: FeatureStore, teachers: Iterable[str]) -> None:
     manifest = read_manifest(store) or StoreManifest(files={}, receipts={})
     receipts = dict(manifest.receipts)
     for name in teachers:
-        shards = store.shard_count()
-        if name not in receipts and store.committed(name) == list(range(shards)):
-            receipts[name] = read_ledger(store, name, keep=True).digests
+        every = list(range(store.shard_count()))
+        if name not in receipts and store.committed(name) == every:
+            ledger = read_ledger(store, name, keep=True)
+            if ledger.shards.tolist() == every:
+                receipts[name] = ledger.digests
     files = manifest.files or {name: _promise(store.place.read(name)) for name in documents(store)}
     data = sealed(StoreManifest(files=files, receipts=receipts))
     if not store.place.exists(MANIFEST) or store.place.read(MANIFEST) != data:

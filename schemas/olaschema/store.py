@@ -36,6 +36,7 @@ from olaschema.manifest import (
     StoreRecord,
     TeacherRecord,
 )
+from olaschema.nesting import require_outside_stores
 from olaschema.place import LocalPlace, Place, open_place
 from olaschema.plantable import part_bytes, plan_table, rechunked, sample_rows
 from olaschema.precision import Stored
@@ -70,9 +71,10 @@ class FeatureStore:
         return self.record.rows_per_shard
 
     @classmethod
-    def open(cls, root: str | Path) -> FeatureStore:
+    def open(cls, where: str | Path | Place) -> FeatureStore:
         """Open a store; raises StoreError if there is none, or it is of another format version."""
-        place = open_place(root)
+        place = where if isinstance(where, Place) else open_place(where)
+        root = place.url
         if not place.present():
             raise StoreError(f"{root}: no such feature store", "Give the folder that `olapipe extract --out` wrote.")
         data = place.read("zarr.json")
@@ -106,6 +108,7 @@ class FeatureStore:
                     f"Use --shard-size {store.rows_per_shard}, or another --out.",
                 )
             return store
+        require_outside_stores(root)
         if not place.vacant():
             raise StoreError(f"{root} exists and is not a feature store", "Choose a new or empty folder for --out.")
         record = StoreRecord(rows_per_shard=rows_per_shard)
@@ -243,7 +246,7 @@ class FeatureStore:
 
     def teacher(self, name: str) -> TeacherRecord:
         """Return what the store records of a teacher; raises StoreError naming those present."""
-        if not self.place.exists(f"{name}/zarr.json"):
+        if not name or "/" in name or not self.place.exists(f"{name}/zarr.json"):
             raise StoreError(
                 f"{self.url} has no features of the teacher {name!r}",
                 f"It holds: {', '.join(self.teachers()) or 'none'}. Add it with `olapipe extract --teacher {name}`.",
@@ -315,11 +318,11 @@ class FeatureStore:
         data = self.place.find(name)
         return None if data is None else parse_document(Receipt, self.place, name, data)
 
-    def receipt_bytes(self, teacher: str, shard: int) -> tuple[bytes, Receipt]:
-        """Return a receipt's file and what it says; raises StoreError if there is none."""
+    def receipt_bytes(self, teacher: str, shard: int) -> tuple[bytes, Receipt] | None:
+        """Return a receipt's file and what it says, None while the shard is not committed."""
         name = receipt_file(teacher, shard)
-        data = self.place.read(name)
-        return data, parse_document(Receipt, self.place, name, data)
+        data = self.place.find(name)
+        return None if data is None else (data, parse_document(Receipt, self.place, name, data))
 
     def committed(self, teacher: str) -> list[int]:
         """Return the numbers of the committed shards of a teacher, ascending."""

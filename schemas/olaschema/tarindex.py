@@ -14,6 +14,8 @@ from olaschema.keys import normalise_key
 
 BLOCK = 512
 _LONGEST_NAME = 1 << 20
+_LARGEST = 1 << 60
+"""Bytes of a member; offsets must stay within 64 bits."""
 _REGULAR = b"0\x007"
 # Types without data, whatever size their header names (POSIX.1-2008, pax interchange format).
 _EMPTY = b"123456"
@@ -81,6 +83,8 @@ def members(handle: int) -> Iterator[Member]:
         name = long_name if long_name is not None else _name(header)
         size = long_size if long_size is not None else size
         long_name = long_size = None
+        if size > _LARGEST:
+            raise TarDamage(offset, "a header gives a member more bytes than any file has")
         stored = 0 if kind in _EMPTY else size
         if kind != b"5" and not (kind == b"\0" and name.endswith("/")):
             yield Member(name, data, size, kind in _REGULAR)
@@ -132,7 +136,7 @@ def _pax(data: bytes, offset: int) -> dict[str, str]:
 def _pax_size(fields: dict[str, str], offset: int) -> int | None:
     if "size" not in fields:
         return None
-    if not (fields["size"].isascii() and fields["size"].isdigit()):
+    if not (fields["size"].isascii() and fields["size"].isdigit() and len(fields["size"]) < 20):
         raise TarDamage(offset, "a pax header is malformed")
     return int(fields["size"])
 

@@ -52,6 +52,8 @@ class PackedImage(Frozen):
     member: str
     features: dict[str, str]
     """By teacher `ok`, or why there is no feature: `not-in-store`, `not-extracted`, or the receipt's reason."""
+    same_as: int | None = None
+    """Row of the store that an image of the same bytes has and that it shares (`olapipe dedup`)."""
 
 
 class TarSample(Frozen):
@@ -65,10 +67,10 @@ class TarSample(Frozen):
 
 
 class LeftOut(Frozen):
-    """A conversation that is not in the set, and why."""
+    """A conversation, or an image without one, that is not in the set, and why."""
 
     index: int
-    """Place in the conversations that were packed, from 0."""
+    """Place in the conversations that were packed, from 0; -1 for an image that no conversation is about."""
     key: str
     reason: str
     detail: str
@@ -107,7 +109,7 @@ class PackedRecord(Frozen):
     samples: int
     conversations: int
     left_out: dict[str, int]
-    """Conversations that are not in the set, by reason."""
+    """Conversations, or images without one, that are not in the set, by reason."""
 
 
 def tar_name(number: int) -> str:

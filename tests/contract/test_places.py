@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -99,6 +100,24 @@ class TestPlace:
         assert place.swap("x", b"1", b"2")
         assert place.read("x") == b"2"
 
+    def test_of_many_who_swap_at_once_one_wins(self, url: str) -> None:
+        place = open_place(url)
+        for trial in range(5):
+            won: list[int] = []
+            start = threading.Barrier(6)
+
+            def put(number: int, trial: int = trial, won: list[int] = won, start: threading.Barrier = start) -> None:
+                start.wait()
+                if place.swap(f"x{trial}", None, b"%d" % number):
+                    won.append(number)
+
+            threads = [threading.Thread(target=put, args=(number,)) for number in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert [b"%d" % number for number in won] == [place.read(f"x{trial}")]
+
     def test_withdrawn_folders_are_gone_at_once_and_deleted_in_the_end(
         self, url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -143,6 +162,10 @@ class TestPlace:
         assert place.read_log("errors.log").splitlines() == [b"first", b"second \\udc80"]
         assert "errors.log" in place.logs()
         assert place.read_log("nothing.log") == b""
+
+
+def _unreachable(*arguments: object) -> bool:
+    raise StoreError("the server does not answer", "Try again.")
 
 
 def _stopped(*arguments: object) -> None:
@@ -276,6 +299,34 @@ class TestLease:
         begun = time.monotonic()
         with lease.writing(open_place(url), ["depth"], wait=False):
             assert time.monotonic() - begun < 5
+
+    def test_that_of_a_process_whose_number_another_one_has_now_is_taken_at_once(self, tmp_path: Path) -> None:
+        place, file = open_place(tmp_path / "s"), "_log/leases/depth"
+        holder = {"owner": "x", "host": "here", "machine": lease._machine(), "pid": os.getpid(), "term": 60}
+        place.publish(file, json.dumps(holder | {"started": lease._started(os.getpid())}).encode())
+        with pytest.raises(StoreError, match="is writing there now"):
+            lease.Lease(place, file, 60).acquire(wait=False)
+        place.publish(file, json.dumps(holder | {"started": "1"}).encode())
+        with lease.hold(place, file, wait=False):
+            pass
+
+    def test_one_that_cannot_be_renewed_or_was_taken_is_lost(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = open_place(tmp_path / "s")
+        long, short = (lease.hold(place, f"_log/leases/{name}", term=term) for name, term in (("a", 60), ("b", 0.4)))
+        with long as kept, short as held, monkeypatch.context() as patch:
+            patch.setattr(type(place), "swap", _unreachable)
+            time.sleep(0.6)
+            assert (kept.lost, held.lost) == (False, True)
+            patch.undo()
+        with lease.hold(place, "_log/leases/c", term=2) as held:
+            place.publish("_log/leases/c", b'{"owner": "another"}')
+            deadline = time.monotonic() + 1.9
+            while not held.lost and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert time.monotonic() < deadline  # known at the next renewal, before the term is over
+        assert place.read("_log/leases/c") == b'{"owner": "another"}'
 
     def test_nothing_is_written_under_a_lock_that_expired(self, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
         place = open_place(f"s3://{BUCKET}/{uuid4().hex}")

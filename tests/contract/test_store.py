@@ -6,15 +6,18 @@ import hashlib
 import json
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numcodecs.zstd import Zstd
 from store_support import DOCS, EXECUTION, decoding, fill_shard, images, make_store, record
 
+from olaschema.digest import sealed
 from olaschema.errors import DamagedStoreError, FingerprintError, StoreError
-from olaschema.layout import chunk_rows, shard_file
+from olaschema.layout import chunk_rows, receipt_file, shard_file
 from olaschema.manifest import ChannelStatistics, Precision, RowReceipt
 from olaschema.precision import Stored, encode
 from olaschema.reader import FeatureReader
@@ -278,3 +281,31 @@ def test_inner_chunks_divide_the_shard_and_stay_small(row_bytes: int, rows: int)
     n = chunk_rows(row_bytes, rows)
     assert rows % n == 0
     assert n == 1 or n * row_bytes <= 1 << 20
+
+
+@pytest.mark.parametrize("frame", ["shorter", "longer", "without its size", "no frame"])
+def test_a_chunk_of_another_size_is_damage_though_its_checksum_is_right(tmp_path: Path, frame: str) -> None:
+    store, _, _ = make_store(tmp_path / "s", channels=64, grid=(8, 8), precision="int8")
+    path = store.root / shard_file("depth", 0, 4, "values")
+    original = path.read_bytes()
+    size = 4 * 8 * 8 * 64
+    # a frame of one raw block, whose header leaves the size of the content out (RFC 8878)
+    raw_block = b"\x28\xb5\x2f\xfd\x00\x58" + (size << 3 | 1).to_bytes(3, "little") + bytes(size)
+    data = {
+        "shorter": bytes(Zstd(level=3).encode(bytes(size - 1))),
+        "longer": bytes(Zstd(level=3).encode(bytes(size + 1))),
+        "without its size": raw_block,
+        "no frame": b"x" * 20,
+    }[frame]
+    chunk = data + google_crc32c.value(data).to_bytes(4, "little")
+    index = np.array([0, len(chunk)], "<u8").tobytes()
+    index += google_crc32c.value(index).to_bytes(4, "little")
+    whole = chunk.ljust(len(original) - len(index), b"\0") + index
+    path.write_bytes(whole)
+    receipt = store.receipt("depth", 0)
+    assert receipt is not None
+    name = shard_file("depth", 0, 4, "values")
+    files = receipt.files | {name: receipt.files[name].model_copy(update={"bytes": len(whole)})}
+    store.place.publish(receipt_file("depth", 0), sealed(receipt.model_copy(update={"files": files})))
+    with pytest.raises(DamagedStoreError, match=rf"depth/values/c/0.*row 0 does not decompress to {size} bytes"):
+        FeatureReader(store, "depth").read(0)

@@ -150,6 +150,10 @@ def test_verify_names_the_file_of_every_flipped_byte(corpus: Path) -> None:
             assert name in done.output, (name, place)
         (root / name).write_bytes(data)
     assert olapipe("verify", root).exit_code == 0
+    (root / "deep").mkdir()
+    (root / "deep" / "x").write_bytes(b"")
+    done = olapipe("verify", root)
+    assert done.exit_code == 1 and "deep/x: is named by nothing" in done.output
 
 
 def test_reading_finds_damage_and_names_the_member(corpus: Path) -> None:

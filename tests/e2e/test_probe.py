@@ -74,7 +74,7 @@ def arguments(corpus: Corpus, student: Path, out: Path, *more: str) -> list[str]
     given = {"student": student, "store": corpus.store, "conversations": corpus.conversations, "images": corpus.images}
     flags = [text for name, value in (given | {"out": out}).items() for text in (f"--{name}", str(value))]
     fast = ["--batch", "18", "--workers", "0", "--held-out", "0.25", "--lr", "1e-2"]
-    return ["probe", *flags, *fast, "--set", "device=cpu", "--set", "tensorboard=false", *more]
+    return ["probe", *flags, *fast, "--set", "device=cpu", "--set", "trackers=[]", *more]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_the_scores_are_those_of_the_trained_probes_on_unseen_images(probed: tup
     assert run.heldout is not None
     samples = [run.heldout[p] for p in range(len(run.heldout))]
     trained_on = {run.stream.name(p) for p in range(len(run.stream))}
-    unseen = [sample.key for sample in samples]
+    unseen = [sample.keys[0] for sample in samples]
     assert sorted([*trained_on, *unseen]) == corpus.keys
     reader = FeatureReader(FeatureStore.open(corpus.store), "colour")
     rows = {sample.key: sample.row for sample in FeatureStore.open(corpus.store).samples()}
@@ -200,13 +200,13 @@ def test_each_image_is_used_once_and_in_one_part_whatever_the_order(corpus: Corp
     for one, other in zip(forward, backward, strict=True):
         assert sorted(one.conversations.keys) == sorted(other.conversations.keys)
     train, held = forward
-    assert sorted([*train.conversations.keys, *held.conversations.keys]) == corpus.keys
+    assert sorted([*train.conversations.keys, *held.conversations.keys]) == [(key,) for key in corpus.keys]
     assert len(held) == 6
     whole = listing(corpus, tmp_path / "c.json", entries)
     by_key = {sample.key: sample.row for sample in FeatureStore.open(corpus.store).samples()}
     for part in forward:
         assert part.digest != whole.digest
-        for place, key in enumerate(part.conversations.keys):
+        for place, (key,) in enumerate(part.conversations.keys):
             assert part.rows[place] == by_key[key]
             assert part.conversations[place].key == key
             assert part.conversations[place].turns[1].text == f"answer {int(key[:2])}"

@@ -10,8 +10,10 @@ from trainer_support import make_corpus, make_student
 from olaschema.store import FeatureStore
 from olatrain.compose import load_processor
 from olatrain.conversations import Conversations
+from olatrain.families import open_vision
 from olatrain.join import coverage, join
 from olatrain.prompts import PromptBuilder
+from olatrain.storedata import StoreData
 from olatrain.stream import Sample, SampleStream, Source
 from olatrain.tokens import TaskTokens
 
@@ -30,11 +32,10 @@ def test_a_forgotten_image_is_masked_and_the_order_stays(tmp_path: Path) -> None
     assert found.missing == {"forgotten": 2}, "the image is used twice"
     processor = load_processor(student)
     source = Source(
-        store=corpus.store,
+        data=StoreData.at(str(corpus.store), ("depth", "gen"), corpus.conversations, corpus.images),
         teachers=("depth", "gen"),
-        images=corpus.images,
         prompts=PromptBuilder(processor.tokenizer, TaskTokens.load(student), max_length=512),
-        image_processor=processor.image_processor,
+        vision=open_vision(processor, TaskTokens.load(student)),
         exif=True,
         max_pixels=10**6,
     )
@@ -43,9 +44,9 @@ def test_a_forgotten_image_is_masked_and_the_order_stays(tmp_path: Path) -> None
     for position in range(len(after)):
         sample = stream[position]
         assert isinstance(sample, Sample)
-        if sample.key is None:
+        if not sample.keys:
             continue
-        missing = [feature is None for feature in sample.features.values()]
-        assert missing == [sample.key == key] * 2
+        missing = [feature is None for feature in sample.features[0].values()]
+        assert missing == [sample.keys == (key,)] * 2
         masked += all(missing)
     assert masked == 2

@@ -11,10 +11,9 @@ import pytest
 import torch
 import zarr
 from rich.console import Console
-from safetensors.torch import load_file
 from store_support import DOCS, EXECUTION, decoding, record
 from torch import Tensor
-from trainer_support import Corpus, end_all, make_corpus, make_student, metrics, settings, start_ranks
+from trainer_support import Corpus, end_all, make_corpus, make_student, metrics, saved, settings, start_ranks
 
 from olaschema.config import load_config
 from olaschema.errors import DamagedStoreError
@@ -68,7 +67,7 @@ def decoded_copy(store: Path, tier: Precision, root: Path) -> Path:
 def weights(out: Path) -> dict[str, Tensor]:
     latest = latest_checkpoint(out / "checkpoints")
     assert latest is not None
-    return load_file(latest / "trainable.safetensors")
+    return saved(latest, "trainable")
 
 
 def run(values: dict[str, Any], world: int) -> None:

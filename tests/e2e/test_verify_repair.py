@@ -107,6 +107,16 @@ def test_repair_names_an_image_that_has_changed(store: Path, corpus: Path, tmp_p
     assert "4.png: the image has changed since" in output
 
 
+def test_repair_names_an_image_whose_feature_it_cannot_bring_back(store: Path, corpus: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(corpus, tmp_path / "c")
+    (folder / "4.png").unlink()
+    (store / "depth/values/c/1/0/0/0").write_bytes(b"x")
+    code, output = _verify(store, folder, "--repair")
+    assert code == 1, output
+    assert "not brought back: 4.png: no depth feature any more: missing" in output
+    assert "has changed since" not in output
+
+
 def test_live_agrees_with_the_store_and_reports_the_worst(store: Path, corpus: Path) -> None:
     code, output = _verify(store, corpus, "--live", 4, "--json")
     assert code == 0, output

@@ -345,7 +345,7 @@ def test_olatrain_run_trains_an_imported_student(plain: Path, tmp_path: Path) ->
     }
     given |= {"--conversations": corpus.conversations, "--out": tmp_path / "out", "--steps": 2, "--batch": 2}
     arguments = [text for flag, value in given.items() for text in (flag, str(value))]
-    arguments += ["--workers", "0", "--set", "device=cpu", "--set", "tensorboard=false"]
+    arguments += ["--workers", "0", "--set", "device=cpu", "--set", "trackers=[]"]
     result = CliRunner().invoke(app, ["run", *arguments])
     assert result.exit_code == 0, (result.output, result.exception)
     assert "depth: predictors of layers 4, 6 from ola.safetensors" in result.output

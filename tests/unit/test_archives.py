@@ -161,6 +161,27 @@ def test_sparse_and_malformed_headers_end_the_walk(tmp_path: Path) -> None:
         assert words in caught.value.problem and caught.value.offset == 0
 
 
+@pytest.mark.parametrize("size", [2**60 + 1, 2**63, 10**30, 10**5000], ids=("60 bits", "63 bits", "long", "too long"))
+@pytest.mark.parametrize("pax", [False, True])
+def test_impossible_sizes_end_the_walk(tmp_path: Path, size: int, pax: bool) -> None:
+    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.USTAR_FORMAT))
+    data = b""
+    if pax:
+        body = b"size=1" + b"0" * 5000 + b"\n" if size == 10**5000 else b"size=%d\n" % size  # str() has a limit
+        length = next(n for n in range(len(body), len(body) + 9) if n == len(body) + len(str(n)) + 1)
+        record = str(length).encode() + b" " + body
+        extended = tarfile.TarInfo("x")
+        extended.type, extended.size = tarfile.XHDTYPE, len(record)
+        data = extended.tobuf(tarfile.USTAR_FORMAT) + record + bytes(-len(record) % 512)
+    else:
+        header[124:136] = (1 << 95 | min(size, (1 << 88) - 1)).to_bytes(12, "big")
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "t.tar").write_bytes(data + header + bytes(2048))
+    (entry,) = list_corpus(tmp_path, None).entries
+    assert _reason(tmp_path, entry)[0] == "truncated"
+
+
 def _parquet(path: Path, images: list[bytes | None], *, plain: bool = False, group: int = 2) -> None:
     if plain:
         column = pa.array(images, type=pa.binary())

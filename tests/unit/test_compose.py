@@ -194,6 +194,15 @@ def test_equal_seeds_give_equal_bytes_and_no_path_is_kept(parts: Path, student: 
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_chat_template_that_cannot_be_parsed_is_refused(tmp_path: Path) -> None:
+    llm = make_llm(tmp_path / "llm", template="{% for message in %}")
+    vision = make_vision(tmp_path / "vision")
+    with pytest.raises(ConfigError, match="the chat template cannot be parsed") as caught:
+        compose(llm, vision, tmp_path / "out", seed=0)
+    assert "remove it" in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
 # --- prompts ---
 
 USER = "USER: "
@@ -205,14 +214,15 @@ USER = "USER: "
         ("<image>\nwhat is this?", f"{BLOCK}\nwhat is this?"),
         ("what is this?\n<image>", f"{BLOCK}\nwhat is this?"),
         ("what is <image>this?", f"{BLOCK}\nwhat is this?"),
-        ("<image>\n<image>\nwhich?", f"{BLOCK}{BLOCK}\nwhich?"),
+        ("<image>\n<image>\nwhich?", f"{BLOCK}\n{BLOCK}\nwhich?"),
+        ("is <image> left of <image>?", f"is {BLOCK} left of {BLOCK}?"),
         ("no picture", "no picture"),
         ([{"type": "text", "text": "what?"}, {"type": "image"}], f"{BLOCK}\nwhat?"),
-        ([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "which?"}], f"{BLOCK}{BLOCK}\nwhich?"),
+        ([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "which?"}], f"{BLOCK}\n{BLOCK}\nwhich?"),
         ([{"type": "text", "text": "no picture"}], "no picture"),
     ],
 )
-def test_images_come_first_in_the_turn_and_task_tokens_right_after_each(
+def test_one_image_comes_first_several_stay_in_place_and_task_tokens_follow_each(
     student: Path, content: object, expected: str
 ) -> None:
     processor = load_processor(student)

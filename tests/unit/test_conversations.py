@@ -131,7 +131,7 @@ def test_long_samples_are_cut_after_the_image_or_refused() -> None:
 def test_reserved_text_is_refused(text: str) -> None:
     prompts, *_ = builder()
     entry = parsed([("human", "hi"), ("gpt", "hello")])
-    forged = entry.__class__(0, None, None, (entry.turns[0].__class__("user", text), entry.turns[1]))
+    forged = entry.__class__(0, (), (), (entry.turns[0].__class__("user", text), entry.turns[1]))
     with pytest.raises(SampleError, match="conversation 0: its text holds the name") as caught:
         prompts.build(forged)
     assert caught.value.reason == "reserved-text"
@@ -151,7 +151,6 @@ BAD: dict[str, tuple[Any, str]] = {
     "unknown-role": ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown role 'robot'"),
     "turn-order": ({"conversations": [{"from": "gpt", "value": "x"}]}, "but assistant"),
     "empty-answer": (conversation(None, "  "), "empty answer"),
-    "several-images": (conversation(None, "x") | {"image": ["a", "b"]}, "2 images; one is supported"),
     "image-mark": (conversation(None, "x") | {"image": "a.png"}, "one image and 0 times <image>"),
     "bad-image": (conversation("../a.png", "x"), "leads out of the image folder"),
 }
@@ -183,6 +182,32 @@ def test_marks_must_match_images(entry: Any) -> None:
     assert caught.value.reason == "image-mark"
 
 
+def test_several_images_stay_where_their_marks_are() -> None:
+    prompts, tokenizer, tokens = builder()
+    entry = {
+        "image": ["a.png", "b/c.png", "a.png"],
+        "conversations": [
+            {"from": "human", "value": "is <image> left of <image>?"},
+            {"from": "gpt", "value": "yes"},
+            {"from": "human", "value": "<image>\nand here?"},
+            {"from": "gpt", "value": "no"},
+        ],
+    }
+    found = parse_conversation(entry, 0)
+    assert found.keys == ("a.png", "b/c.png", "a.png")
+    assert found.image_turns == (0, 0, 2)
+    assert [turn.text for turn in found.turns] == ["is <image> left of <image>?", "yes", "and here?", "no"]
+    blocks = [[tokens.image_id] * n for n in (3, 1, 2)]
+    ids = prompts.build(found, blocks).input_ids
+    starts = [place for place, id_ in enumerate(ids) if id_ == tokens.image_id and ids[place - 1] != tokens.image_id]
+    for start, block in zip(starts, blocks, strict=True):
+        wanted = [*block, *tokens.flat]
+        assert ids[start : start + len(wanted)] == wanted
+    between = ids[starts[0] + 3 + len(tokens.flat) : starts[1]]
+    assert tokenizer.decode(between) == " left of "
+    assert [tokenizer.decode(ids[s - 3 : s]) for s in starts[:1]] == ["is "]
+
+
 def test_json_and_jsonl_read_the_same(tmp_path: Path) -> None:
     entries = [conversation("b/../a.png", "naïve ☃"), conversation(None, "two\nlines"), "bad"]
     listed = Conversations.read(write_json(tmp_path / "c.json", entries))
@@ -190,7 +215,7 @@ def test_json_and_jsonl_read_the_same(tmp_path: Path) -> None:
     lines = Conversations.read(tmp_path / "c.jsonl")
     assert list(listed) == list(lines)
     assert listed.digest == lines.digest
-    assert listed.keys == ["a.png", None]
+    assert listed.keys == [("a.png",), ()]
     assert listed[0].turns[1].text == "naïve ☃"
     assert listed[1].index == 1
 

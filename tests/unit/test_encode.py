@@ -15,11 +15,15 @@ from pipeline_support import FakeTeacher, digests, write_images
 from store_support import DOCS, decoding
 
 from olapipe.corpus import list_corpus
+from olapipe.dedup import dedup
 from olapipe.encode import STAGES, Limits, ShardEncoder, execution
 from olapipe.load import teacher_record
+from olapipe.progress import make_reporter
+from olapipe.verify import verify
 from olaschema.errors import CorpusError, TeacherError
 from olaschema.manifest import ChannelStatistics, Precision
 from olaschema.reader import FeatureReader
+from olaschema.seal import unseal
 from olaschema.store import FeatureStore
 
 ROWS = 8
@@ -243,6 +247,38 @@ def test_a_committed_shard_is_replaced_only_when_asked(tmp_path: Path) -> None:
     (corpus / "1.png").write_bytes(good)
     assert encoder.encode(0, ["fake"], _ignore)["fake"].failed == 1
     assert encoder.encode(0, ["fake"], _ignore, replace=True)["fake"].failed == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_sound_shard_that_is_replaced_keeps_what_can_no_longer_be_computed(
+    tmp_path: Path, precision: Precision
+) -> None:
+    corpus = _corpus(tmp_path / "c", 6)
+    good = (corpus / "1.png").read_bytes()
+    (corpus / "1.png").write_bytes(b"x" * len(good))
+    (corpus / "5.png").write_bytes((corpus / "3.png").read_bytes())
+    encoder = _encoder(tmp_path / "s", corpus, FakeTeacher(), precision=precision)
+    encoder.encode(0, ["fake"], _ignore)
+    dedup(encoder.store, make_reporter())
+    unseal(encoder.store, ["fake"])  # as the run that replaces a shard does
+    before = FeatureReader(encoder.store, "fake")
+    kept = {row: before.feature(row) for row in (0, 2, 3, 4, 5)}
+    (corpus / "1.png").write_bytes(good)
+    for name in ("2.png", "3.png", "5.png"):
+        (corpus / name).unlink()
+    receipt = encoder.encode(0, ["fake"], _ignore, replace=True)["fake"]
+    assert [row.status for row in receipt.rows] == ["ok"] * 6 + ["absent"] * 2
+    assert [row.same_as for row in receipt.rows[:6]] == [None] * 5 + [3]
+    after = FeatureReader(encoder.store, "fake")
+    for row, feature in kept.items():
+        np.testing.assert_array_equal(after.feature(row), feature)
+    assert verify(str(tmp_path / "s"), make_reporter()).problems == []  # the statistics, too
+
+    # of a damaged shard nothing is known to be right
+    (path,) = (tmp_path / "s" / "fake" / "values" / "c").rglob("0/0/0/0")
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    receipt = encoder.encode(0, ["fake"], _ignore, replace=True)["fake"]
+    assert [row.reason for row in receipt.rows[:6]] == [None, None, "missing", "missing", None, "missing"]
 
 
 def test_a_vanished_image_folder_is_no_reason_to_fail_every_image(tmp_path: Path) -> None:

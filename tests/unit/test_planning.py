@@ -153,7 +153,7 @@ def test_the_ledger_opens_a_receipt_once_and_again_when_it_was_replaced(
     store.place.publish(f"receipts/{name}/{receipt.name}", receipt.read_bytes())  # the same bytes, another file
     assert ledger.read_ledger(store, name).digests == whole.digests
     assert opened == [store.committed(name)[1]]
-    kept = tmp_path / "s" / "_log" / "ledger" / f"{name}.parquet"
+    kept = tmp_path / "s" / "_log" / "ledger" / name
     kept.write_bytes(b"nonsense")
     assert ledger.read_ledger(store, name).digests == whole.digests
     spoilt = bytearray(receipt.read_bytes())
@@ -161,6 +161,35 @@ def test_the_ledger_opens_a_receipt_once_and_again_when_it_was_replaced(
     receipt.write_bytes(spoilt)
     with pytest.raises(DamagedStoreError):
         ledger.read_ledger(store, name)
+
+
+def test_a_ledger_with_any_bit_flipped_is_made_again(tmp_path: Path) -> None:
+    store, _, _ = make_store(tmp_path / "s", count=9)
+    name = store.teachers()[0]
+    whole = ledger.read_ledger(store, name, keep=True)
+    assert ledger.read_ledger(store, name).table.equals(whole.table)
+    kept = tmp_path / "s" / "_log" / "ledger" / name
+    data = kept.read_bytes()
+    for place in range(0, len(data), 37):
+        kept.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        assert ledger.read_ledger(store, name).table.equals(whole.table), place
+
+
+def test_a_receipt_that_goes_while_the_ledger_is_read_counts_as_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, _ = make_store(tmp_path / "s", count=9)
+    name = store.teachers()[0]
+    shards = store.committed(name)
+    real = FeatureStore.receipt_bytes
+
+    def replacing(self: FeatureStore, teacher: str, shard: int) -> object:
+        if shard == shards[1]:  # a worker that replaces this shard has just taken its receipt away
+            store.place.remove(f"receipts/{name}/{shard:05d}.json")
+        return real(self, teacher, shard)
+
+    monkeypatch.setattr(FeatureStore, "receipt_bytes", replacing)
+    assert ledger.read_ledger(store, name, keep=True).shards.tolist() == [shards[0], *shards[2:]]
 
 
 def test_a_ledger_counts_what_the_receipts_say(tmp_path: Path) -> None:

@@ -29,10 +29,13 @@ from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.compose import load_processor
 from olatrain.conversations import Conversations
-from olatrain.join import Listing, coverage, join, require_features, require_images
+from olatrain.families import open_vision
+from olatrain.join import Listing, coverage, join, require_images
 from olatrain.meanmap import mean_maps
 from olatrain.order import PositionSampler, cyclic_partners, epoch_order, rank_span
 from olatrain.prompts import PromptBuilder
+from olatrain.source import require_features
+from olatrain.storedata import StoreData
 from olatrain.stream import Batch, Collator, Fault, Sample, SampleStream, Skipped, Source, make_loader
 from olatrain.tokens import TaskTokens
 from olatrain.views import require_views
@@ -52,15 +55,18 @@ def listing(corpus: Corpus) -> Listing:
     return join(Conversations.read(corpus.conversations), FeatureStore.open(corpus.store))
 
 
+def data(corpus: Corpus) -> StoreData:
+    return StoreData.at(str(corpus.store), ("depth", "gen"), corpus.conversations, corpus.images)
+
+
 def source(corpus: Corpus, student: Path, **changes: Any) -> Source:
     processor = load_processor(student)
     tokens = TaskTokens.load(student)
     chosen: dict[str, Any] = {
-        "store": corpus.store,
+        "data": data(corpus),
         "teachers": ("depth", "gen"),
-        "images": corpus.images,
         "prompts": PromptBuilder(processor.tokenizer, tokens, max_length=512),
-        "image_processor": processor.image_processor,
+        "vision": open_vision(processor, tokens),
         "exif": True,
         "max_pixels": 10**6,
     }
@@ -74,6 +80,7 @@ def stream(corpus: Corpus, student: Path, *, seed: int | None = None, **changes:
 def collator(student: Path, micro_batch: int | None = None) -> Collator:
     return Collator(
         tokens=TaskTokens.load(student),
+        vision=open_vision(load_processor(student), TaskTokens.load(student)),
         pad_id=2,
         micro_batch=micro_batch,
         formats={name: array_formats(r.fingerprint.shape, r.precision) for name, r in records().items()},
@@ -211,15 +218,15 @@ def test_features_join_by_key_and_keep_their_stored_values(corpus: Corpus, stude
     for position in (0, 9, 10):
         loaded = samples[position]
         assert isinstance(loaded, Sample)
-        row = corpus.keys.index(loaded.key or "")
-        assert loaded.row == row
-        feature = loaded.features["depth"]
+        row = corpus.keys.index(loaded.keys[0])
+        assert loaded.rows == [row]
+        feature = loaded.features[0]["depth"]
         assert feature is not None
         assert feature.values.dtype == np.float16
         np.testing.assert_array_equal(feature.values, reader.read(row).values)
     text = samples[11]
     assert isinstance(text, Sample)
-    assert (text.key, text.row, text.pixels, text.features) == (None, -1, None, {})
+    assert (text.keys, text.rows, text.shown, text.features) == ((), [], [], [])
 
 
 def test_keys_that_share_a_row_are_one_image_with_its_feature(tmp_path: Path, student: Path) -> None:
@@ -241,9 +248,10 @@ def test_keys_that_share_a_row_are_one_image_with_its_feature(tmp_path: Path, st
     store.commit_shard(store.teacher("depth"), 1, stored, rows, ChannelStatistics(5), receipt.execution, replace=True)
     first, last = (stream(corpus, student)[position] for position in (1, 5))
     assert isinstance(first, Sample) and isinstance(last, Sample)
-    assert first.row == last.row == 1
-    assert last.features["gen"] is None and first.features["depth"] is not None and last.features["depth"] is not None
-    np.testing.assert_array_equal(last.features["depth"].values, first.features["depth"].values)
+    assert first.rows == last.rows == [1]
+    mine, theirs = first.features[0], last.features[0]
+    assert theirs["gen"] is None and mine["depth"] is not None and theirs["depth"] is not None
+    np.testing.assert_array_equal(theirs["depth"].values, mine["depth"].values)
     batch = collator(student)([first, last])
     assert isinstance(batch, Batch) and batch.rows.tolist() == [1, 1]
     # a run that has begun goes on: same order, same samples with features
@@ -276,7 +284,7 @@ def test_a_teacher_without_any_feature_is_refused(corpus: Corpus) -> None:
     found = join(Conversations.read(file), FeatureStore.open(corpus.store))
     coverages = {"depth": coverage(FeatureStore.open(corpus.store), found, "depth")}
     with pytest.raises(CorpusError, match=r"depth has no feature for any sample \(1 not-in-store\)"):
-        require_features(coverages, corpus.store)
+        require_features(coverages, str(corpus.store))
     with pytest.raises(CorpusError, match=r"none of the images tried, for instance elsewhere/1\.png"):
         require_images(found, corpus.images)
 
@@ -338,18 +346,18 @@ def test_shuffle_control_gives_each_image_anothers_features(corpus: Corpus, stud
     shuffled = stream(corpus, student, partners=partners)[0]
     assert isinstance(shuffled, Sample)
     other = FeatureReader(FeatureStore.open(corpus.store), "gen").read(partners[0])
-    np.testing.assert_array_equal(shuffled.features["gen"].values, other.values)  # type: ignore[union-attr]
-    assert shuffled.row == 0
+    np.testing.assert_array_equal(shuffled.features[0]["gen"].values, other.values)  # type: ignore[union-attr]
+    assert shuffled.rows == [0]
 
 
 def test_mean_map_is_the_mean_of_the_training_rows(corpus: Corpus) -> None:
     store = FeatureStore.open(corpus.store)
     file = write_json(corpus.root / "few.json", [conversation(key, "x") for key in corpus.keys[1:4]])
     found = join(Conversations.read(file), store)
-    means = mean_maps(corpus.store, {"depth": coverage(store, found, "depth")}, most=100)
+    means = mean_maps(data(corpus), {"depth": coverage(store, found, "depth")}, most=100)
     rows = [FeatureReader(store, "depth").feature(row).astype(np.float64) for row in (1, 2, 3)]
     np.testing.assert_allclose(means["depth"].numpy(), np.mean(rows, axis=0), rtol=1e-6)
-    two = mean_maps(corpus.store, {"depth": coverage(store, found, "depth")}, most=2)
+    two = mean_maps(data(corpus), {"depth": coverage(store, found, "depth")}, most=2)
     np.testing.assert_allclose(two["depth"].numpy(), np.mean([rows[0], rows[1]], axis=0), rtol=1e-6)
 
 
@@ -380,7 +388,7 @@ def test_a_view_that_differs_is_refused_in_words_or_allowed() -> None:
 def test_a_receipt_that_vanishes_during_the_run_is_an_error_not_a_missing_feature(
     corpus: Corpus, student: Path
 ) -> None:
-    samples = stream(corpus, student, committed={"depth": frozenset((0, 1, 2))})
+    samples = stream(corpus, student)
     assert isinstance(samples[0], Sample)
     (corpus.store / "receipts/depth/00001.json").unlink()
     found = samples[5]

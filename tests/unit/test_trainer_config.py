@@ -119,5 +119,5 @@ def test_the_command_prints_errors_without_a_traceback(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "unknown setting nonsense" in done.stderr
-    assert "the setting store is missing" in done.stderr
+    assert "the setting out is missing" in done.stderr
     assert "Traceback" not in done.stderr

@@ -8,14 +8,15 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from olaschema.manifest import TeacherRecord
-from olatrain.config import TrainConfig
+from olatrain.config import SourceSettings, TrainConfig
 from olatrain.sidecar import SIDECAR_NAME
 from olatrain.tokens import TaskTokens
 
 # Where things were on one machine; the fingerprints have a table of their own.
 _NOT_SHOWN = frozenset(
-    ("student", "store", "conversations", "images", "out", "evaluation", "fingerprints", "device", "nproc", "workers",
-     "checkpoint_every", "keep_last", "log_every", "tensorboard")
+    ("student", "store", "sources", "conversations", "images", "out", "evaluation", "fingerprints", "device", "nproc",
+     "workers", "cache_dir", "cache_limit",
+     "checkpoint_every", "keep_last", "log_every", "look_every", "trackers")
 )  # fmt: skip
 
 
@@ -38,8 +39,7 @@ def model_card(
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\nlicense: other\ntags:\n- ola-distill\n---",
         f"# {name}",
-        f"A {type(model).__name__} whose hidden states were supervised with features of "
-        f"{', '.join(config.teachers)} while it trained (the method of OLA-VLM, arXiv 2412.09585). "
+        f"A {type(model).__name__} {_how(config)}. "
         f"It started from the student `{base}`{f', {origin},' if origin else ''} and trained "
         f"{', '.join(config.train)} for {step} steps of {config.batch} samples. Weights are {dtype}.",
         _use(tokens),
@@ -51,6 +51,16 @@ def model_card(
         "tokens. transformers reads neither; `olatrain run --student` goes on from them.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _how(config: TrainConfig) -> str:
+    if not config.teachers:
+        return "that trained on the next token alone"
+    teachers = ", ".join(config.teachers)
+    return (
+        f"whose hidden states were supervised with features of {teachers} while it trained (the method of OLA-VLM, "
+        "arXiv 2412.09585)"
+    )
 
 
 def _use(tokens: TaskTokens) -> str:
@@ -78,8 +88,14 @@ print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 
 
 def _data(config: TrainConfig, samples: str, start: dict[str, Any] | None) -> str:
-    store = PurePosixPath(config.store).name
-    text = f"Conversations `{config.conversations.name}`, features `{store}`. Samples digest `{samples}`."
+    store = f"`{PurePosixPath(config.store).name}`" if config.store is not None else ""
+    if config.sources:
+        sources = "A mixture of " + ", ".join(map(_source, config.sources))
+    elif config.conversations is None:
+        sources = f"Packed training set {store}"
+    else:
+        sources = f"Conversations `{config.conversations.name}`" + (f", features {store}" if store else "")
+    text = f"{sources}. Samples digest `{samples}`."
     if start is not None:
         text += (
             f" An epoch has {start['samples']} samples, {start['text_only']} of them text alone; "
@@ -88,6 +104,13 @@ def _data(config: TrainConfig, samples: str, start: dict[str, Any] | None) -> st
         for teacher, found in start["targets"].items():
             text += f" {teacher}: {found['valid']} samples have a target, {sum(found['missing'].values())} have none."
     return f"## Data\n\n{text}"
+
+
+def _source(source: SourceSettings) -> str:
+    store = f"`{PurePosixPath(source.store).name}`" if source.store is not None else ""
+    what = store if source.conversations is None else f"conversations `{source.conversations.name}`"
+    features = f" with features {store}" if store and source.conversations is not None else ""
+    return f"{what}{features} ({source.repeats} × an epoch)"
 
 
 def _teachers(config: TrainConfig, teachers: Sequence[TeacherRecord], earlier: Sequence[TeacherRecord]) -> str:

@@ -7,30 +7,38 @@ from collections.abc import Sequence
 
 IMAGE_TOKEN = "<image>"  # noqa: S105 - a token of the vocabulary
 
-# Rewrites every message before the language model's own template sees it: content becomes a string that starts with
-# each of the turn's images, its task tokens right behind it. A plain string may hold `<image>` anywhere.
+# Rewrites every message before the model's own template sees it: content becomes text that starts with the turn's
+# image, its task tokens right behind it. Several images of one turn stay where they are among its words. A plain string
+# may hold `<image>` anywhere.
 _REWRITE = """\
 {%- set ola = namespace(messages=[]) -%}
 {%- for message in messages -%}
-{%- set turn = namespace(images=0, text='') -%}
+{%- set turn = namespace(images=0, text='', placed='') -%}
 {%- if message['content'] is string -%}
 {%- if message['role'] == 'assistant' -%}
 {%- set turn.text = message['content'] -%}
 {%- else -%}
 {%- set turn.images = message['content'].count('@IMAGE@') -%}
+{%- set turn.placed = message['content'].replace('@IMAGE@', '@BLOCK@') -%}
 {%- set turn.text = message['content'].replace('@IMAGE@\\n', '').replace('\\n@IMAGE@', '').replace('@IMAGE@', '') -%}
 {%- endif -%}
 {%- elif message['content'] -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'text' -%}
 {%- set turn.text = turn.text + part['text'] -%}
+{%- set turn.placed = turn.placed + part['text'] -%}
 {%- elif part['type'] in ('image', 'image_url') -%}
 {%- set turn.images = turn.images + 1 -%}
+{%- set turn.placed = turn.placed + '@BLOCK@' + '\\n' -%}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
+{%- if turn.images > 1 -%}
+{%- set content = turn.placed -%}
+{%- else -%}
 {%- set content = '@BLOCK@' * turn.images + ('\\n' if turn.images else '') + turn.text -%}
-{%- set ola.messages = ola.messages + [dict(message, content=content)] -%}
+{%- endif -%}
+{%- set ola.messages = ola.messages + [dict(message, content=@CONTENT@)] -%}
 {%- endfor -%}
 {%- set messages = ola.messages %}"""
 _SYSTEM = """\
@@ -53,14 +61,24 @@ _PLAIN = """\
 """
 
 
-def make_chat_template(own: str | None, task_tokens: Sequence[str], *, system: str | None = None) -> str:
+def make_chat_template(
+    own: str | None,
+    task_tokens: Sequence[str],
+    *,
+    system: str | None = None,
+    image: str = IMAGE_TOKEN,
+    structured: bool = False,
+) -> str:
     """Adapt a template, or write plain turns where `own` is None.
 
     Content may be structured or a plain string that holds `<image>`. `system` is said first where a conversation has no
-    system message of its own.
+    system message of its own. `image` is what the model's prompts hold for one image; `structured` says that `own`
+    reads content as a list of parts.
     """
-    block = IMAGE_TOKEN + "".join(task_tokens)
-    template = _REWRITE.replace("@BLOCK@", block).replace("@IMAGE@", IMAGE_TOKEN) + (own or _PLAIN)
+    block = image + "".join(task_tokens)
+    content = "[{'type': 'text', 'text': content}]" if structured and own else "content"
+    template = _REWRITE.replace("@CONTENT@", content).replace("@BLOCK@", block).replace("@IMAGE@", IMAGE_TOKEN)
+    template += own or _PLAIN
     if system is None:
         return template
     # in ASCII with escapes, which Jinja reads as JSON does

@@ -34,6 +34,14 @@ class ContextName(enum.StrEnum):
     all = "all"
 
 
+class PresetName(enum.StrEnum):
+    """A published stage."""
+
+    pretrain = "pretrain"
+    vpt = "vpt"
+    finetune = "finetune"
+
+
 class DtypeName(enum.StrEnum):
     """Type of exported weights."""
 
@@ -66,6 +74,24 @@ def compose(
     typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {view.value}")
 
 
+@app.command()
+def prepare(
+    model: Annotated[Path, typer.Option(help="Folder of a LLaVA, LLaVA-NeXT, Idefics3 or Qwen2.5-VL checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the student to; new or empty.")],
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Teacher with task tokens; repeat, in prompt order. [gen, depth, seg]")
+    ] = None,
+    task_tokens: Annotated[int, typer.Option(min=0, help="Task tokens of each teacher.")] = 8,
+) -> None:
+    """Put task tokens into an existing image-text-to-text checkpoint."""
+    _quiet()
+    from olatrain.prepare import prepare as run_prepare
+
+    tokens = run_prepare(model, out, teachers=tuple(teacher or ("gen", "depth", "seg")), tokens_per_teacher=task_tokens)
+    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
+    typer.echo(f"{out}: {tokens.family} with {count}")
+
+
 @app.command("import-ola")
 def import_ola(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint in the published OLA-VLM layout.")],
@@ -96,8 +122,11 @@ def run(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="a.b=c", help="Any setting, over file and flags; repeat.")
     ] = None,
-    student: Annotated[Path | None, typer.Option(help="Folder that `olatrain compose` wrote.")] = None,
-    store: Annotated[str | None, typer.Option(help="Feature store that `olapipe extract` wrote.")] = None,
+    preset: Annotated[PresetName | None, typer.Option(help="Settings of a published stage; others win.")] = None,
+    student: Annotated[Path | None, typer.Option(help="Folder that `olatrain compose` or `export` wrote.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Feature store of `olapipe extract`, or packed training set of `olapipe pack`.")
+    ] = None,
     conversations: Annotated[Path | None, typer.Option(help="LLaVA-style JSON or JSONL.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder that the conversations' images are relative to.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; a run in it is continued.")] = None,
@@ -120,7 +149,7 @@ def run(
         typer.Option("--allow-view-mismatch", help="Train though teacher and student see different parts of an image."),
     ] = None,
 ) -> None:
-    """Train a student's projector, predictors and task tokens from stored features.
+    """Train a student from conversations and stored features; what trains is a setting (--preset, --set train=…).
 
     Run the same command again to continue where it stopped.
     """
@@ -131,10 +160,11 @@ def run(
 
     end_with_parent()
     flags: dict[str, Any] = {
-        "student": student, "store": store, "conversations": conversations, "images": images, "out": out,
-        "evaluation.conversations": heldout, "epochs": epochs, "steps": steps, "batch": batch, "lr": lr,
-        "precision": precision, "nproc": nproc, "workers": workers, "checkpoint_every": checkpoint_every,
-        "seed": seed, "allow_view_mismatch": allow_view_mismatch, **_layers(layers or []),
+        "preset": preset.value if preset else None, "student": student, "store": store, "images": images, "out": out,
+        "conversations": conversations, "evaluation.conversations": heldout, "epochs": epochs, "steps": steps,
+        "batch": batch, "lr": lr, "precision": precision, "nproc": nproc, "workers": workers,
+        "checkpoint_every": checkpoint_every, "seed": seed, "allow_view_mismatch": allow_view_mismatch,
+        **_layers(layers or []),
     }  # fmt: skip
     from olaschema.config import load_config
     from olatrain.config import TrainConfig
@@ -170,11 +200,17 @@ def export(
 @app.command()
 def probe(
     student: Annotated[Path, typer.Option(help="Student to probe; it stays as it is.")],
-    store: Annotated[str, typer.Option(help="Feature store that `olapipe extract` wrote.")],
+    store: Annotated[
+        str, typer.Option(help="Feature store of `olapipe extract`, or packed training set of `olapipe pack`.")
+    ],
     teacher: Annotated[list[str], typer.Option(help="Teacher whose features to read from the layers; repeat.")],
-    conversations: Annotated[Path, typer.Option(help="LLaVA-style JSON or JSONL; one of each image is used.")],
-    images: Annotated[Path, typer.Option(help="Folder that the conversations' images are relative to.")],
     out: Annotated[Path, typer.Option(help="Folder of the probe; one in it is continued.")],
+    conversations: Annotated[
+        Path | None, typer.Option(help="LLaVA-style JSON or JSONL; one of each image is used. Not for a packed set.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that the conversations' images are relative to. Not for a packed set.")
+    ] = None,
     context: Annotated[
         ContextName | None, typer.Option(help="What the probes read: the image's states, the prompt's, or all. [image]")
     ] = None,
@@ -218,6 +254,45 @@ def probe(
     settings = load_config(TrainConfig, flags=flags, overrides=set_ or [])
     settings.require_inputs()
     run_probe(settings, Console(highlight=False), compare=compare or ())
+
+
+class MethodName(enum.StrEnum):
+    """How an answer is read."""
+
+    generate = "generate"
+    likelihood = "likelihood"
+
+
+@app.command("eval")
+def eval_command(
+    student: Annotated[Path, typer.Option(help="Folder that `olatrain export` wrote.")],
+    cv_bench: Annotated[Path, typer.Option(help="Folder of CV-Bench: test_2d.parquet, test_3d.parquet.")],
+    method: Annotated[
+        MethodName, typer.Option(help="Letter read from a generated answer, or the likeliest letter.")
+    ] = MethodName.generate,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="JSON file for scores and answers.")] = None,
+) -> None:
+    """Score a student on CV-Bench: count, relation, depth and distance, averaged by source."""
+    _quiet()
+    import torch
+    from rich.console import Console
+
+    from olatrain.evaluate import evaluate_cv_bench, table, unreadable
+
+    if not cv_bench.is_dir():
+        raise ConfigError(f"--cv-bench {cv_bench}: no such folder", "Give a local copy of nyu-visionx/CV-Bench.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no GPU", "Use --device cpu.")
+    console = Console(highlight=False)
+    with console.status("asking") as status:
+        result = evaluate_cv_bench(
+            student, cv_bench, method=method.value, device=torch.device(device), out=out,
+            tick=lambda count: status.update(f"{count} questions answered"),
+        )  # fmt: skip
+    console.print(table(result))
+    for line in unreadable(result):
+        console.print(line, markup=False)
 
 
 def _layers(given: list[str]) -> dict[str, list[int]]:

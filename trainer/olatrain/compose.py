@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError, TemplateSyntaxError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -33,6 +34,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from olaschema.errors import ConfigError, ViewError
 from olaschema.manifest import View
 from olatrain.chat import IMAGE_TOKEN, make_chat_template
+from olatrain.families import Parts
 from olatrain.folder import publish_folder, require_new
 from olatrain.tokens import TaskTokens
 
@@ -63,17 +65,17 @@ def compose(
     Raises ConfigError where a folder is missing or of another model, the tokenizer is missing, `out` is not empty,
     or a task token's name is taken.
     """
-    _check_request(teachers, tokens_per_teacher, out)
-    _config(llm, LANGUAGE_MODELS, "language model", "--llm")
-    _config(vision, VISION_MODELS, "CLIP vision tower", "--vision")
+    check_request(teachers, tokens_per_teacher, out)
+    read_config(llm, LANGUAGE_MODELS, "language model", "--llm")
+    read_config(vision, VISION_MODELS, "CLIP vision tower", "--vision")
     tokenizer = load_tokenizer(llm)
     template = own_template(tokenizer, llm)
-    language = _weights(AutoModelForCausalLM, llm, "--llm", "auto")
-    tower = _weights(CLIPVisionModel, vision, "--vision", language.dtype)
+    language = load_weights(AutoModelForCausalLM, llm, "--llm", "auto")
+    tower = load_weights(CLIPVisionModel, vision, "--vision", language.dtype)
     size, patch = _square(tower.config, vision)
     names = task_names(teachers, tokens_per_teacher)
     tokens, pad_id = _add_tokens(tokenizer, names, (size // patch) ** 2, "adapted" if template else "plain")
-    _grow(language, tokens.never_predicted)
+    grow(language, tokens.never_predicted)
     model = _join(language, tower, tokens, (size // patch) ** 2, pad_id, seed)
     processor = make_processor(tokenizer, tower.config, vision, view, names, template)
     with publish_folder(out) as made:
@@ -123,12 +125,14 @@ def load_processor(folder: Path) -> Any:
 
     Raises ConfigError where the folder has no processor or the image processor has no PIL version.
     """
-    with _loading(folder, "the student's folder"):
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
+    with loading(folder, "the student's folder"):
         # a saved processor does not say its backend: transformers would take torchvision's where that is installed
         image = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             folder, local_files_only=True, backend="pil"
         )
+        if type(image).__name__.startswith("Qwen2VL"):  # its processor also makes videos, with torchvision
+            return Parts(AutoTokenizer.from_pretrained(folder, local_files_only=True), image, folder)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
     if not isinstance(image, PilBackend):
         raise ConfigError(
             f"{folder}: the image processor is a {type(image).__name__}, which does not compute on PIL images",
@@ -141,11 +145,16 @@ def load_processor(folder: Path) -> Any:
 def student_view(processor: Any) -> View:
     """Say which part of an image a student's processor shows it.
 
+    A tiled student's is that of its base view, the whole image scaled to a square. Qwen's image keeps its shape, but
+    every token's place in it is relative to the whole, as in a squashed one.
+
     Raises ViewError naming what was found where the geometry is none of squash, crop and pad.
     """
     image = getattr(processor, "image_processor", processor)
     name = type(image).__name__
-    size, crop = dict(image.size or {}), dict(image.crop_size or {})
+    if name.removesuffix("Pil").removesuffix("Fast") in _WHOLE and image.do_resize:
+        return View(kind="squash")
+    size, crop = dict(image.size or {}), dict(getattr(image, "crop_size", None) or {})
     size = {k: v for k, v in size.items() if v is not None}
     crop = {k: v for k, v in crop.items() if v is not None}
     resize, center_crop = bool(image.do_resize), bool(image.do_center_crop)
@@ -170,7 +179,8 @@ def student_view(processor: Any) -> View:
     )
 
 
-def _check_request(teachers: Sequence[str], tokens_per_teacher: int, out: Path) -> None:
+def check_request(teachers: Sequence[str], tokens_per_teacher: int, out: Path) -> None:
+    """Raise ConfigError for names or numbers that cannot be task tokens, or an `out` that is not new."""
     wrong = [t for t in teachers if not t.replace("_", "").replace("-", "").isalnum()]
     if wrong or len(set(teachers)) != len(teachers) or not teachers:
         raise ConfigError(
@@ -182,10 +192,11 @@ def _check_request(teachers: Sequence[str], tokens_per_teacher: int, out: Path) 
     require_new(out)
 
 
-def _config(folder: Path, wanted: Sequence[str], what: str, flag: str) -> Any:
+def read_config(folder: Path, wanted: Sequence[str], what: str, flag: str) -> Any:
+    """Read the config of a model folder; raises ConfigError where it is none, or of no type in `wanted`."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is no model folder: it has no config.json", f"Give the {what}'s folder ({flag}).")
-    with _loading(folder, flag):
+    with loading(folder, flag):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.model_type not in wanted:
         raise ConfigError(
@@ -194,8 +205,12 @@ def _config(folder: Path, wanted: Sequence[str], what: str, flag: str) -> Any:
     return config
 
 
-def _weights(model_class: Any, folder: Path, flag: str, dtype: Any) -> Any:
-    with _loading(folder, flag):
+_WHOLE = ("LlavaNextImageProcessor", "Idefics3ImageProcessor", "Qwen2VLImageProcessor")
+
+
+def load_weights(model_class: Any, folder: Path, flag: str, dtype: Any) -> Any:
+    """Load a model on the CPU; raises ConfigError where it cannot be, or any weight is missing."""
+    with loading(folder, flag):
         model, report = model_class.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
@@ -218,7 +233,7 @@ def load_tokenizer(folder: Path, *, config: Any = None) -> PreTrainedTokenizerBa
         raise ConfigError(
             f"{folder} has no tokenizer ({' or '.join(names)})", "Copy the language model's tokenizer files there."
         )
-    with _loading(folder, "--llm"):
+    with loading(folder, "--llm"):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(f"{folder}: the tokenizer cannot be loaded", "Copy the tokenizer files again.")
@@ -226,7 +241,10 @@ def load_tokenizer(folder: Path, *, config: Any = None) -> PreTrainedTokenizerBa
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
-    """Return a tokenizer's chat template, None without one; raises ConfigError where it has several and no default."""
+    """Return a tokenizer's chat template, None without one.
+
+    Raises ConfigError where it has several and no default, or it cannot be parsed.
+    """
     template: str | dict[str, str] | None = tokenizer.chat_template
     if isinstance(template, dict):
         if "default" not in template:
@@ -234,7 +252,17 @@ def own_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None
                 f"{folder}: the tokenizer has chat templates named {', '.join(template)} and none named default",
                 "Keep one of them as the tokenizer's chat_template.",
             )
-        return template["default"]
+        template = template["default"]
+    if template is not None:
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"{folder}: the chat template cannot be parsed: {error.message}",
+                "Correct it (chat_template.jinja or tokenizer_config.json), or remove it for a plain one.",
+            ) from error
+        except (TemplateError, TypeError):
+            pass  # it may want other content than a bare string: the prompts' builder finds out
     return template
 
 
@@ -269,7 +297,7 @@ def _add_tokens(
 
 
 @torch.no_grad()
-def _grow(language: Any, new: Sequence[int]) -> None:
+def grow(language: Any, new: Sequence[int]) -> None:
     """Make room for the ids `new`; their embedding and output rows start as the mean of the model's own rows."""
     own = language.get_input_embeddings().weight.shape[0]
     total = max(own, max(new) + 1)
@@ -341,7 +369,7 @@ def _image_processor(vision: Path, size: int, view: str) -> PilBackend:
     kept: dict[str, Any] = {}
     path = vision / "preprocessor_config.json"
     if path.is_file():
-        with _loading(vision, "--vision"):
+        with loading(vision, "--vision"):
             found = json.loads(path.read_text(encoding="utf-8"))
             kept = {k: found[k] for k in ("image_mean", "image_std", "resample", "rescale_factor") if k in found}
     square = {"height": size, "width": size}
@@ -361,7 +389,8 @@ _LOADING_ERRORS = (
 
 
 @contextmanager
-def _loading(folder: Path, flag: str) -> Iterator[None]:
+def loading(folder: Path, flag: str) -> Iterator[None]:
+    """Turn what transformers raises for a damaged folder into a ConfigError that names it and the option `flag`."""
     try:
         yield
     except _LOADING_ERRORS as error:

@@ -5,15 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
+from olaschema.cache import CacheSettings
 from olaschema.config import StoreUrl
 from olaschema.errors import ConfigError
 from olaschema.images import DEFAULT_MAX_PIXELS
 from olaschema.manifest import Fingerprint, Frozen
+from olatrain.losses import Regression
+from olatrain.presets import Preset, with_preset
 from olatrain.tokens import Context
 
-Group = Literal["projector", "predictors", "task_tokens"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Group = Literal["projector", "predictors", "task_tokens", "llm", "vision"]
+
+_CACHE_LIMIT = 64 << 30
 
 PUBLISHED_LAYERS: dict[str, tuple[int, ...]] = {"depth": (18, 20), "seg": (10, 18), "gen": (12, 20)}
 """Decoder blocks supervised in OLA-VLM (arXiv 2412.09585), counted from 1."""
@@ -25,7 +31,13 @@ class TeacherTraining(Frozen):
     layers: tuple[int, ...] = Field(min_length=1)
     """Decoder blocks, counted from 1; the last one is taken after the final norm."""
     weight: float = Field(default=0.5, ge=0.0)
-    """Weight of each layer's embedding loss beside the next-token loss."""
+    """Weight of each layer's embedding loss beside the next-token loss; 0 keeps the task tokens without a loss."""
+    layer_weights: dict[int, float] = Field(default_factory=dict)
+    """Factors on `weight` by layer; 1 for those not named, 0 for a layer that is only measured."""
+    regression: Regression = "smooth_l1"
+    """Distance of prediction and target beside the contrastive term."""
+    contrastive: float | None = Field(default=None, ge=0.0)
+    """This teacher's weight of the contrastive term, where it is not the run's."""
 
     @field_validator("layers")
     @classmethod
@@ -34,13 +46,73 @@ class TeacherTraining(Frozen):
             raise ValueError("layers are counted from 1, each named once")
         return layers
 
+    @model_validator(mode="after")
+    def _weights(self) -> TeacherTraining:
+        unknown = sorted(self.layer_weights.keys() - set(self.layers))
+        if unknown:
+            raise ValueError(f"layer_weights name layers {unknown}, which are not supervised")
+        if any(weight < 0 for weight in self.layer_weights.values()):
+            raise ValueError("layer_weights are 0 or more")
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of its losses has a weight."""
+        return self.weight > 0 and any(self.layer_weights.get(layer, 1.0) > 0 for layer in self.layers)
+
+
+class Lora(Frozen):
+    """Low-rank adapters in the language model's linear layers, trained in place of its weights (through peft)."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)
+    """The adapters' product is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of linear layers inside a decoder block, such as `q_proj`; none named: all of them."""
+
 
 class Evaluation(Frozen):
     """Samples held out of the training, whose embedding losses are measured now and then."""
 
-    conversations: Path
+    conversations: Path | None = None
+    """About images of the run's `images`, or of its packed set."""
+    store: StoreUrl | None = None
+    """Or a packed training set of the samples held out."""
     every: int = Field(default=500, gt=0)
     """Steps between evaluations; there is one before the first step and one after the last."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Evaluation:
+        if (self.conversations is None) == (self.store is None):
+            raise ValueError("evaluation takes conversations, or a packed set as store: one of the two")
+        return self
+
+
+class PredictionSamples(Frozen):
+    """Predictions that a run keeps, to be drawn beside the targets (`olapipe preview --predictions`)."""
+
+    every: int = Field(default=1000, ge=0)
+    """Steps between them; 0: never."""
+    images: int = Field(default=4, gt=0)
+    """How many, held-out ones where there are any; whole samples, so perhaps a few more."""
+
+
+class SourceSettings(Frozen):
+    """One source of a mixture; its settings are those of the run of the same names."""
+
+    store: StoreUrl | None = None
+    conversations: Path | None = None
+    images: Path | None = None
+    repeats: int = Field(default=1, gt=0)
+    """How often its samples are seen in an epoch."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> SourceSettings:
+        if (self.conversations is None) != (self.images is None):
+            raise ValueError("conversations and images of a source go together: one of them is missing")
+        if self.conversations is None and self.store is None:
+            raise ValueError("a source has conversations and images, or a packed training set as store")
+        return self
 
 
 class Probe(Frozen):
@@ -53,16 +125,23 @@ class Probe(Frozen):
 class TrainConfig(Frozen):
     """Everything that defines a run. Paths are as given; a relative one is relative to the working directory."""
 
+    preset: Preset | None = None
+    """Settings of a published stage, under the ones that are given."""
     student: Path
-    """Folder that `olatrain compose` wrote."""
-    store: StoreUrl
-    """Feature store that `olapipe extract` wrote: a folder, or an address such as `s3://bucket/prefix`."""
-    conversations: Path
-    """LLaVA-style JSON or JSONL."""
-    images: Path
+    """Folder that `olatrain compose`, `prepare`, `import-ola` or `export` wrote; a stage starts from the export of the
+    last."""
+    store: StoreUrl | None = None
+    """Feature store that `olapipe extract` wrote, or packed training set of `olapipe pack`: a folder, or an address
+    such as `s3://bucket/prefix`; none where no teacher is named."""
+    conversations: Path | None = None
+    """LLaVA-style JSON or JSONL; not beside a packed set, which holds its own, and so does it the images."""
+    images: Path | None = None
     """Folder that the images of the conversations are relative to."""
+    sources: tuple[SourceSettings, ...] = ()
+    """In place of `store`, `conversations` and `images`: several of them, mixed."""
     out: Path
-    teachers: dict[str, TeacherTraining] = Field(min_length=1)
+    teachers: dict[str, TeacherTraining] = Field(default_factory=dict)
+    """Teachers whose features are losses; none in a stage of next tokens alone, whose predictors are left out."""
     fingerprints: dict[str, Fingerprint] = Field(default_factory=dict)
     """What the features must mean. Filled in from the store at the first start and saved with the run."""
 
@@ -81,24 +160,45 @@ class TrainConfig(Frozen):
     lr: float = Field(default=1e-3, gt=0.0)
     warmup: float = Field(default=0.03, ge=0.0, lt=1.0)
     """Share of the steps in which the learning rate rises linearly; a cosine to 0 follows."""
+    lrs: dict[Group, float] = Field(default_factory=dict)
+    """Peak learning rate of a group of parameters, where it is not `lr`."""
     weight_decay: float = Field(default=0.0, ge=0.0)
+    weight_decays: dict[Group, float] = Field(default_factory=dict)
+    """Weight decay of a group of parameters, where it is not `weight_decay`."""
     clip: float = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: autocast; weights and losses stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute each decoder block in the backward pass instead of keeping what it computed."""
+    text: float = Field(default=1.0, ge=0.0)
+    """Weight of the next-token loss."""
     contrastive: float = Field(default=0.3, ge=0.0)
-    """Weight of the contrastive term relative to smooth-L1."""
+    """Weight of the contrastive term relative to the regression."""
+    negatives: Literal["world", "node", "rank"] = "world"
+    """Whose targets the contrastive term sees; but for `world` the result depends on the number of ranks."""
+    embedding_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the weights of the embedding losses fall over the run, from the given ones to `embedding_end` of them."""
+    embedding_end: float = Field(default=0.0, ge=0.0)
     normalise: Literal["none", "channel"] = "none"
     """`channel`: targets minus the store's mean of each channel, over its deviation; saved with the predictors."""
     train: tuple[Group, ...] = Field(default=("projector", "predictors", "task_tokens"), min_length=1)
-    """What is trained; the language model and the vision tower never are."""
+    """What is trained. With `lora`, `llm` stands for its adapters."""
+    lora: Lora | None = None
     context: Context = "all"
     """What the predictors may read: the image, the prompt before it as well, or all (the published setting)."""
     compat: Literal["none", "ola"] = "none"
     """`ola` lets padding into the predictors, as the public OLA-VLM code does."""
-    target_control: Literal["none", "shuffle"] = "none"
-    """`shuffle` gives every image another image's features while training: the control arm of an experiment."""
+    target_control: Literal["none", "shuffle", "mean"] = "none"
+    """Control arms of an experiment, while training: every image gets another image's features (`shuffle`), or the
+    mean of the training images' (`mean`), from which nothing about an image can be learned."""
+    order: Literal["mixed", "grouped"] = "mixed"
+    """`grouped`: a batch is of text alone or of images alone, but for those at an epoch's ends and at most one more."""
     allow_view_mismatch: bool = False
+    cache_dir: Path | None = None
+    """Folder on a local disk that files of a store in a bucket are kept in, by all ranks and workers together."""
+    cache_limit: ByteSize | None = None
+    """Most bytes in it, such as `200GiB` (by default 64 GiB); it should hold the files of `window` shards."""
 
     max_length: int = Field(default=4096, gt=0)
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, gt=0)
@@ -108,6 +208,7 @@ class TrainConfig(Frozen):
 
     evaluation: Evaluation | None = None
     probe: Probe | None = None
+    predictions: PredictionSamples = PredictionSamples()
     mean_map_rows: int = Field(default=2048, gt=0)
     """Training images that the mean target map is computed from; evenly spaced where there are more."""
 
@@ -117,15 +218,22 @@ class TrainConfig(Frozen):
     workers: int = Field(default=2, ge=0)
     """Loader processes of each rank."""
     checkpoint_every: int = Field(default=500, gt=0)
+    """Steps between checkpoints. One of 1 GiB or more is written while the training goes on, until the next is due."""
     keep_last: int = Field(default=2, gt=0)
     log_every: int = Field(default=10, gt=0)
     """Steps between printed lines; metrics.jsonl gets every step."""
-    tensorboard: bool = True
+    look_every: int = Field(default=50, ge=0)
+    """Steps between closer looks (retrieval, effective rank, gradients at the projector), which cost a backward pass of
+    the text loss; the first step has one. 0: never."""
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """Where figures go besides metrics.jsonl; wandb and mlflow must be installed."""
 
     @model_validator(mode="before")
     @classmethod
-    def _published_layers(cls, data: Any) -> Any:
-        """Fill in the published layers for a teacher that is named without any."""
+    def _published(cls, data: Any) -> Any:
+        """Fill in the preset, and the published layers for a teacher that is named without any."""
+        if isinstance(data, dict):
+            data = with_preset(data)
         if not isinstance(data, dict) or not isinstance(data.get("teachers"), dict):
             return data
         teachers = {}
@@ -147,23 +255,84 @@ class TrainConfig(Frozen):
         unknown = sorted(self.fingerprints.keys() - self.teachers.keys())
         if unknown:
             raise ValueError(f"fingerprints name {', '.join(unknown)}, which teachers does not")
+        self._consistent_stage()
         if self.probe is not None and self.normalise != "none":
             raise ValueError("probes are scored on the features as they are: leave normalise at none")
         if self.probe is not None and (self.train != ("predictors",) or self.evaluation is not None):
             raise ValueError("a probe trains the predictors alone and chooses its own held-out images")
         if self.compat == "ola" and self.context != "all":
             raise ValueError("compat = ola is about context = all: only there the public code lets padding in")
-        if all(teacher.weight == 0 for teacher in self.teachers.values()) and self.train == ("predictors",):
+        if not any(teacher.trains for teacher in self.teachers.values()) and self.train == ("predictors",):
             raise ValueError("only the predictors train, and every teacher's weight is 0: nothing would change")
         return self
 
+    def _consistent_stage(self) -> None:
+        """Refuse what contradicts itself about losses and groups of parameters."""
+        if self.sources:
+            self._consistent_sources()
+        elif self.teachers and self.store is None:
+            raise ValueError("teachers are named, but the setting store is missing")
+        if (self.conversations is None) != (self.images is None):
+            raise ValueError("conversations and images go together: one of them is missing")
+        if self.conversations is None and self.store is None and not self.sources:
+            raise ValueError("conversations and images are missing, or a packed training set as store")
+        if self.store is not None and self.conversations is not None and not self.teachers:
+            raise ValueError("a store is given, but teachers names none to learn from")
+        if not self.text and not any(teacher.trains for teacher in self.teachers.values()):
+            raise ValueError("text is 0 and no teacher has a weight: there is no loss")
+        if self.cache_limit is not None and self.cache_dir is None:
+            raise ValueError("cache_limit is given, but not cache_dir")
+        stores = [self.store, *(source.store for source in self.sources)]
+        stores += [self.evaluation.store if self.evaluation is not None else None]
+        if self.cache_dir is not None and not any(store is not None and "://" in store for store in stores):
+            raise ValueError("cache_dir keeps files of stores in buckets, and there is none: leave it out")
+        if len(set(self.train)) != len(self.train):
+            raise ValueError("train names a group twice")
+        for name, named in (("lrs", self.lrs), ("weight_decays", self.weight_decays)):
+            unknown = sorted(named.keys() - set(self.train))
+            if unknown:
+                raise ValueError(f"{name} names {', '.join(unknown)}, which train does not")
+            if any(value < 0 for value in named.values()):
+                raise ValueError(f"{name} are 0 or more")
+        if self.lora is not None and "llm" not in self.train:
+            raise ValueError("lora is given, but train does not name llm")
+        if self.target_control != "none" and not self.teachers:
+            raise ValueError("target_control changes targets, and no teacher is named")
+
+    def _consistent_sources(self) -> None:
+        if self.store is not None or self.conversations is not None or self.images is not None:
+            raise ValueError("sources stand in place of store, conversations and images: give one or the other")
+        if self.teachers and any(source.store is None for source in self.sources):
+            raise ValueError("teachers are named, but a source has no store")
+        if not self.teachers and any(source.store and source.conversations for source in self.sources):
+            raise ValueError("a source has a feature store, but teachers names none to learn from")
+        if self.evaluation is not None and self.evaluation.store is None:
+            raise ValueError("evaluation beside sources takes a packed set as evaluation.store")
+
+    @property
+    def cache(self) -> CacheSettings | None:
+        """The cache of remote files, where there is one."""
+        if self.cache_dir is None:
+            return None
+        return CacheSettings(folder=self.cache_dir, limit=self.cache_limit or _CACHE_LIMIT)
+
     def require_inputs(self) -> None:
         """Raise ConfigError naming the first input that is not there, before anything is loaded."""
-        folders = {"student": self.student, "images": self.images}
-        if "://" not in self.store:  # what an address holds is seen when it is opened
+        folders = {"student": self.student}
+        if self.images is not None:
+            folders["images"] = self.images
+        # what an address holds is seen when it is opened
+        if self.store is not None and "://" not in self.store:
             folders["store"] = Path(self.store)
-        files = {"conversations": self.conversations}
-        if self.evaluation is not None:
+        files = {"conversations": self.conversations} if self.conversations is not None else {}
+        for number, source in enumerate(self.sources):
+            if source.store is not None and "://" not in source.store:
+                folders[f"sources[{number}].store"] = Path(source.store)
+            if source.images is not None:
+                folders[f"sources[{number}].images"] = source.images
+            if source.conversations is not None:
+                files[f"sources[{number}].conversations"] = source.conversations
+        if self.evaluation is not None and self.evaluation.conversations is not None:
             files["evaluation.conversations"] = self.evaluation.conversations
         for name, path in folders.items():
             if not path.is_dir():
@@ -177,8 +346,11 @@ class TrainConfig(Frozen):
 
 # What may differ between a run and its continuation: where things are, how fast they are read, what is reported.
 _FREE = frozenset(
-    ("student", "store", "images", "conversations", "out", "device", "nproc", "workers", "micro_batch", "stop_after",
-     "checkpoint_every", "keep_last", "log_every", "tensorboard", "evaluation", "mean_map_rows", "fingerprints")
+    ("preset", "student", "store", "images", "conversations", "sources", "out", "device", "nproc", "workers",
+     "micro_batch", "cache_dir", "cache_limit",
+     "gradient_checkpointing", "stop_after", "checkpoint_every", "keep_last", "log_every", "look_every", "trackers",
+     "evaluation", "predictions",
+     "mean_map_rows", "fingerprints")
 )  # fmt: skip
 
 

@@ -31,8 +31,8 @@ _SHOWN = 3
 class SampleError(OlaError):
     """One conversation cannot be used as it is. `reason` is a short stable code that reports group by.
 
-    Reasons: not-an-object, no-turns, unknown-role, turn-order, empty-answer, several-images, image-mark, bad-image,
-    reserved-text, too-long.
+    Reasons: not-an-object, no-turns, unknown-role, turn-order, empty-answer, image-mark, bad-image, reserved-text,
+    too-long.
     """
 
     def __init__(self, reason: str, problem: str, remedy: str = "") -> None:
@@ -42,7 +42,7 @@ class SampleError(OlaError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One message; the image's mark is taken out of `text`."""
+    """One message. A single image's mark is taken out of `text`; several keep their marks, where they stand."""
 
     role: Role
     text: str
@@ -50,15 +50,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Alternating turns of user and assistant, perhaps after a system message, about at most one image."""
+    """Alternating turns of user and assistant, perhaps after a system message, about any number of images."""
 
     index: int
     """Place in the file, from 0."""
-    key: str | None
-    """The image's key, None for text alone."""
-    image_turn: int | None
-    """The turn that shows the image."""
+    keys: tuple[str, ...]
+    """The images' keys in the order of their marks, none for text alone."""
+    image_turns: tuple[int, ...]
+    """The turn that shows each image, ascending."""
     turns: tuple[Turn, ...]
+
+    @property
+    def key(self) -> str | None:
+        """The first image's key, None for text alone."""
+        return self.keys[0] if self.keys else None
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Conversations(Sequence[Conversation]):
     def __init__(self, path: Path, entries: Iterator[tuple[int, Any]]) -> None:
         self.path = path
         self.bad: list[BadConversation] = []
-        self.keys: list[str | None] = []
+        self.keys: list[tuple[str, ...]] = []
         encoded: list[bytes] = []
         indices: list[int] = []
         digest = hashlib.sha256()
@@ -93,7 +98,7 @@ class Conversations(Sequence[Conversation]):
             encoded.append(_encode(conversation))
             digest.update(encoded[-1] + b"\n")
             indices.append(index)
-            self.keys.append(conversation.key)
+            self.keys.append(conversation.keys)
         if not encoded:
             shown = "; ".join(bad.detail for bad in self.bad[:_SHOWN])
             raise CorpusError(
@@ -114,13 +119,29 @@ class Conversations(Sequence[Conversation]):
         """
         return cls(path, _entries(path))
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Conversations], repeats: Sequence[int]) -> Conversations:
+        """Return all parts' conversations, one part after the other, each `repeats` times in a row."""
+        chosen = copy.copy(parts[0])
+        chosen.path = Path(", ".join(str(part.path) for part in parts))
+        chosen.bad = [bad for part in parts for bad in part.bad]
+        repeated = [part for part, count in zip(parts, repeats, strict=True) for _ in range(count)]
+        chosen.keys = [keys for part in repeated for keys in part.keys]
+        chosen._indices = np.concatenate([part._indices for part in repeated])
+        chosen._data = np.concatenate([part._data for part in repeated])
+        lengths = [np.diff(part._ends, prepend=0) for part in repeated]
+        chosen._ends = np.cumsum(np.concatenate(lengths), dtype=np.int64)
+        chosen.digest = hashlib.sha256("".join(part.digest for part in repeated).encode()).hexdigest()
+        return chosen
+
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, place: Any) -> Any:
         start = self._ends[place - 1] if place else 0
-        key, image_turn, turns = json.loads(self._data[start : self._ends[place]].tobytes())
-        return Conversation(int(self._indices[place]), key, image_turn, tuple(Turn(*turn) for turn in turns))
+        keys, image_turns, turns = json.loads(self._data[start : self._ends[place]].tobytes())
+        index = int(self._indices[place])
+        return Conversation(index, tuple(keys), tuple(image_turns), tuple(Turn(*turn) for turn in turns))
 
     def select(self, places: Sequence[int]) -> Conversations:
         """Return the conversations at `places`, in that order."""
@@ -152,19 +173,21 @@ def parse_conversation(entry: Any, index: int) -> Conversation:
         raise SampleError("no-turns", f"{name} has no turns")
     parsed = [_turn(turn, name) for turn in turns]
     _check_order(parsed, name)
-    key = _key(entry.get("image"), name)
-    marked = [number for number, turn in enumerate(parsed) if IMAGE_MARK in turn.text]
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in parsed)
+    keys = _keys(entry.get("image"), name)
+    marked = tuple(number for number, turn in enumerate(parsed) for _ in range(turn.text.count(IMAGE_MARK)))
     if any(parsed[number].role != "user" for number in marked):
         raise SampleError("image-mark", f"{name}: {IMAGE_MARK} stands in a turn that is not the user's")
-    if marks != (key is not None):
-        have = "one image" if key is not None else "no image"
-        raise SampleError("image-mark", f"{name} has {have} and {marks} times {IMAGE_MARK}")
-    clean = tuple(Turn(turn.role, turn.text.replace(IMAGE_MARK, "").strip()) for turn in parsed)
+    if len(marked) != len(keys):
+        have = {0: "no image", 1: "one image"}.get(len(keys), f"{len(keys)} images")
+        raise SampleError("image-mark", f"{name} has {have} and {len(marked)} times {IMAGE_MARK}")
+    clean = tuple(
+        Turn(turn.role, (turn.text if marked.count(n) > 1 else turn.text.replace(IMAGE_MARK, "")).strip())
+        for n, turn in enumerate(parsed)
+    )
     for turn in clean:
         if turn.role == "assistant" and not turn.text:
             raise SampleError("empty-answer", f"{name} has an empty answer")
-    return Conversation(index, key, marked[0] if marked else None, clean)
+    return Conversation(index, keys, marked, clean)
 
 
 def _turn(turn: Any, name: str) -> Turn:
@@ -184,17 +207,15 @@ def _check_order(turns: list[Turn], name: str) -> None:
         raise SampleError("turn-order", f"{name}: turns are not question, answer, … but {', '.join(roles)}")
 
 
-def _key(image: Any, name: str) -> str | None:
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise SampleError("several-images", f"{name} has {len(image)} images; one is supported")
-        image = image[0] if image else None
+def _keys(image: Any, name: str) -> tuple[str, ...]:
     if image is None:
-        return None
-    if not isinstance(image, str):
-        raise SampleError("bad-image", f"{name}: image is not a path but {type(image).__name__}")
+        return ()
+    images = image if isinstance(image, list) else [image]
+    wrong = [entry for entry in images if not isinstance(entry, str)]
+    if wrong:
+        raise SampleError("bad-image", f"{name}: image is not a path but {type(wrong[0]).__name__}")
     try:
-        return normalise_key(image)
+        return tuple(normalise_key(entry) for entry in images)
     except ImageError as error:
         raise SampleError("bad-image", f"{name}: {error.problem}") from error
 
@@ -202,7 +223,7 @@ def _key(image: Any, name: str) -> str | None:
 def _encode(conversation: Conversation) -> bytes:
     turns = [(turn.role, turn.text) for turn in conversation.turns]
     # ensure_ascii keeps lone surrogates, which JSON may hold and UTF-8 may not
-    return json.dumps((conversation.key, conversation.image_turn, turns)).encode()
+    return json.dumps((conversation.keys, conversation.image_turns, turns)).encode()
 
 
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:

@@ -16,11 +16,12 @@ from olaschema.errors import ConfigError
 from olaschema.manifest import TeacherRecord
 from olatrain.card import model_card
 from olatrain.chat import IMAGE_TOKEN
-from olatrain.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from olatrain.checkpoint import CheckpointError, latest_checkpoint, load_tensors, prefixed, read_state
 from olatrain.compose import load_processor
 from olatrain.config import TrainConfig
 from olatrain.folder import publish_folder, require_new
 from olatrain.learner import Learner, build_learner, load_start
+from olatrain.lora import merge_adapters
 from olatrain.predictors import Standard
 from olatrain.setup import student_digest
 from olatrain.sidecar import Sidecar
@@ -112,7 +113,7 @@ def load_trained(run: Path, *, student: Path | None = None) -> Trained:
     folder = latest_checkpoint(run / "checkpoints")
     if folder is None:
         raise CheckpointError(f"{run} has no checkpoint", "Give the folder of a run (--out of `olatrain run`).")
-    state, files = load_checkpoint(folder)
+    state = read_state(folder)
     config, teachers = _read_state(state, folder)
     if config.probe is not None:
         raise ConfigError(f"{run} is a probe, which leaves its student as it was", "Export the run that trained it.")
@@ -134,7 +135,9 @@ def load_trained(run: Path, *, student: Path | None = None) -> Trained:
         widths = {name: config.fingerprints[name].channels for name in config.teachers}
         standards = {name: Standard(torch.zeros(width), torch.ones(width)) for name, width in widths.items()}
     learner = build_learner(config, config.fingerprints, tokens, torch.device("cpu"), start=start, standards=standards)
-    learner.restore(files["trainable"])
+    load_tensors(folder, state, prefixed("trainable", learner.state()))
+    if config.lora is not None:
+        merge_adapters(learner.student.model)
     return Trained(config, int(state["step"]), state["identity"]["samples"], teachers, start, learner)
 
 
@@ -156,7 +159,7 @@ def require_prompts(processor: Any, tokens: TaskTokens) -> None:
     Structured content, and plain strings that hold `<image>`, as evaluation harnesses pass them.
     """
     parts = [{"type": "image"}, {"type": "text", "text": _PROBE}]
-    wanted = [tokens.image_id, *tokens.flat]
+    wanted = [tokens.image_id, *tokens.after_image, *tokens.flat]
     for form, content in (("structured", parts), ("plain", f"{IMAGE_TOKEN}\n{_PROBE}")):
         try:
             text = processor.apply_chat_template(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,24 +24,46 @@ class Listing:
 
     conversations: Conversations
     rows: np.ndarray
-    """(N,) int64: row in the store, -1 for text alone and for images that the store does not plan."""
+    """(N,) int64: row of the first image, -1 for text alone and for images that the store does not plan."""
     shards: np.ndarray
     """(N,) int64: shard of that row, or -1."""
+    image_rows: np.ndarray
+    """(M,) int64: rows of all images, sample after sample; -1 where the store does not plan one."""
+    image_places: np.ndarray
+    """(M,) int64: where to read each image and its features; its row in a store, -1 for nowhere."""
+    ends: np.ndarray
+    """(N,) int64: where each sample's images end in `image_rows`."""
     digest: str
-    """Changes with any conversation, its order, or its row: the order of samples depends on nothing else."""
+    """Changes with any conversation, its order, row or shard: the order of samples depends on nothing else."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def rows_of(self, place: int) -> list[int]:
+        """Return the rows of one sample's images, in order."""
+        return self._images(self.image_rows, place)
+
+    def places_of(self, place: int) -> list[int]:
+        """Return the places of one sample's images, in order."""
+        return self._images(self.image_places, place)
+
+    def _images(self, array: np.ndarray, place: int) -> list[int]:
+        found: list[int] = array[self.ends[place - 1] if place else 0 : self.ends[place]].tolist()
+        return found
+
     def select(self, places: np.ndarray) -> Listing:
         """Return the samples at `places`, in that order."""
-        conversations, rows = self.conversations.select(places.tolist()), self.rows[places]
-        return Listing(conversations, rows, self.shards[places], _digest(conversations, rows))
+        chosen = [self.rows_of(int(place)) for place in places]
+        where = [self.places_of(int(place)) for place in places]
+        return make_listing(self.conversations.select(places.tolist()), chosen, self.shards[places], where)
 
 
-def join(conversations: Conversations, store: FeatureStore) -> Listing:
-    """Find the row of every conversation's image."""
-    wanted = {key for key in conversations.keys if key is not None}
+def join(conversations: Conversations, store: FeatureStore | None) -> Listing:
+    """Find the rows of every conversation's images; without a store none has one."""
+    if store is None:
+        nowhere = [[-1] * len(keys) for keys in conversations.keys]
+        return make_listing(conversations, nowhere, np.full(len(nowhere), -1, dtype=np.int64))
+    wanted = {key for keys in conversations.keys for key in keys}
     found: dict[str, int] = {}
     forgotten: dict[str, int] = {}
     for table in store.plan_tables():
@@ -54,13 +75,26 @@ def join(conversations: Conversations, store: FeatureStore) -> Listing:
     if forgotten:  # they keep their rows, so that a run that has begun keeps its order; they have no features
         stones = {tombstone(key): key for key in wanted - found.keys()}
         found |= {stones[stone]: row for stone, row in forgotten.items() if stone in stones}
-    rows = np.asarray([-1 if key is None else found.get(key, -1) for key in conversations.keys], dtype=np.int64)
-    shards = np.where(rows >= 0, rows // store.rows_per_shard, -1)
-    return Listing(conversations, rows, shards, _digest(conversations, rows))
+    by_sample = [[found.get(key, -1) for key in keys] for keys in conversations.keys]
+    firsts = np.asarray([rows[0] if rows else -1 for rows in by_sample], dtype=np.int64)
+    return make_listing(conversations, by_sample, np.where(firsts >= 0, firsts // store.rows_per_shard, -1))
 
 
-def _digest(conversations: Conversations, rows: np.ndarray) -> str:
-    return hashlib.sha256(conversations.digest.encode() + rows.astype("<i8").tobytes()).hexdigest()
+def make_listing(
+    conversations: Conversations, by_sample: list[list[int]], shards: np.ndarray, places: list[list[int]] | None = None
+) -> Listing:
+    """Make a listing of each sample's rows and shard, and of its images' places where these are not their rows."""
+    rows = np.asarray([rows[0] if rows else -1 for rows in by_sample], dtype=np.int64)
+    image_rows = np.asarray([row for rows in by_sample for row in rows], dtype=np.int64)
+    ends = np.cumsum([len(rows) for rows in by_sample], dtype=np.int64)
+    where = by_sample if places is None else places
+    image_places = np.asarray([place for those in where for place in those], dtype=np.int64)
+    # shards by their rank: their numbers are no matter, and tars have others
+    ranks = np.searchsorted(np.unique(shards[shards >= 0]), shards) * (shards >= 0) - (shards < 0)
+    arrays = (rows, image_rows, ranks)
+    data = conversations.digest.encode() + b"".join(array.astype("<i8").tobytes() for array in arrays)
+    digest = hashlib.sha256(data).hexdigest()
+    return Listing(conversations, rows, shards, image_rows, image_places, ends, digest)
 
 
 @dataclass(frozen=True)
@@ -68,19 +102,18 @@ class Coverage:
     """What one teacher has for the samples of a listing."""
 
     ready: np.ndarray
-    """Rows (unique, ascending) with a feature."""
+    """Places of the features, each row once, by ascending row."""
     valid: int
-    """Samples with a feature."""
+    """Images of the samples with a feature, counted at each use."""
     missing: dict[str, int] = field(default_factory=dict)
-    """Samples with an image and no feature, by reason: not-in-store, not-extracted, or the receipt's."""
+    """Images without a feature, by reason: not-in-store, not-extracted, or the receipt's."""
 
 
 def coverage(store: FeatureStore, listing: Listing, teacher: str) -> Coverage:
     """Count from the receipts which samples have a feature of `teacher`."""
-    images = np.asarray([key is not None for key in listing.conversations.keys])
-    uses = Counter(listing.rows[listing.rows >= 0].tolist())
+    uses = Counter(listing.image_rows[listing.image_rows >= 0].tolist())
     missing: Counter[str] = Counter()
-    absent = int((images & (listing.rows < 0)).sum())
+    absent = int((listing.image_rows < 0).sum())
     if absent:
         missing["not-in-store"] = absent
     ready: list[int] = []
@@ -99,23 +132,9 @@ def coverage(store: FeatureStore, listing: Listing, teacher: str) -> Coverage:
     return Coverage(np.asarray(ready, dtype=np.int64), sum(uses[row] for row in ready), dict(sorted(missing.items())))
 
 
-def require_features(coverages: Mapping[str, Coverage], store: str) -> None:
-    """Raise CorpusError naming the teacher that has no feature for any sample."""
-    for teacher, found in coverages.items():
-        if not found.valid:
-            reasons = (
-                ", ".join(f"{count} {reason}" for reason, count in found.missing.items()) or "no sample has an image"
-            )
-            raise CorpusError(
-                f"{store}: {teacher} has no feature for any sample ({reasons})",
-                "Keys are paths relative to the image folder: check that the conversations name images as the "
-                "extraction did, and that it has finished.",
-            )
-
-
 def require_images(listing: Listing, root: Path) -> None:
     """Raise CorpusError unless at least one of some evenly spaced images is under `root`."""
-    keys = [key for key in listing.conversations.keys if key is not None]
+    keys = [key for keys in listing.conversations.keys for key in keys]
     probed = keys[:: max(1, len(keys) // _PROBED_IMAGES)]
     if probed and not any(is_rooted(root, key) for key in probed):
         raise CorpusError(

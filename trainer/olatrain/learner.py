@@ -1,9 +1,10 @@
-"""What is trained: a frozen student with its projector and task tokens, and the predictors beside it."""
+"""What is trained: a student, of which all or a part is frozen, and the predictors beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from transformers import AutoModelForImageTextToText
 from olaschema.errors import ConfigError
 from olaschema.manifest import Fingerprint
 from olatrain.config import TrainConfig
+from olatrain.groups import choose_trainable, model_groups
+from olatrain.lora import add_adapters
 from olatrain.losses import LossConfig
 from olatrain.predictors import PredictorBank, PredictorConfig, Standard, published_predictor
+from olatrain.sharding import shard_language_model
 from olatrain.sidecar import Sidecar
 from olatrain.student import Student
 from olatrain.tokens import TaskTokens
@@ -36,33 +40,34 @@ class Learner(nn.Module):
         return self.student.tokens
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that a checkpoint keeps, by name, as the live tensors."""
-        parts = {"projector": self.student.projector, "latents": self.student.latents, "predictors": self.bank}
-        return {
-            f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()
-        }
+        """Return everything that a checkpoint keeps, by name, as the live tensors.
 
-    @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave; raises ConfigError naming what is missing or has another shape."""
-        own = self.state()
-        wrong = sorted(own.keys() ^ tensors.keys()) + [
-            name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
-        ]
-        if wrong:
-            raise ConfigError(
-                f"the checkpoint does not fit the student: {', '.join(wrong[:5])}", "Use the student it was made with."
-            )
-        for name, value in own.items():
-            value.copy_(tensors[name])
+        Projector, latents and predictors always; of language model and vision tower what trains.
+        """
+        kept: dict[str, Tensor] = {}
+        for part, module in self._parts().items():
+            kept |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+        return kept | {name: value.detach() for name, value in self._of_model().items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that train, by their name in `state`."""
-        parts = {"projector": self.student.projector, "latents": self.student.latents, "predictors": self.bank}
-        return {
+        found = {
             f"{part}.{name}": parameter
-            for part, module in parts.items()
+            for part, module in self._parts().items()
             for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        return found | self._of_model()
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return {"projector": self.student.projector, "latents": self.student.latents, "predictors": self.bank}
+
+    def _of_model(self) -> dict[str, nn.Parameter]:
+        groups = model_groups(self.student)
+        return {
+            f"{group}.{name}": parameter
+            for group in ("llm", "vision")
+            for name, parameter in groups[group].items()
             if parameter.requires_grad
         }
 
@@ -75,10 +80,12 @@ def build_learner(
     *,
     start: Sidecar | None,
     standards: Mapping[str, Standard] | None = None,
+    world: int = 1,
 ) -> Learner:
-    """Load the student in float32, freeze it, and set up what trains; the same on every rank.
+    """Load the student in float32, freeze what does not train, and set up what does; the same on every rank.
 
     `start` is the sidecar to begin from; what it does not hold begins fresh. `standards` are of the store's targets.
+    A language model that trains is split over `world` ranks.
 
     Raises ConfigError where the student lacks a layer or a teacher's task tokens.
     """
@@ -103,11 +110,27 @@ def build_learner(
     student = Student(student_model, tokens, latents=latents, taps=bank.taps, seed=config.seed + 1)
     if start is not None:
         start.fill(student, bank)
-    losses = LossConfig(
-        teachers={name: teacher.weight for name, teacher in config.teachers.items()}, contrastive=config.contrastive
+    if config.lora is not None:
+        add_adapters(student, config.lora, seed=config.seed + 2)
+    choose_trainable(student, bank, config)
+    if world > 1 and "llm" in config.train:
+        shard_language_model(student, device, world)
+    learner = Learner(student, bank, _losses(config)).to(device).eval()
+    if config.gradient_checkpointing:
+        student.checkpoint_gradients()
+    return learner
+
+
+def _losses(config: TrainConfig) -> LossConfig:
+    teachers = config.teachers.items()
+    return LossConfig(
+        text=config.text,
+        teachers={name: teacher.weight for name, teacher in teachers},
+        contrastive=config.contrastive,
+        layers={name: teacher.layer_weights for name, teacher in teachers},
+        regressions={name: teacher.regression for name, teacher in teachers},
+        contrastives={name: t.contrastive for name, t in teachers if t.contrastive is not None},
     )
-    _choose_trainable(student, bank, config)
-    return Learner(student, bank, losses).to(device).eval()
 
 
 def load_start(config: TrainConfig) -> Sidecar | None:
@@ -139,19 +162,15 @@ def _latents(teacher: str, predictors: Mapping[str, PredictorConfig], tokens: Ta
 
 def load_model(config: TrainConfig) -> Any:
     """Load the student's model in float32; raises ConfigError where it cannot be loaded."""
+    return load_student(config.student, dtype=torch.float32)
+
+
+def load_student(folder: Path, *, dtype: torch.dtype | Literal["auto"] = "auto") -> Any:
+    """Load the model of a student's folder, as it is stored or in `dtype`; raises ConfigError where that fails."""
     try:
-        return AutoModelForImageTextToText.from_pretrained(config.student, local_files_only=True, dtype=torch.float32)
+        return AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{config.student} cannot be loaded as a student: {first}", "Make its folder with `olatrain compose`."
+            f"{folder} cannot be loaded as a student: {first}", "Make its folder with `olatrain compose`."
         ) from error
-
-
-def _choose_trainable(student: Student, bank: PredictorBank, config: TrainConfig) -> None:
-    # eval mode throughout: nothing here has dropout but the frozen models, which must stay what they are
-    student.model.requires_grad_(False)
-    student.projector.requires_grad_("projector" in config.train)
-    student.latents.requires_grad_("task_tokens" in config.train)
-    if "predictors" not in config.train:
-        bank.requires_grad_(False)

@@ -6,8 +6,9 @@ its own sum by that global number; the sum over ranks and micro-steps is then th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +20,8 @@ from olaschema.manifest import Frozen
 MAX_TEMPERATURE = 100.0
 IGNORED = -100
 
+Regression = Literal["smooth_l1", "mse", "cosine", "none"]
+
 
 class LossConfig(Frozen):
     """Weights of the parts of the loss; the defaults are the published ones."""
@@ -28,11 +31,31 @@ class LossConfig(Frozen):
     """Weight of each (teacher, layer), unless `teachers` names another for the teacher."""
     teachers: dict[str, float] = Field(default_factory=dict)
     contrastive: float = Field(default=0.3, ge=0.0)
-    """Weight of the contrastive term relative to smooth-L1."""
+    """Weight of the contrastive term relative to the regression."""
+    layers: dict[str, dict[int, float]] = Field(default_factory=dict)
+    """Factors on a teacher's weight by layer; 1 for those not named."""
+    regressions: dict[str, Regression] = Field(default_factory=dict)
+    """By teacher; smooth-L1 for those not named."""
+    contrastives: dict[str, float] = Field(default_factory=dict)
+    """Weights of the contrastive term by teacher; `contrastive` for those not named."""
 
-    def weight(self, teacher: str) -> float:
-        """Weight of each supervised layer of `teacher`."""
-        return self.teachers.get(teacher, self.embedding)
+    def weight(self, teacher: str, layer: int | None = None) -> float:
+        """Weight of a supervised layer of `teacher`, before that layer's own factor where none is named."""
+        weight = self.teachers.get(teacher, self.embedding)
+        return weight if layer is None else weight * self.layers.get(teacher, {}).get(layer, 1.0)
+
+    def regression(self, teacher: str) -> Regression:
+        """Distance that a teacher's predictions are regressed with."""
+        return self.regressions.get(teacher, "smooth_l1")
+
+    def contrastive_weight(self, teacher: str) -> float:
+        """Weight of a teacher's contrastive term relative to its regression."""
+        return self.contrastives.get(teacher, self.contrastive)
+
+    def scaled(self, factor: float) -> LossConfig:
+        """Return the same losses with every embedding loss times `factor`."""
+        teachers = {teacher: weight * factor for teacher, weight in self.teachers.items()}
+        return self.model_copy(update={"embedding": self.embedding * factor, "teachers": teachers})
 
 
 @dataclass(frozen=True)
@@ -87,12 +110,16 @@ class LossReport:
 
     loss: Tensor
     """() float32 with gradient: this rank's share; the sum over ranks and micro-steps is the global loss."""
+    text_loss: Tensor
+    """() float32 with gradient: the text's part of `loss`."""
     text: Sum
     """Cross-entropy in nats per token, detached."""
     smooth_l1: dict[tuple[str, int], Sum]
-    """By (teacher, layer), per item, unweighted, detached."""
+    """By (teacher, layer), per item, unweighted, detached; measured whatever the regression is."""
     contrastive: dict[tuple[str, int], Sum]
     """By (teacher, layer), per item, before the factor 0.3, in nats, detached."""
+    regression: dict[tuple[str, int], Sum]
+    """By (teacher, layer), per item, unweighted, detached: the distance that is in the loss."""
 
 
 def count(labels: Tensor, targets: Mapping[str, Targets], never_predicted: Sequence[int]) -> Counts:
@@ -113,25 +140,30 @@ def compute_losses(
     logit_scales: Mapping[str, Tensor],
     keep: Tensor | None = None,
 ) -> LossReport:
-    """Next-token cross-entropy plus, for each (teacher, layer), smooth-L1 + 0.3 · InfoNCE, divided by `counts`.
+    """Next-token cross-entropy plus, for each (teacher, layer), regression + 0.3 · InfoNCE, divided by `counts`.
 
     `logits` (B, L, V), or (B, P, V) at the positions `keep` (P,); `labels` (B, L) with -100 where nothing is to be
     predicted; `predictions` (I, *shape). All arithmetic is float32. Nothing valid gives a loss of exactly 0 whose
     gradient is 0. The form of the loss is that of OLA-VLM (arXiv 2412.09585).
     """
     text = next_token_loss(logits, labels, never_predicted, keep=keep)
-    loss = config.text * text.total / counts.tokens.clamp(min=1)
+    text_loss = loss = config.text * text.total / counts.tokens.clamp(min=1)
     smooth: dict[tuple[str, int], Sum] = {}
     contrastive: dict[tuple[str, int], Sum] = {}
+    regression: dict[tuple[str, int], Sum] = {}
     pools = {teacher: _pool(target) for teacher, target in targets.items()}
     for (teacher, layer), prediction in predictions.items():
-        smooth_l1 = smooth_l1_loss(prediction, targets[teacher])
+        kind = config.regression(teacher)
+        distance = regression_loss(kind, prediction, targets[teacher])
         info_nce = _info_nce(prediction, targets[teacher], pools[teacher], logit_scales[teacher])
-        total = smooth_l1.total + config.contrastive * info_nce.total
-        loss = loss + config.weight(teacher) * total / counts.items[teacher].clamp(min=1)
-        smooth[teacher, layer] = _detached(smooth_l1)
+        total = distance.total + config.contrastive_weight(teacher) * info_nce.total
+        loss = loss + config.weight(teacher, layer) * total / counts.items[teacher].clamp(min=1)
+        regression[teacher, layer] = _detached(distance)
         contrastive[teacher, layer] = _detached(info_nce)
-    return LossReport(loss, _detached(text), smooth, contrastive)
+        smooth[teacher, layer] = regression[teacher, layer]
+        if kind != "smooth_l1":
+            smooth[teacher, layer] = smooth_l1_loss(prediction.detach(), targets[teacher])
+    return LossReport(loss, text_loss, _detached(text), smooth, contrastive, regression)
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
@@ -162,11 +194,20 @@ def next_token_loss(
 
 def smooth_l1_loss(prediction: Tensor, targets: Targets) -> Sum:
     """Sum over valid items of the smooth-L1 distance (β = 1), the mean of its elements; `prediction` (I, *shape)."""
+    return regression_loss("smooth_l1", prediction, targets)
+
+
+def regression_loss(kind: Regression, prediction: Tensor, targets: Targets) -> Sum:
+    """Sum over valid items of a distance of prediction (I, *shape) and target, in float32.
+
+    `smooth_l1` (β = 1) and `mse` are means over an item's elements; `cosine` is 1 − cosine of each vector of the map,
+    averaged over the map; `none` is 0.
+    """
     valid = targets.valid[targets.own]
     with torch.autocast(prediction.device.type, enabled=False):
         chosen, target = _masked(prediction, valid), _masked(targets.values[targets.own], valid)
-        per_item = functional.smooth_l1_loss(chosen, target, reduction="none").flatten(1).mean(dim=1)
-    return Sum(per_item.sum(), valid.sum())
+        per_item = _DISTANCES[kind](chosen, target).flatten(1).mean(dim=1)
+    return Sum(torch.where(valid, per_item, 0.0).sum(), valid.sum())
 
 
 def info_nce_loss(prediction: Tensor, targets: Targets, logit_scale: Tensor) -> Sum:
@@ -191,6 +232,18 @@ def _info_nce(prediction: Tensor, targets: Targets, pool: Tensor, logit_scale: T
         logits = logits.masked_fill(~usable, -torch.inf)
         per_item = functional.cross_entropy(logits, targets.own, reduction="none")
         return Sum(torch.where(valid, per_item, 0.0).sum(), valid.sum())
+
+
+def _cosine_distance(one: Tensor, other: Tensor) -> Tensor:
+    return 1.0 - functional.cosine_similarity(one, other, dim=-1)
+
+
+_DISTANCES: dict[Regression, Callable[[Tensor, Tensor], Tensor]] = {
+    "smooth_l1": lambda one, other: functional.smooth_l1_loss(one, other, reduction="none"),
+    "mse": lambda one, other: functional.mse_loss(one, other, reduction="none"),
+    "cosine": lambda one, other: _cosine_distance(one, other).unsqueeze(-1),
+    "none": lambda one, other: torch.zeros_like(one),
+}
 
 
 def _pool(targets: Targets) -> Tensor:

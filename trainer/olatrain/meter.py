@@ -9,23 +9,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from olatrain.losses import LossReport, Targets, info_nce_loss, smooth_l1_loss
+from olatrain.losses import LossConfig, LossReport, Targets, info_nce_loss, regression_loss
 from olatrain.parallel import Ranks
 from olatrain.predictors import Predictions, PredictorBank
+
+_MEASURES = ("smooth_l1", "regression", "contrastive", "cosine")
 
 
 class Meter:
     """Named float64 sums; the names are the same on every rank, so that the sums can be added in one go."""
 
-    def __init__(self, bank: PredictorBank, means: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(
+        self, bank: PredictorBank, losses: LossConfig, means: Mapping[str, Tensor], device: torch.device
+    ) -> None:
         self._means = means
+        self._losses = losses
         self._layers = {teacher: config.layers for teacher, config in bank.configs.items()}
         self.sums: dict[str, Tensor] = {}
         names = ["loss", "text", "tokens", "samples", "skipped", "cut", "requests", "stop"]
         for teacher, layers in self._layers.items():
-            names += [f"{teacher}.{name}" for name in ("valid", "smooth_l1", "contrastive", "cosine", "energy")]
+            names += [f"{teacher}.{name}" for name in ("valid", "energy", *_MEASURES)]
             for layer in layers:
-                names += [f"{teacher}.{layer}.{name}" for name in ("smooth_l1", "contrastive", "cosine", "error")]
+                names += [f"{teacher}.{layer}.{name}" for name in ("error", *_MEASURES)]
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
     def add(self, name: str, value: Tensor | float) -> None:
@@ -54,7 +59,8 @@ class Meter:
         self.add(f"{teacher}.valid", valid.sum())
         values = target.values[target.own][valid].float()
         mean = self._means[teacher].expand(len(valid), *self._means[teacher].shape)
-        self.add(f"{teacher}.smooth_l1", smooth_l1_loss(mean, target).total)
+        self.add(f"{teacher}.smooth_l1", regression_loss("smooth_l1", mean, target).total)
+        self.add(f"{teacher}.regression", regression_loss(self._losses.regression(teacher), mean, target).total)
         self.add(f"{teacher}.contrastive", info_nce_loss(mean, target, logit_scale).total)
         self.add(f"{teacher}.cosine", _cosine(mean[valid], values))
         self.add(f"{teacher}.energy", (values - mean[valid]).double().square().sum())
@@ -62,6 +68,7 @@ class Meter:
             prediction = predictions[teacher, layer][valid].float()
             name = f"{teacher}.{layer}"
             self.add(f"{name}.smooth_l1", report.smooth_l1[teacher, layer].total)
+            self.add(f"{name}.regression", report.regression[teacher, layer].total)
             self.add(f"{name}.contrastive", report.contrastive[teacher, layer].total)
             self.add(f"{name}.cosine", _cosine(prediction, values))
             self.add(f"{name}.error", (values - prediction).double().square().sum())
@@ -77,22 +84,22 @@ def add_totals(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str
     return {name: one[name] + other[name] for name in one}
 
 
-def figures(totals: Mapping[str, float], bank: PredictorBank, contrastive_weight: float) -> dict[str, Any]:
+def figures(totals: Mapping[str, float], bank: PredictorBank, losses: LossConfig) -> dict[str, Any]:
     """Divide sums into the figures that are reported, by teacher and layer, each beside that of the mean map.
 
     `cosine` is that of the flattened maps, averaged over images. `r2` is 1 − Σ‖p − t‖² / Σ‖m − t‖² with m the mean
-    training target: 0 for the mean map, 1 for a perfect prediction. `loss` is smooth-L1 + `contrastive_weight` ·
-    contrastive, before the teacher's weight.
+    training target: 0 for the mean map, 1 for a perfect prediction. `loss` is the teacher's regression + its
+    weight of the contrastive term · contrastive, before the teacher's weight.
     """
     teachers = {}
     for teacher, config in bank.configs.items():
         valid = totals[f"{teacher}.valid"]
         found: dict[str, Any] = {"valid": int(valid)}
         if valid:
-            floor = {name: totals[f"{teacher}.{name}"] / valid for name in ("smooth_l1", "contrastive", "cosine")}
-            found["mean_map"] = {**floor, "loss": floor["smooth_l1"] + contrastive_weight * floor["contrastive"]}
+            weight = losses.contrastive_weight(teacher)
+            found["mean_map"] = _measures(totals, teacher, valid, weight)
             found["layers"] = {
-                str(layer): _layer_figures(totals, teacher, layer, valid, contrastive_weight) for layer in config.layers
+                str(layer): _layer_figures(totals, teacher, layer, valid, weight) for layer in config.layers
             }
         teachers[teacher] = found
     return {"text": totals["text"] / max(totals["tokens"], 1.0), "tokens": int(totals["tokens"]), "teachers": teachers}
@@ -101,17 +108,18 @@ def figures(totals: Mapping[str, float], bank: PredictorBank, contrastive_weight
 def _layer_figures(
     totals: Mapping[str, float], teacher: str, layer: int, valid: float, contrastive_weight: float
 ) -> dict[str, float | None]:
-    name = f"{teacher}.{layer}"
-    smooth, contrastive = totals[f"{name}.smooth_l1"] / valid, totals[f"{name}.contrastive"] / valid
     energy = totals[f"{teacher}.energy"]
     return {
-        "loss": smooth + contrastive_weight * contrastive,
-        "smooth_l1": smooth,
-        "contrastive": contrastive,
-        "cosine": totals[f"{name}.cosine"] / valid,
+        **_measures(totals, f"{teacher}.{layer}", valid, contrastive_weight),
         # a single image equals its mean map: there is nothing to explain
-        "r2": 1.0 - totals[f"{name}.error"] / energy if energy > 0 else None,
+        "r2": 1.0 - totals[f"{teacher}.{layer}.error"] / energy if energy > 0 else None,
     }
+
+
+def _measures(totals: Mapping[str, float], name: str, valid: float, contrastive_weight: float) -> dict[str, float]:
+    found = {measure: totals[f"{name}.{measure}"] / valid for measure in _MEASURES}
+    regression = found.pop("regression")
+    return {"loss": regression + contrastive_weight * found["contrastive"], **found}
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:

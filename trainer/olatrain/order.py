@@ -34,6 +34,33 @@ def epoch_order(shards: np.ndarray, *, seed: int, epoch: int, window: int) -> np
     return merged
 
 
+def group_by_modality(order: np.ndarray, loose: np.ndarray, *, first: int, batch: int) -> np.ndarray:
+    """Reorder an epoch so that batches are of one modality; the order within each modality is kept.
+
+    `loose` (N,) bool says of each sample whether it is text alone. `first` is the position of the run that the epoch
+    begins at: batches lie at multiples of `batch`, so an epoch begins and ends inside one. Only these two and at most
+    one other batch hold both modalities. Batches of text are spread evenly over the epoch.
+    """
+    shown, text = order[~loose[order]], order[loose[order]]
+    lead = min(-first % batch, len(order))
+    whole = (len(order) - lead) // batch
+    texts = min(len(text) // batch, whole)
+    pictures = min(len(shown) // batch, whole - texts)
+    # the whole batches by kind; the one that is left, if any, is filled with what remains of both, like the ends
+    counts = (pictures, texts, whole - texts - pictures)
+    where = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in counts])
+    kinds = np.repeat(np.arange(3), counts)[np.argsort(where, kind="stable")]
+    rest = np.repeat((False, True), (len(shown) - pictures * batch, len(text) - texts * batch))
+    is_text = np.empty(len(order), dtype=bool)
+    slots = np.concatenate([np.full(lead, 2), np.repeat(kinds, batch)])
+    slots = np.concatenate([slots, np.full(len(order) - len(slots), 2)])
+    is_text[slots != 2] = slots[slots != 2] == 1
+    is_text[slots == 2] = rest
+    grouped = np.empty_like(order)
+    grouped[is_text], grouped[~is_text] = text, shown
+    return grouped
+
+
 def cyclic_partners(rows: np.ndarray, *, seed: int) -> dict[int, int]:
     """Map each row to another one, each used once: the next of a permutation, so no row keeps its own."""
     unique = np.unique(rows)

@@ -73,9 +73,10 @@ def split_by_image(listing: Listing, *, held_out: float, seed: int) -> tuple[Lis
     Which images are held out depends on their keys and `seed` alone. Raises CorpusError for fewer than two images.
     """
     first: dict[str, int] = {}
-    for place, key in enumerate(listing.conversations.keys):
-        if key is not None and listing.rows[place] >= 0:
-            first.setdefault(key, place)
+    for place, keys in enumerate(listing.conversations.keys):
+        # a sample of several images could tie one that is held out to one that is not
+        if len(keys) == 1 and listing.rows[place] >= 0:
+            first.setdefault(keys[0], place)
     if len(first) < 2:
         raise CorpusError(
             f"{listing.conversations.path}: {len(first)} of its images are in the store, a probe needs two",

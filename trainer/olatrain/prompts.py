@@ -7,6 +7,7 @@ id, so it does not matter whether the template wrote the task tokens itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,19 +50,18 @@ class PromptBuilder:
             )
         if self._template is None:
             raise ConfigError("the student has no chat template", "Make its folder with `olatrain compose`.")
-        if tokens.image_length is None:
-            raise ConfigError(
-                "the student's images have no fixed number of tokens", "Use a LLaVA made by `olatrain compose`."
-            )
-        self._image = [tokens.image_id] * tokens.image_length
+        self._mark = str(tokenizer.convert_ids_to_tokens(tokens.image_id))
         self._reserved = frozenset((tokens.image_id, *tokens.flat))
         self._specials = frozenset(tokenizer.all_special_ids) | frozenset(
             id_ for id_, added in tokenizer.added_tokens_decoder.items() if added.special
         )
         self._structured = self._needs_structure()
 
-    def build(self, conversation: Conversation) -> Prompt:
+    def build(self, conversation: Conversation, blocks: Sequence[Sequence[int]] | None = None) -> Prompt:
         """Tokenise a conversation; answers, with the token that ends each, are the labels.
+
+        `blocks` are the ids that stand for each image (`families.Shown.block`); without them every image has the
+        student's `image_length` placeholders.
 
         Raises SampleError `reserved-text` where the text itself holds the name of an image or task token, and
         `too-long` where the limit would cut the image or its task tokens.
@@ -69,13 +69,12 @@ class PromptBuilder:
         messages = self._messages(conversation)
         text = self._render(messages, generate=False)
         spans = self._answers(conversation, messages, text)
-        # templates of base tokenizers often leave the first token to the tokenizer
-        bos = self._tokenizer.bos_token
-        add = bos is not None and not text.startswith(bos)
-        encoded = self._tokenizer(text, add_special_tokens=add, return_offsets_mapping=True)
+        encoded = self._encode(text)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         labels = self._labels(ids, offsets, text, spans)
-        ids, labels, safe = self._with_image(conversation, ids, labels)
+        if blocks is None:
+            blocks = [[self._tokens.image_id] * (self._tokens.image_length or 1)] * len(conversation.keys)
+        ids, labels, safe = self._with_images(conversation, ids, labels, blocks)
         if safe > self._max_length:
             raise SampleError(
                 "too-long",
@@ -86,16 +85,35 @@ class PromptBuilder:
         cut = max(0, len(ids) - self._max_length)
         return Prompt(ids[: self._max_length], labels[: self._max_length], cut)
 
+    def ask(self, conversation: Conversation, blocks: Sequence[Sequence[int]]) -> list[int]:
+        """Tokenise a conversation up to where its last answer begins: the prompt to generate that answer from."""
+        text = self._render(self._messages(conversation)[:-1], generate=True)
+        ids = self._encode(text)["input_ids"]
+        found, _, _ = self._with_images(conversation, ids, [IGNORED] * len(ids), blocks)
+        return found
+
+    def _encode(self, text: str) -> Any:
+        # templates of base tokenizers often leave the first token to the tokenizer
+        bos = self._tokenizer.bos_token
+        add = bos is not None and not text.startswith(bos)
+        return self._tokenizer(text, add_special_tokens=add, return_offsets_mapping=True)
+
     def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         return [
-            {"role": turn.role, "content": self._content(turn.text, image=number == conversation.image_turn)}
+            {"role": turn.role, "content": self._content(turn.text, images=conversation.image_turns.count(number))}
             for number, turn in enumerate(conversation.turns)
         ]
 
-    def _content(self, text: str, *, image: bool) -> Any:
-        if self._structured:
-            return [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]
-        return f"{IMAGE_MARK}\n{text}" if image else text
+    def _content(self, text: str, *, images: int) -> Any:
+        if not self._structured:
+            return f"{IMAGE_MARK}\n{text}" if images == 1 else text
+        if images <= 1:
+            return [*([{"type": "image"}] if images else []), {"type": "text", "text": text}]
+        first, *others = text.split(IMAGE_MARK)
+        parts = [{"type": "text", "text": first}]
+        for words in others:
+            parts += [{"type": "image"}, {"type": "text", "text": words}]
+        return parts
 
     def _render(self, messages: list[dict[str, Any]], *, generate: bool) -> str:
         rendered: str = self._tokenizer.apply_chat_template(
@@ -107,10 +125,10 @@ class PromptBuilder:
         for structured in (False, True):
             self._structured = structured
             try:
-                text = self._render([{"role": "user", "content": self._content(_PROBE, image=True)}], generate=True)
+                text = self._render([{"role": "user", "content": self._content(_PROBE, images=1)}], generate=True)
             except (TemplateError, TypeError):
                 continue
-            if _PROBE in text and text.count(IMAGE_MARK) == 1 and "{'type'" not in text:
+            if _PROBE in text and text.count(self._mark) == 1 and "{'type'" not in text:
                 return structured
         raise ConfigError(
             "the student's chat template shows neither plain nor structured content with an image",
@@ -159,30 +177,35 @@ class PromptBuilder:
                 place = ending + 1
         return labels
 
-    def _with_image(
-        self, conversation: Conversation, ids: list[int], labels: list[int]
+    def _with_images(
+        self, conversation: Conversation, ids: list[int], labels: list[int], blocks: Sequence[Sequence[int]]
     ) -> tuple[list[int], list[int], int]:
-        """Put all tokens of the image at its mark and the task tokens behind it; also the length up to their end."""
-        wanted = 0 if conversation.key is None else 1
-        task = list(self._tokens.flat)
+        """Put each image's tokens at its mark and the task tokens behind them; also the length up to the last's end."""
         marks = [place for place, token in enumerate(ids) if token == self._tokens.image_id]
-        if len(marks) == wanted == 0:
-            head, tail = ids, 0
-            written: list[int] = []
-        elif len(marks) == wanted:
-            head, tail = ids[: marks[0]], marks[0] + 1
-            if task and ids[tail : tail + len(task)] == task:
-                tail += len(task)
-            written = self._image + task
-        else:
+        if len(marks) != len(blocks):
             raise self._reserved_text(conversation)
-        rest = ids[tail:] if wanted else []
-        if any(token in self._reserved for token in (*head, *rest)):
+        after, task = list(self._tokens.after_image), list(self._tokens.flat)
+        made: list[int] = []
+        made_labels: list[int] = []
+        last = safe = 0
+        for mark, block in zip(marks, blocks, strict=True):
+            self._require_plain(conversation, ids[last:mark])
+            made += ids[last:mark]
+            made_labels += labels[last:mark]
+            last = mark + 1
+            closing = after if ids[last : last + len(after)] == after else []
+            last += len(closing)
+            if task and ids[last : last + len(task)] == task:
+                last += len(task)
+            made += [*block, *closing, *task]
+            safe = len(made)
+            made_labels += [IGNORED] * (safe - len(made_labels))
+        self._require_plain(conversation, ids[last:])
+        return made + ids[last:], made_labels + labels[last:], safe
+
+    def _require_plain(self, conversation: Conversation, ids: Sequence[int]) -> None:
+        if any(token in self._reserved for token in ids):
             raise self._reserved_text(conversation)
-        if not wanted:
-            return ids, labels, 0
-        blank = [IGNORED] * len(written)
-        return head + written + rest, labels[: len(head)] + blank + labels[tail:], len(head) + len(written)
 
     def _reserved_text(self, conversation: Conversation) -> SampleError:
         return SampleError(

@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 from olaschema.manifest import canonical_json
 from olatrain.checkpoint import (
     CheckpointError,
+    Saver,
+    Tensors,
     latest_checkpoint,
-    load_checkpoint,
+    load_tensors,
     optimiser_tensors,
-    restore_optimiser,
-    save_checkpoint,
+    prefixed,
+    read_state,
 )
 from olatrain.config import TrainConfig, changed_settings
 from olatrain.setup import Run
@@ -48,36 +50,30 @@ def resume(run: Run, optimiser: Optimizer) -> Progress:
     folder = latest_checkpoint(_root(run.config))
     if folder is None:
         return Progress(0, 0)
-    state, files = load_checkpoint(folder)
+    state = read_state(folder)
     _require_same_run(run, state, folder)
-    run.learner.restore(files["trainable"])
-    restore_optimiser(optimiser, _names(run), files["optimiser"])
-    if state["world"] == run.ranks.world:
-        _restore_random(run, files["random"])
+    tensors = _tensors(run, optimiser)
+    random = _random(run) if state["world"] == run.ranks.world else {}
+    load_tensors(folder, state, tensors | random, ranks=run.ranks)
+    _restore_random(run, random)
     return Progress(int(state["step"]), int(state["position"]))
 
 
-def save(run: Run, optimiser: Optimizer, progress: Progress) -> Path:
-    """Save a checkpoint; every rank must call this, rank 0 writes."""
-    random = _random(run)
-    root = _root(run.config)
-    path = root / f"step-{progress.step:08d}"
-    if run.ranks.first:
-        state = {
-            "position": progress.position,
-            "world": run.ranks.world,
-            "config": run.config.model_dump(mode="json"),
-            "identity": run.identity,
-            "teachers": {name: record.model_dump(mode="json") for name, record in run.teachers.items()},
-        }
-        files = {
-            "trainable": run.learner.state(),
-            "optimiser": optimiser_tensors(optimiser, _names(run)),
-            "random": random,
-        }
-        path = save_checkpoint(root, progress.step, files, state, keep_last=run.config.keep_last)
-    run.ranks.barrier()
-    return path
+def saver(run: Run) -> Saver:
+    """Return what saves the run's checkpoints; every rank must call this."""
+    return Saver(_root(run.config), run.ranks, keep_last=run.config.keep_last)
+
+
+def save(run: Run, optimiser: Optimizer, progress: Progress, saver: Saver) -> None:
+    """Save a checkpoint, or begin to (`Saver`); every rank must call this."""
+    state = {
+        "position": progress.position,
+        "world": run.ranks.world,
+        "config": run.config.model_dump(mode="json"),
+        "identity": run.identity,
+        "teachers": {name: record.model_dump(mode="json") for name, record in run.teachers.items()},
+    }
+    saver.save(progress.step, _tensors(run, optimiser) | _random(run), state)
 
 
 def write_config(config: TrainConfig) -> None:
@@ -91,8 +87,11 @@ def _root(config: TrainConfig) -> Path:
     return config.out / "checkpoints"
 
 
-def _names(run: Run) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in run.learner.trainable().items()}
+def _tensors(run: Run, optimiser: Optimizer) -> Tensors:
+    """What is the same on every rank, or split over them: the live tensors."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in run.learner.trainable().items()}
+    state = optimiser_tensors(optimiser, names)
+    return prefixed("trainable", run.learner.state()) | prefixed("optimiser", state)
 
 
 def _require_same_run(run: Run, state: dict[str, Any], folder: Path) -> None:
@@ -115,20 +114,17 @@ def _require_same_run(run: Run, state: dict[str, Any], folder: Path) -> None:
             )
 
 
-def _random(run: Run) -> dict[str, Tensor]:
-    """The states of torch's generators, of every rank."""
-    found = {}
-    states = {"cpu": torch.get_rng_state()}
+def _random(run: Run) -> Tensors:
+    """The states of this rank's generators; each rank saves its own."""
+    found = {f"random.cpu.{run.ranks.rank}": torch.get_rng_state()}
     if run.ranks.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(run.ranks.device)
-    for kind, own in states.items():
-        for rank, state in enumerate(run.ranks.gather(own.to(run.ranks.device))):
-            found[f"{kind}.{rank}"] = state.cpu()
+        found[f"random.cuda.{run.ranks.rank}"] = torch.cuda.get_rng_state(run.ranks.device)
     return found
 
 
-def _restore_random(run: Run, states: dict[str, Tensor]) -> None:
-    rank = run.ranks.rank
-    torch.set_rng_state(states[f"cpu.{rank}"])
-    if run.ranks.device.type == "cuda" and f"cuda.{rank}" in states:
-        torch.cuda.set_rng_state(states[f"cuda.{rank}"], run.ranks.device)
+def _restore_random(run: Run, states: Tensors) -> None:
+    for name, state in states.items():
+        if name.startswith("random.cpu."):
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, run.ranks.device)

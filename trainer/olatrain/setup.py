@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,27 @@ from torch import Tensor
 
 from olaschema.errors import ConfigError
 from olaschema.manifest import Fingerprint, TeacherRecord
+from olaschema.packed import is_packed
 from olaschema.precision import array_formats
-from olaschema.store import FeatureStore
 from olatrain.compose import load_processor, student_view
-from olatrain.config import TrainConfig
+from olatrain.config import Evaluation, TrainConfig
 from olatrain.conversations import Conversations
-from olatrain.join import Coverage, Listing, coverage, join, require_features, require_images
+from olatrain.families import open_vision
+from olatrain.groups import describe
+from olatrain.join import Coverage, Listing
 from olatrain.learner import Learner, build_learner, load_start
 from olatrain.meanmap import mean_maps
+from olatrain.mixeddata import MixedData
 from olatrain.order import cyclic_partners
+from olatrain.packeddata import PackedData
 from olatrain.parallel import Ranks
 from olatrain.predictors import Standard
 from olatrain.probebank import build_probe, split_by_image
 from olatrain.prompts import PromptBuilder
 from olatrain.scaling import StoredBasis
 from olatrain.sidecar import Sidecar
+from olatrain.source import Data, require_features
+from olatrain.storedata import StoreData
 from olatrain.stream import Collator, SampleStream, Source
 from olatrain.tokens import RECORD_NAME, TaskTokens
 from olatrain.views import require_views, student_exif
@@ -81,9 +87,9 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
 
     Raises the errors of the parts: ConfigError, CorpusError, StoreError, FingerprintError, ViewError.
     """
-    store = FeatureStore.open(config.store)
-    records = {name: store.teacher(name) for name in config.teachers}
-    config = _pin(config, records)
+    data = open_data(config)
+    records = {name: data.teacher(name) for name in config.teachers}
+    config = _pin(config, records, data.url)
     tokens = TaskTokens.load(config.student)
     processor = load_processor(config.student)
     found = {name: record.fingerprint for name, record in records.items()}
@@ -91,12 +97,13 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
         f"view mismatch, allowed: {mismatch}"
         for mismatch in require_views(found.values(), student_view(processor), allow=config.allow_view_mismatch)
     ]
-    listing = join(Conversations.read(config.conversations), store)
-    require_images(listing, config.images)
-    heldout = None
+    listing = data.listing(data.conversations())
+    data.require_images(listing)
+    heldout, unseen_data = None, data
     if config.evaluation is not None:
-        heldout = join(Conversations.read(config.evaluation.conversations), store)
-        require_images(heldout, config.images)
+        unseen_data, unseen = _evaluation(config, config.evaluation, data)
+        heldout = unseen_data.listing(unseen)
+        unseen_data.require_images(heldout)
     if config.probe is not None:
         listing, heldout = split_by_image(listing, held_out=config.probe.held_out, seed=config.seed)
         if config.context == "all":
@@ -104,38 +111,46 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     coverages: dict[str, Coverage] = {}
     counts: dict[str, Any] = {}
     if ranks.first:
-        coverages = {name: coverage(store, listing, name) for name in config.teachers}
-        require_features(coverages, config.store)
+        notes += data.notes()
+        coverages = {name: data.coverage(listing, name) for name in config.teachers}
+        require_features(coverages, data.url)
         counts = _counts(listing, coverages)
         if heldout is not None and config.evaluation is not None:
-            unseen = {name: coverage(store, heldout, name) for name in config.teachers}
-            require_features(unseen, config.store)
-            notes += [f"held out: {found.valid} samples have a target of {name}" for name, found in unseen.items()]
+            aside = {name: unseen_data.coverage(heldout, name) for name in config.teachers}
+            require_features(aside, unseen_data.url)
+            notes += [f"held out: {found.valid} samples have a target of {name}" for name, found in aside.items()]
         if heldout is not None:
             counts["held_out"] = {"images": len(heldout), "digest": heldout.digest}
         notes += _describe(listing, heldout, coverages)
     start = load_start(config) if config.probe is None else None
     if start is not None:
         notes += start.describe({name: teacher.layers for name, teacher in config.teachers.items()})
-    source = _source(config, store, tokens, processor, found)
-    shuffled = cyclic_partners(listing.rows[listing.rows >= 0], seed=config.seed)
-    partners = shuffled if config.target_control == "shuffle" else None
-    train_source = Source(**{**source, "partners": partners})
+    source = _source(config, data, tokens, processor, found)
+    learner = _learner(config, data, found, tokens, ranks, start)
+    notes.append(describe(learner.trainable(), config))
+    grouped = config.batch if config.order == "grouped" else None
     return Run(
         config=config,
         ranks=ranks,
-        learner=_learner(config, store, found, tokens, ranks, start),
-        stream=SampleStream(train_source, listing, seed=config.seed, window=config.window),
-        heldout=SampleStream(Source(**source), heldout, seed=None) if heldout else None,
+        learner=learner,
+        stream=SampleStream(
+            replace(source, partners=_partners(config, listing)),
+            listing,
+            seed=config.seed,
+            window=config.window,
+            grouped=grouped,
+        ),
+        heldout=SampleStream(replace(source, data=unseen_data), heldout, seed=None) if heldout else None,
         collate=Collator(
             tokens=tokens,
+            vision=source.vision,
             pad_id=int(processor.tokenizer.pad_token_id),
             micro_batch=config.micro_batch,
             formats={
                 name: array_formats(record.fingerprint.shape, record.precision) for name, record in records.items()
             },
         ),
-        means=_means(config, records, coverages, ranks),
+        means=_means(config, data, records, coverages, ranks),
         teachers=records,
         identity={"samples": listing.digest, "student": student_digest(config.student)},
         samples=len(listing),
@@ -144,9 +159,57 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     )
 
 
+def open_data(config: TrainConfig) -> Data:
+    """Return what a run streams from: a packed set where `store` is one.
+
+    Raises ConfigError where that leaves settings without a meaning, StoreError where there is no store.
+    """
+    if not config.sources:
+        return _one_source(config, config.store, config.conversations, config.images)
+    parts = tuple(_one_source(config, each.store, each.conversations, each.images) for each in config.sources)
+    return MixedData(parts, tuple(each.repeats for each in config.sources))
+
+
+def _one_source(config: TrainConfig, store: str | None, conversations: Path | None, images: Path | None) -> Data:
+    cache = config.cache if store is not None and "://" in store else None
+    if store is not None and is_packed(store):
+        if conversations is not None or images is not None:
+            raise ConfigError(
+                f"{store} is a packed training set, which holds its own conversations and images",
+                "Leave conversations and images out, or give the feature store that was packed.",
+            )
+        return PackedData(store, cache=cache)
+    if conversations is None or images is None:
+        raise ConfigError(
+            f"store = {store} is no packed training set, and conversations and images are missing",
+            "Give both (--conversations, --images), or a folder that `olapipe pack` wrote.",
+        )
+    return StoreData.at(store, tuple(config.teachers), conversations, images, cache=cache)
+
+
+def _evaluation(config: TrainConfig, evaluation: Evaluation, data: Data) -> tuple[Data, Conversations]:
+    """Where the samples held out come from, and which they are."""
+    if evaluation.conversations is not None:
+        return data, Conversations.read(evaluation.conversations)
+    where = str(evaluation.store)
+    aside = PackedData(where, cache=config.cache if "://" in where else None)
+    _pin(config, {name: aside.teacher(name) for name in config.teachers}, aside.url)
+    return aside, aside.conversations()
+
+
+def _partners(config: TrainConfig, listing: Listing) -> dict[int, int] | None:
+    """For the `shuffle` control: by row, the place of another image."""
+    if config.target_control != "shuffle":
+        return None
+    planned = listing.image_rows >= 0
+    places = dict(zip(listing.image_rows[planned].tolist(), listing.image_places[planned].tolist(), strict=True))
+    found = cyclic_partners(listing.image_rows[planned], seed=config.seed)
+    return {row: places[other] for row, other in found.items()}
+
+
 def _learner(
     config: TrainConfig,
-    store: FeatureStore,
+    data: Data,
     found: dict[str, Fingerprint],
     tokens: TaskTokens,
     ranks: Ranks,
@@ -155,19 +218,18 @@ def _learner(
     if config.probe is not None:
         learner = build_probe(config, found, tokens, ranks.device)
     else:
+        standards = _standards(config, data, found, ranks)
         learner = build_learner(
-            config, found, tokens, ranks.device, start=start, standards=_standards(config, store, found, ranks)
+            config, found, tokens, ranks.device, start=start, standards=standards, world=ranks.world
         )
     for name in found:
-        basis = store.basis(store.teacher(name))
+        basis = data.basis(name)
         if basis is not None:
             learner.bases[name] = StoredBasis(basis).to(ranks.device)
     return learner
 
 
-def _standards(
-    config: TrainConfig, store: FeatureStore, found: dict[str, Fingerprint], ranks: Ranks
-) -> dict[str, Standard]:
+def _standards(config: TrainConfig, data: Data, found: dict[str, Fingerprint], ranks: Ranks) -> dict[str, Standard]:
     """Statistics of all committed shards; read once and handed to the other ranks."""
     if config.normalise == "none":
         return {}
@@ -175,22 +237,22 @@ def _standards(
     for name, fingerprint in found.items():
         figures = torch.zeros(2, fingerprint.channels, dtype=torch.float64)
         if ranks.first:
-            statistics = store.statistics(name)
+            statistics = data.statistics(name)
             figures = torch.from_numpy(np.stack([statistics.mean, np.sqrt(statistics.variance)]))
         mean, deviation = ranks.sum(figures.to(ranks.device)).cpu()
         standards[name] = Standard(mean, deviation)
     return standards
 
 
-def _pin(config: TrainConfig, records: dict[str, TeacherRecord]) -> TrainConfig:
-    """Check the store against the pinned fingerprints, and pin those not pinned yet."""
+def _pin(config: TrainConfig, records: dict[str, TeacherRecord], url: str) -> TrainConfig:
+    """Check a store against the pinned fingerprints, and pin those not pinned yet."""
     pinned = dict(config.fingerprints)
     for name, record in records.items():
         if name in pinned:
             pinned[name].require_equal(
                 record.fingerprint,
                 mine="pinned",
-                theirs=f"in {config.store}",
+                theirs=f"in {url}",
                 remedy="Use the store that the run was pinned to, or start a new run with another --out.",
             )
         pinned[name] = record.fingerprint
@@ -198,44 +260,49 @@ def _pin(config: TrainConfig, records: dict[str, TeacherRecord]) -> TrainConfig:
 
 
 def _source(
-    config: TrainConfig, store: FeatureStore, tokens: TaskTokens, processor: Any, fingerprints: dict[str, Fingerprint]
-) -> dict[str, Any]:
+    config: TrainConfig,
+    data: Data,
+    tokens: TaskTokens,
+    processor: Any,
+    fingerprints: dict[str, Fingerprint],
+) -> Source:
     template = processor.chat_template if isinstance(processor.chat_template, str) else None
-    return {
-        "store": config.store,
-        "teachers": tuple(config.teachers),
-        "images": config.images,
-        "prompts": PromptBuilder(processor.tokenizer, tokens, max_length=config.max_length, template=template),
-        "image_processor": processor.image_processor,
-        "exif": student_exif(fingerprints.values()),
-        "max_pixels": config.max_pixels,
-        "committed": {name: frozenset(store.committed(name)) for name in config.teachers},
-    }
+    return Source(
+        data=data,
+        teachers=tuple(config.teachers),
+        prompts=PromptBuilder(processor.tokenizer, tokens, max_length=config.max_length, template=template),
+        vision=open_vision(processor, tokens),
+        exif=student_exif(fingerprints.values()),
+        max_pixels=config.max_pixels,
+    )
 
 
 def _means(
-    config: TrainConfig, records: dict[str, TeacherRecord], coverages: dict[str, Coverage], ranks: Ranks
+    config: TrainConfig, data: Data, records: dict[str, TeacherRecord], coverages: dict[str, Coverage], ranks: Ranks
 ) -> dict[str, Tensor]:
     if ranks.first:
-        means = mean_maps(config.store, coverages, most=config.mean_map_rows)
+        means = mean_maps(data, coverages, most=config.mean_map_rows)
     else:
         means = {name: torch.zeros(record.fingerprint.shape) for name, record in records.items()}
     return {name: ranks.sum(mean.to(ranks.device)) for name, mean in means.items()}
 
 
 def _counts(listing: Listing, coverages: dict[str, Coverage]) -> dict[str, Any]:
-    images = sum(key is not None for key in listing.conversations.keys)
     return {
         "samples": len(listing),
-        "text_only": len(listing) - images,
+        "text_only": sum(not keys for keys in listing.conversations.keys),
+        "images": len(listing.image_rows),
         "left_out": len(listing.conversations.bad),
         "targets": {name: {"valid": found.valid, "missing": found.missing} for name, found in coverages.items()},
     }
 
 
 def _describe(listing: Listing, heldout: Listing | None, coverages: dict[str, Coverage]) -> list[str]:
-    images = sum(key is not None for key in listing.conversations.keys)
-    notes = [f"{len(listing)} samples: {images} with an image, {len(listing) - images} text only"]
+    images = len(listing.image_rows)
+    texts = sum(not keys for keys in listing.conversations.keys)
+    notes = [f"{len(listing)} samples: {len(listing) - texts} with an image, {texts} text only"]
+    if images > len(listing) - texts:
+        notes.append(f"they show {images} images: each has its own targets and predictions")
     for name, found in coverages.items():
         missing = ", ".join(f"{count} {reason}" for reason, count in found.missing.items())
         notes.append(f"{name}: {found.valid} of {images} have a target" + (f" (without: {missing})" if missing else ""))

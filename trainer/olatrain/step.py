@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from olatrain.insight import Insight
 from olatrain.learner import Learner
-from olatrain.losses import Counts, Targets, compute_losses, count, supervised_positions
+from olatrain.losses import IGNORED, Counts, LossConfig, Targets, compute_losses, count, supervised_positions
 from olatrain.meter import Meter
 from olatrain.parallel import Ranks
 from olatrain.scaling import decode
+from olatrain.sharding import is_sharded
 from olatrain.stream import Batch, MicroBatch
+from olatrain.tokens import TaskTokens, locate
 
 
 @dataclass(frozen=True)
@@ -27,25 +30,41 @@ class Global:
 
 
 def run_batch(
-    learner: Learner, batch: Batch, ranks: Ranks, means: Mapping[str, Tensor], *, bf16: bool, stop: bool = False
+    learner: Learner,
+    batch: Batch,
+    ranks: Ranks,
+    means: Mapping[str, Tensor],
+    *,
+    bf16: bool,
+    stop: bool = False,
+    losses: LossConfig | None = None,
+    mean_targets: bool = False,
+    insight: Insight | None = None,
 ) -> dict[str, float]:
     """Run this rank's part of a batch and return the sums over all ranks (`Meter`).
 
     With gradients enabled, every rank's trainable parameters end with the gradient of the global batch. Losses are
     divided by the counts of the whole global batch, and the contrastive term sees all of its targets, from the first
-    micro-batch on. `stop` is added up like the rest, so that all ranks learn that one was told to stop.
+    micro-batch on. `stop` is added up like the rest, so that all ranks learn that one was told to stop. `losses`
+    stand for the learner's own; with `mean_targets` every target is the mean map, a control.
+    `insight` looks closer on the way; with one on every rank or on none.
     """
+    losses = losses or learner.losses
     device = ranks.device
     gathered = _gather(batch, ranks, learner)
+    floors = {name: learner.bank.standardise(name, mean) for name, mean in means.items()}
+    if mean_targets:
+        gathered = {n: replace(g, values=floors[n].expand(len(g.rows), *floors[n].shape)) for n, g in gathered.items()}
+    micros = in_step(learner, batch.micro, ranks)
     pieces = []
     first = 0
-    for micro in batch.micro:
+    for micro in micros:
         pieces.append({teacher: _piece(found, first, len(micro.items)) for teacher, found in gathered.items()})
         first += len(micro.items)
-    counts = _global_counts(learner, batch, pieces, ranks)
-    meter = Meter(learner.bank, {name: learner.bank.standardise(name, mean) for name, mean in means.items()}, device)
+    counts = _global_counts(learner, micros, pieces, ranks)
+    meter = Meter(learner.bank, losses, floors, device)
     scales = dict(learner.bank.logit_scales.items())
-    for micro, targets in zip(batch.micro, pieces, strict=True):
+    for micro, targets in zip(micros, pieces, strict=True):
         inputs = {name: value.to(device, non_blocking=True) for name, value in micro.inputs.items()}
         labels = micro.labels.to(device, non_blocking=True)
         keep = supervised_positions(labels)
@@ -53,7 +72,7 @@ def run_batch(
             output = learner.student(inputs, keep=keep)
             predictions = learner.bank(output.taps, micro.items.to(device), learner.student.latents)
         report = compute_losses(
-            learner.losses,
+            losses,
             counts,
             logits=output.logits,
             labels=labels,
@@ -63,6 +82,9 @@ def run_batch(
             logit_scales=scales,
             keep=keep,
         )
+        if insight is not None:
+            insight.add_text(report.text_loss, through=output.entry if is_sharded(learner.student.model) else None)
+            insight.add(predictions, targets)
         if report.loss.requires_grad:
             torch.autograd.backward(report.loss)
         meter.add_report(report, predictions, targets, scales)
@@ -73,16 +95,27 @@ def run_batch(
     meter.add("stop", float(stop))
     if torch.is_grad_enabled():
         ranks.sum_gradients(list(learner.trainable().values()))
+    if insight is not None:
+        insight.finish(ranks)
     return meter.totals(ranks)
 
 
+def in_step(learner: Learner, micros: Sequence[MicroBatch], ranks: Ranks) -> list[MicroBatch]:
+    """Return the micro-batches to run: where ranks hold a part each of the language model, as many on every rank.
+
+    Their passes through it go in step, so a rank that has fewer runs some that count for nothing.
+    """
+    more = ranks.most(len(micros)) - len(micros) if is_sharded(learner.student.model) else 0
+    return [*micros, *[_nothing(learner.tokens)] * more]
+
+
 def _gather(batch: Batch, ranks: Ranks, learner: Learner) -> dict[str, Global]:
-    """Each teacher's features from all ranks, once: they carry no gradient. They travel as stored, then are scaled."""
-    rows = ranks.gather(batch.rows.to(ranks.device))
-    first = sum(len(part) for part in rows[: ranks.rank])
+    """Each teacher's features from this rank's peers, once, as they carry no gradient; they travel as stored."""
+    rows = ranks.gather_targets(batch.rows.to(ranks.device))
+    first = sum(len(part) for part in rows[: ranks.place])
 
     def everyones(own: Tensor) -> Tensor:
-        return torch.cat(ranks.gather(own.to(ranks.device, non_blocking=True)))
+        return torch.cat(ranks.gather_targets(own.to(ranks.device, non_blocking=True)))
 
     found = {}
     for teacher, features in batch.features.items():
@@ -99,10 +132,19 @@ def _piece(found: Global, first: int, images: int) -> Targets:
     return Targets(found.values, found.valid, found.rows, own)
 
 
-def _global_counts(learner: Learner, batch: Batch, pieces: list[dict[str, Targets]], ranks: Ranks) -> Counts:
+def _nothing(tokens: TaskTokens) -> MicroBatch:
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    items = locate(tokens, ids, mask, images=[0])
+    return MicroBatch({"input_ids": ids, "attention_mask": mask}, torch.full_like(ids, IGNORED), items)
+
+
+def _global_counts(
+    learner: Learner, micros: Sequence[MicroBatch], pieces: list[dict[str, Targets]], ranks: Ranks
+) -> Counts:
     teachers = list(learner.bank.configs)
     total = torch.zeros(1 + len(teachers), dtype=torch.int64, device=ranks.device)
-    for micro, targets in zip(batch.micro, pieces, strict=True):
+    for micro, targets in zip(micros, pieces, strict=True):
         found = _counts(learner, micro, targets, ranks.device)
         total += torch.stack([found.tokens, *(found.items[teacher] for teacher in teachers)])
     total = ranks.sum(total)

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,34 +20,32 @@ from torch.utils.data import DataLoader, Dataset
 from olaschema.errors import ImageError, OlaError, StoreError
 from olaschema.images import decode_image
 from olaschema.manifest import RowReceipt
-from olaschema.place import Place
 from olaschema.precision import ArrayFormat, Stored
-from olaschema.reader import FeatureReader
-from olaschema.rooted import read_rooted
-from olaschema.store import FeatureStore
 from olatrain.conversations import SampleError
+from olatrain.families import Shown, Vision
 from olatrain.join import Listing
 from olatrain.losses import IGNORED
-from olatrain.order import PositionSampler, epoch_order
+from olatrain.order import PositionSampler, epoch_order, group_by_modality
 from olatrain.prompts import PromptBuilder
+from olatrain.source import Data, Opened
 from olatrain.tokens import Items, TaskTokens, locate
+
+# more than any run has positions: tells the images of one sample apart
+_POSITIONS = 1 << 40
 
 
 @dataclass(frozen=True)
 class Source:
     """Where samples come from, and how they become the student's inputs."""
 
-    store: str
+    data: Data
     teachers: tuple[str, ...]
-    images: Path
     prompts: PromptBuilder
-    image_processor: Any
+    vision: Vision
     exif: bool
     max_pixels: int
     partners: Mapping[int, int] | None = None
-    """Row whose features an image is given instead of its own: the `shuffle` control."""
-    committed: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    """Shards by teacher that had a receipt when the run began: one that is gone since is no missing feature."""
+    """By an image's row, the place whose features it is given instead of its own: the `shuffle` control."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +53,17 @@ class Sample:
     """One sample, ready to be batched."""
 
     position: int
-    key: str | None
-    row: int
+    keys: tuple[str, ...]
+    rows: list[int]
+    """Of each image, its identity: -1 where the store does not plan it, the row that it shares where it shares one."""
+    places: list[int]
+    """Of each image, where the data has it; -1 for nowhere."""
     input_ids: list[int]
     labels: list[int]
-    pixels: Tensor | None
-    """(3, H, W) float32, None for text alone."""
-    features: dict[str, Stored | None]
-    """Stored arrays by teacher, None where there is no feature; empty for text alone."""
+    shown: list[Shown]
+    """Its images, in order; none for text alone."""
+    features: list[dict[str, Stored | None]]
+    """Of each image, stored arrays by teacher, None where there is no feature."""
     cut: int
     requests: int = 0
     """How often the store was asked for something."""
@@ -108,7 +108,7 @@ class MicroBatch:
     """What one forward pass takes."""
 
     inputs: dict[str, Tensor]
-    """`input_ids`, `attention_mask` (B, L) and, where there are images, `pixel_values` (I, 3, H, W)."""
+    """`input_ids`, `attention_mask` (B, L) and what the student's family takes of images (`families.Vision`)."""
     labels: Tensor
     """(B, L)"""
     items: Items
@@ -142,25 +142,27 @@ class Batch:
 class SampleStream(Dataset[Sample | Skipped | Fault]):
     """Samples by position. Position p of a run is sample p mod N of epoch p div N, in that epoch's order.
 
-    With `seed` None samples come in the listing's order.
+    With `seed` None samples come in the listing's order. With `grouped`, a number, batches of that many samples are
+    of one modality (`group_by_modality`).
     """
 
-    def __init__(self, source: Source, listing: Listing, *, seed: int | None, window: int = 1) -> None:
+    def __init__(
+        self, source: Source, listing: Listing, *, seed: int | None, window: int = 1, grouped: int | None = None
+    ) -> None:
         self._source = source
         self._listing = listing
         self._seed = seed
         self._window = window
+        self._grouped = grouped
         self._order = lru_cache(maxsize=2)(self._make_order)
-        self._readers: dict[str, FeatureReader] | None = None
-        self._place: Place | None = None
-        self._rows_per_shard = 0
+        self._opened: Opened | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # for a spawned loader process, which opens the store and makes the order for itself
-        return {name: value for name, value in vars(self).items() if name not in ("_order", "_readers", "_place")}
+        return {name: value for name, value in vars(self).items() if name not in ("_order", "_opened")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _readers=None, _place=None)
+        vars(self).update(state, _opened=None)
         self._order = lru_cache(maxsize=2)(self._make_order)
 
     def __len__(self) -> int:
@@ -169,7 +171,12 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
     @property
     def remote(self) -> bool:
         """Whether the features come over a network."""
-        return "://" in str(self._source.store)
+        return self._source.data.remote
+
+    @property
+    def data(self) -> Data:
+        """Where the samples come from."""
+        return self._source.data
 
     def index(self, position: int) -> int:
         """Return which sample of the listing stands at a position."""
@@ -190,62 +197,55 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
             return Fault(error)
 
     def _make_order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self._listing.shards, seed=self._seed or 0, epoch=epoch, window=self._window)
+        order = epoch_order(self._listing.shards, seed=self._seed or 0, epoch=epoch, window=self._window)
+        if self._grouped is None:
+            return order
+        loose = np.asarray([not keys for keys in self._listing.conversations.keys])
+        return group_by_modality(order, loose, first=epoch * len(self), batch=self._grouped)
 
     def _load(self, position: int) -> Sample:
         index = self.index(position)
         conversation = self._listing.conversations[index]
-        prompt = self._source.prompts.build(conversation)
-        row = int(self._listing.rows[index])
-        pixels, features, asked = None, {}, 0
-        if conversation.key is not None:
-            asked = self._asked()
-            readers = self._open()
-            statuses = {t: reader.status(row) if row >= 0 else None for t, reader in readers.items()}
-            pixels = self._pixels(conversation.key, statuses)
-            features = {t: self._feature(t, reader, row) for t, reader in readers.items()}
+        rows, places = self._listing.rows_of(index), self._listing.places_of(index)
+        shown: list[Shown] = []
+        identities: list[int] = []
+        features: list[dict[str, Stored | None]] = []
+        asked = self._opened.requests if self._opened is not None else 0
+        opened = self._open()
+        for key, row, place in zip(conversation.keys, rows, places, strict=True):
+            statuses = {teacher: opened.status(teacher, place) for teacher in self._source.teachers}
+            shown.append(self._show(opened, key, place, statuses))
+            target = place
+            if self._source.partners is not None:
+                target = self._source.partners[row] if row >= 0 else -1
+            features.append({teacher: opened.feature(teacher, target) for teacher in self._source.teachers})
             # keys that share a row are one image: none is a negative of another
-            row = min([s.same_as for s in statuses.values() if s is not None and s.same_as is not None], default=row)
-            asked = self._asked() - asked
+            shared = [s.same_as for s in statuses.values() if s is not None and s.same_as is not None]
+            identities.append(min(shared, default=row))
+        prompt = self._source.prompts.build(conversation, [one.block for one in shown])
         return Sample(
-            position, conversation.key, row, prompt.input_ids, prompt.labels, pixels, features, prompt.cut, asked
+            position,
+            conversation.keys,
+            identities,
+            places,
+            prompt.input_ids,
+            prompt.labels,
+            shown,
+            features,
+            prompt.cut,
+            opened.requests - asked,
         )
 
-    def _asked(self) -> int:
-        return self._place.requests.total() if self._place is not None else 0
+    def _open(self) -> Opened:
+        if self._opened is None:
+            self._opened = self._source.data.open()
+        return self._opened
 
-    def _open(self) -> dict[str, FeatureReader]:
-        if self._readers is None:
-            store = FeatureStore.open(self._source.store)
-            self._place = store.place
-            self._rows_per_shard = store.rows_per_shard
-            self._readers = {teacher: FeatureReader(store, teacher) for teacher in self._source.teachers}
-        return self._readers
-
-    def _pixels(self, key: str, statuses: Mapping[str, RowReceipt | None]) -> Tensor:
-        try:
-            data = read_rooted(self._source.images, key)
-        except ImageError as error:
-            raise ImageError(error.reason, f"{key}: {error.problem}") from error
+    def _show(self, opened: Opened, key: str, place: int, statuses: Mapping[str, RowReceipt | None]) -> Shown:
+        data = opened.image(place, key)
         _require_same(data, key, statuses)
         decoded = decode_image(data, name=key, max_pixels=self._source.max_pixels)
-        image = decoded.oriented(exif=self._source.exif)
-        pixels: Tensor = self._source.image_processor(images=image, return_tensors="pt")["pixel_values"]
-        return pixels[0]
-
-    def _feature(self, teacher: str, reader: FeatureReader, row: int) -> Stored | None:
-        if row < 0:
-            return None
-        if self._source.partners is not None:
-            row = self._source.partners[row]
-        status = reader.status(row)
-        shard = row // self._rows_per_shard
-        if status is None and shard in self._source.committed.get(teacher, ()):
-            raise StoreError(
-                f"{self._source.store}: the receipt of {teacher} shard {shard} is gone since the run began",
-                "Extract that shard again, then run the same command again.",
-            )
-        return reader.read(row) if status is not None and status.status == "ok" else None
+        return self._source.vision.show(decoded.oriented(exif=self._source.exif))
 
 
 def _require_same(data: bytes, key: str, statuses: Mapping[str, RowReceipt | None]) -> None:
@@ -263,6 +263,7 @@ class Collator:
     """Makes a rank's batch of its samples; `formats` are the stored arrays of each teacher, by name."""
 
     tokens: TaskTokens
+    vision: Vision
     pad_id: int
     micro_batch: int | None
     formats: Mapping[str, Mapping[str, ArrayFormat]]
@@ -276,13 +277,18 @@ class Collator:
         skipped = [entry for entry in loaded if isinstance(entry, Skipped)]
         size = self.micro_batch or max(len(samples), 1)
         micro = [self._micro(samples[first : first + size]) for first in range(0, len(samples), size)]
-        shown = [sample for sample in samples if sample.pixels is not None]
         # an image outside the store is nobody's twin
-        rows = torch.tensor([s.row if s.row >= 0 else -1 - s.position for s in shown], dtype=torch.int64)
-        features = {teacher: self._features(teacher, shown) for teacher in self.formats}
+        rows = [
+            row if row >= 0 else -1 - sample.position - number * _POSITIONS
+            for sample in samples
+            for number, row in enumerate(sample.rows)
+        ]
+        found = [features for sample in samples for features in sample.features]
+        features = {teacher: self._features(teacher, found) for teacher in self.formats}
         cut = sum(sample.cut > 0 for sample in samples)
         requests = sum(sample.requests for sample in samples)
-        return Batch(micro, features, rows, len(samples), skipped, cut, requests)
+        images = torch.tensor(rows, dtype=torch.int64)
+        return Batch(micro, features, images, len(samples), skipped, cut, requests)
 
     def _micro(self, samples: list[Sample]) -> MicroBatch:
         length = max(len(sample.input_ids) for sample in samples)
@@ -295,20 +301,20 @@ class Collator:
             labels[place, :n] = torch.tensor(sample.labels)
             mask[place, :n] = 1
         inputs = {"input_ids": input_ids, "attention_mask": mask}
-        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
-        if pixels:
-            inputs["pixel_values"] = torch.stack(pixels)
-        items = locate(self.tokens, input_ids, mask, images=[int(s.pixels is not None) for s in samples])
+        inputs |= self.vision.sequence(input_ids)
+        inputs |= self.vision.collate([one for sample in samples for one in sample.shown])
+        lengths = [[self.vision.placeholders(one) for one in sample.shown] for sample in samples]
+        items = locate(self.tokens, input_ids, mask, images=[len(s.shown) for s in samples], lengths=lengths)
         return MicroBatch(inputs, labels, items)
 
-    def _features(self, teacher: str, shown: list[Sample]) -> Features:
+    def _features(self, teacher: str, found: list[dict[str, Stored | None]]) -> Features:
         arrays = {
-            name: np.zeros((len(shown), *array.shape), array.dtype) for name, array in self.formats[teacher].items()
+            name: np.zeros((len(found), *array.shape), array.dtype) for name, array in self.formats[teacher].items()
         }
         stored = Stored(**arrays)
-        valid = np.zeros(len(shown), dtype=bool)
-        for place, sample in enumerate(shown):
-            feature = sample.features[teacher]
+        valid = np.zeros(len(found), dtype=bool)
+        for place, features in enumerate(found):
+            feature = features[teacher]
             if feature is not None:
                 stored[place], valid[place] = feature, True
         tensors = {name: torch.from_numpy(array) for name, array in stored.arrays.items()}

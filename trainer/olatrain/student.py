@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from olaschema.errors import ConfigError
 from olatrain.tokens import TaskTokens
@@ -24,12 +27,15 @@ class StudentOutput:
     """(B, L, V), or (B, P, V) where P positions were asked for."""
     taps: dict[int, Tensor]
     """1-based layer → its output (B, L, D); for the last layer after the final norm."""
+    entry: Tensor
+    """What entered the first decoder block, (B, L, D)."""
 
 
 @dataclass
 class _Call:
     owner: Student
     gradients: bool
+    entry: Tensor | None = None
     taps: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -55,7 +61,7 @@ class Student(nn.Module):
         self.model = model
         embeddings = _embeddings(model)
         self.hidden_size = int(embeddings.weight.shape[1])
-        self.layers, self.norm = _decoder(model, embeddings)
+        self.decoder, self.layers, self.norm = _decoder(model, embeddings)
         self.taps = _checked_taps(taps, len(self.layers))
         self.latents = _make_latents(tokens, latents, self.hidden_size, seed)
         if tokens.flat and max(tokens.flat) >= embeddings.weight.shape[0]:
@@ -68,6 +74,7 @@ class Student(nn.Module):
         self.register_buffer("_slots", slots, persistent=False)
         if tokens.flat:
             embeddings.register_forward_hook(self._write_means)
+        self.layers[0].register_forward_pre_hook(self._record_entry)
         for layer in self.taps:
             last = layer == len(self.layers)
             module = self.norm if last else self.layers[layer - 1]
@@ -88,6 +95,24 @@ class Student(nn.Module):
             f"{type(self.model).__name__} has no module named {', '.join(_PROJECTORS)}",
             "Choose a LLaVA, LLaVA-NeXT, Idefics3 or Qwen-VL student.",
         )
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute each decoder block in the backward pass; raises ConfigError for a model that cannot.
+
+        transformers recomputes blocks in training mode only. Theirs is set and that of their parts is not, so that no
+        dropout comes with it; `train` and `eval` would set it again, so this comes last.
+        """
+        blocks = [layer for layer in self.layers if isinstance(layer, GradientCheckpointingLayer)]
+        if len(blocks) != len(self.layers):
+            raise ConfigError(
+                f"the decoder blocks of {type(self.model).__name__} cannot be recomputed",
+                "Set gradient_checkpointing to false, or use a smaller micro_batch.",
+            )
+        for layer in blocks:
+            block: Any = layer
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            block.training = True
 
     def task_embeddings(self) -> Tensor:
         """Means of the latents' groups, (T·K, D) float32, in the order of `tokens.flat`."""
@@ -120,13 +145,22 @@ class Student(nn.Module):
             raise ConfigError(
                 f"layers {missing} of {type(self.model).__name__} did not run", "Tap layers that the model uses."
             )
-        return StudentOutput(output.logits, call.taps)
+        if call.entry is None:
+            raise ConfigError(
+                f"the first decoder block of {type(self.model).__name__} did not run", "Choose another student."
+            )
+        return StudentOutput(output.logits, call.taps, call.entry)
 
     def _write_means(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         ids: Tensor = args[0]
         slots = self._slots[ids]  # type: ignore[index]
         means = self.task_embeddings().to(output)
         return torch.where((slots >= 0).unsqueeze(-1), means[slots.clamp(min=0)], output)
+
+    def _record_entry(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        call = _CALL.get()
+        if call is not None and call.owner is self:
+            call.entry = args[0]
 
     def _recorder(self, layer: int) -> Any:
         def record(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -153,13 +187,13 @@ def _embeddings(model: nn.Module) -> nn.Embedding:
     return embeddings
 
 
-def _decoder(model: nn.Module, embeddings: nn.Embedding) -> tuple[nn.ModuleList, nn.Module]:
-    """The decoder blocks and the final norm: of the module that owns the input embeddings."""
+def _decoder(model: nn.Module, embeddings: nn.Embedding) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
+    """The decoder, which is the module that owns the input embeddings, its blocks and its final norm."""
     for module in model.modules():
         owns = any(child is embeddings for child in module.children())
         layers, norm = getattr(module, "layers", None), getattr(module, "norm", None)
         if owns and isinstance(layers, nn.ModuleList) and isinstance(norm, nn.Module):
-            return layers, norm
+            return module, layers, norm
     raise ConfigError(
         f"the decoder layers of {type(model).__name__} were not found",
         "The language model must hold its input embeddings, `layers` and `norm` side by side, as Llama, Phi-3, Mistral "

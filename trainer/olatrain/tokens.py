@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ from olaschema.manifest import Frozen, canonical_json
 RECORD_NAME = "ola.json"
 
 Context = Literal["image", "prompt", "all"]
+Family = Literal["llava", "llava_next", "idefics3", "qwen2_5_vl"]
 
 
 class TaskTokens(Frozen):
@@ -31,10 +33,18 @@ class TaskTokens(Frozen):
     tokens_per_teacher: int = Field(ge=0)
     ids: dict[str, tuple[int, ...]]
     """For each teacher its ids, in the order of their place in the prompt."""
+    family: Family = "llava"
+    """How the student takes images (`olatrain.families`): its model type."""
     image_id: int
     """The placeholder that stands where image features go."""
     image_length: int | None = None
     """Placeholders of one image, where every image has the same number."""
+    after_image: tuple[int, ...] = ()
+    """Ids that the chat template writes between an image and its task tokens."""
+    base_view: Literal["all", "first", "last"] = "all"
+    """Which of a tiled image's placeholders show the whole image: the predictors read those and no tile's."""
+    base_length: int | None = None
+    """Placeholders of that view, where it is not all of them."""
     never_predicted: tuple[int, ...]
     """Ids that are no answer: left out of the softmax of the next-token loss and suppressed in generation."""
     chat_template: Literal["adapted", "plain"] | None = None
@@ -49,6 +59,8 @@ class TaskTokens(Frozen):
         for teacher, ids in self.ids.items():
             if len(ids) != self.tokens_per_teacher:
                 raise ValueError(f"{teacher} has {len(ids)} ids, tokens_per_teacher is {self.tokens_per_teacher}")
+        if (self.base_view == "all") != (self.base_length is None):
+            raise ValueError("base_length belongs to a base_view that is first or last")
         flat = (*self.flat, self.image_id)
         if len(set(flat)) != len(flat):
             raise ValueError("an id stands for two tokens")
@@ -63,6 +75,11 @@ class TaskTokens(Frozen):
     def load(cls, folder: Path) -> TaskTokens:
         """Read `ola.json`; raises ConfigError where it is missing or not such a record."""
         path = folder / RECORD_NAME
+        if (folder / "checkpoints").is_dir() and not path.exists():
+            raise ConfigError(
+                f"{folder} is the folder of a run, which holds only what was trained",
+                f"Make a student of it with `olatrain export {folder} --out DIR` and start from that.",
+            )
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
@@ -91,7 +108,7 @@ class Items:
     sample: Tensor
     """(I,) int64: row of the batch that holds the image."""
     image: Tensor
-    """(I, L) bool: the image's tokens, with what stands between its tiles."""
+    """(I, L) bool: the image's tokens with what stands between its tiles, or those of its base view alone."""
     before: Tensor
     """(I, L) bool: text before the image."""
     after: Tensor
@@ -127,18 +144,24 @@ class Items:
 
 
 def locate(
-    tokens: TaskTokens, input_ids: Tensor, attention_mask: Tensor, *, images: Sequence[int] | None = None
+    tokens: TaskTokens,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    images: Sequence[int] | None = None,
+    lengths: Sequence[Sequence[int]] | None = None,
 ) -> Items:
     """Find the images and their task tokens in `input_ids` (B, L), where `attention_mask` (B, L) is not 0.
 
     Meant for the data loader: reads values one by one, so give it tensors on the CPU. A teacher's task tokens
     must follow each other in the record's order; the n-th group belongs to the n-th image of its sample, and with
     several images in a sample each image's groups stand between it and the next image. Without task tokens,
-    images are runs of placeholders, split by `image_length` where that is fixed; a sample whose number in `images`
-    (images per sample, length B) is 1 has one image however many runs its tiles make.
+    images are runs of placeholders, split by `image_length` where that is fixed, or as `lengths` (placeholders of
+    each image of each sample) says; a sample whose number in `images` (images per sample, length B) is 1 has one
+    image however many runs its tiles make.
 
-    Raises ConfigError naming the sample where the tokens do not form whole groups, as after a cut, or where the
-    number found is not the one in `images`.
+    Raises ConfigError naming the sample where the tokens do not form whole groups, as after a cut, or where what is
+    found is not what `images` or `lengths` say.
     """
     real = attention_mask != 0
     ids = torch.where(real, input_ids, -1)
@@ -153,19 +176,30 @@ def locate(
         groups = _groups(tokens, row, sample)
         if tokens.flat:
             spans = _split_by_groups(places, groups, sample)
+        elif lengths is not None and sum(lengths[sample]) == len(places):
+            spans = [places[end - n : end] for n, end in zip(lengths[sample], accumulate(lengths[sample]), strict=True)]
         elif places and images is not None and images[sample] == 1:
             spans = [places]
         else:
             spans = _split_by_runs(places, tokens.image_length)
         if images is not None and images[sample] != len(spans):
             raise _broken(sample, f"it has {images[sample]} images and the prompt has room for {len(spans)}")
+        if lengths is not None and [len(span) for span in spans] != list(lengths[sample]):
+            raise _broken(sample, f"its images have {list(lengths[sample])} tokens, not {[len(s) for s in spans]}")
         found += [(sample, span, groups[n] if groups else [[]] * width) for n, span in enumerate(spans)]
     image = torch.zeros(len(found), length, dtype=torch.bool)
     before, after = image.clone(), image.clone()
     text = real & ~special
+    for sample, span, _ in found:  # what stands between the tiles of an image is no text
+        text[sample, span[0] : span[-1] + 1] = False
     for item, (sample, span, _) in enumerate(found):
         first, last = span[0], span[-1] + 1
-        image[item, first:last] = real[sample, first:last]
+        if tokens.base_length is None:
+            image[item, first:last] = real[sample, first:last]
+        else:
+            image[item, span[: tokens.base_length] if tokens.base_view == "first" else span[-tokens.base_length :]] = (
+                True
+            )
         before[item, :first] = text[sample, :first]
         after[item, last:] = text[sample, last:]
     task = torch.tensor([groups for *_, groups in found], dtype=torch.int64)

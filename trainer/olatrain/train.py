@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from typing import Any
 
@@ -10,15 +12,21 @@ import torch
 from rich.console import Console
 
 from olaschema.errors import OlaError
+from olatrain.checkpoint import Saver
 from olatrain.config import TrainConfig
+from olatrain.groups import by_group
+from olatrain.insight import Insight, due, merged
+from olatrain.losses import MAX_TEMPERATURE
 from olatrain.meter import add_totals, figures
 from olatrain.order import PositionSampler
 from olatrain.parallel import open_ranks
-from olatrain.resume import Progress, resume, save, write_config
+from olatrain.predicted import keep_predictions
+from olatrain.resume import Progress, resume, save, saver, write_config
 from olatrain.setup import Run, locked, set_up
 from olatrain.signals import Stopped, StopRequest
 from olatrain.step import run_batch
 from olatrain.stream import Batch, Fault, SampleStream, make_loader
+from olatrain.trackers import open_trackers
 from olatrain.watch import SKIPPED, Watch, record_skips, summary
 
 _SHOWN_KEYS = 8
@@ -37,11 +45,14 @@ def train(config: TrainConfig, console: Console) -> None:
     reason, and Stopped after a signal.
     """
     config.require_inputs()
-    with open_ranks(config.device, nproc=config.nproc) as ranks, locked(config.out, ranks), StopRequest() as stop:
+    with (
+        open_ranks(config.device, nproc=config.nproc, negatives=config.negatives) as ranks,
+        locked(config.out, ranks),
+        StopRequest() as stop,
+    ):
         torch.manual_seed(config.seed + ranks.rank)
         run = set_up(config, ranks)
-        named = run.learner.trainable()
-        optimiser = torch.optim.AdamW(named.values(), lr=config.lr, weight_decay=config.weight_decay)
+        optimiser = make_optimiser(run)
         progress = resume(run, optimiser)
         if progress.step == run.steps:
             if ranks.first:
@@ -58,6 +69,20 @@ def train(config: TrainConfig, console: Console) -> None:
                 watch.close()
 
 
+def make_optimiser(run: Run) -> torch.optim.AdamW:
+    """AdamW over the parameters that train, by group; `peak` is a group's learning rate after the warm-up."""
+    config = run.config
+    groups = [
+        {
+            "params": list(parameters.values()),
+            "peak": config.lrs.get(group, config.lr),
+            "weight_decay": config.weight_decays.get(group, config.weight_decay),
+        }
+        for group, parameters in by_group(run.learner.trainable()).items()
+    ]
+    return torch.optim.AdamW(groups)
+
+
 def _loop(
     run: Run, optimiser: torch.optim.Optimizer, progress: Progress, stop: StopRequest, watch: Watch | None
 ) -> None:
@@ -65,6 +90,7 @@ def _loop(
     parameters = list(run.learner.trainable().values())
     last = min(run.steps, config.stop_after or run.steps)
     step, position, unused = progress.step, progress.position, 0
+    keeper = saver(run)
     batches = iter(_loader(run, run.stream, start=position, end=run.end))
     while step < last:
         began = time.perf_counter()
@@ -72,12 +98,25 @@ def _loop(
         waited = time.perf_counter() - began
         record_skips(config.out, batch.skipped)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(config, step, run.steps)
+            group["lr"] = learning_rate(config, step, run.steps, peak=group["peak"])
         optimiser.zero_grad()
+        insight = None
+        if due(config.look_every, step + 1):
+            insight = Insight(run.learner.bank, run.learner.student.projector, ranks.device)
         totals = run_batch(
-            run.learner, batch, ranks, run.means, bf16=config.precision == "bf16", stop=stop.signal is not None
+            run.learner,
+            batch,
+            ranks,
+            run.means,
+            bf16=config.precision == "bf16",
+            stop=stop.signal is not None,
+            mean_targets=config.target_control == "mean",
+            losses=run.learner.losses.scaled(embedding_factor(config, step, run.steps)),
+            insight=insight,
         )
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip))
+        if step == 0 and watch is not None:
+            _first_batch(run, totals, watch)
+        norm = ranks.clip_gradients(parameters, config.clip)
         unused = 0 if totals["samples"] else unused + min(config.batch, run.end - position)
         if unused >= max(config.batch, _MOST_UNUSED):
             raise TrainingError(
@@ -89,27 +128,51 @@ def _loop(
         step, position = step + 1, min(position + config.batch, run.end)
         if watch is not None:
             seconds = time.perf_counter() - began
-            watch.step(step, _record(run, totals, norm, seconds, waited, optimiser.param_groups[0]["lr"]))
+            record = _record(run, totals, norm, seconds, waited, learning_rate(config, step - 1, run.steps))
+            watch.step(step, merged(record, insight.figures) if insight is not None else record)
         stopping = totals["stop"] > 0
-        due = config.evaluation is not None and step % config.evaluation.every == 0
-        if due or step == run.steps:
+        if (config.evaluation is not None and step % config.evaluation.every == 0) or step == run.steps:
+            _published(keeper, watch)  # loader processes must not be forked while the saving thread holds a lock
             _evaluate(run, step, watch)
+        if config.predictions.every and step % config.predictions.every == 0:
+            kept = keep_predictions(run, step)
+            if watch is not None and kept is not None:
+                watch.event("predictions", step, {"path": kept.name})
         if step % config.checkpoint_every == 0 or step == last or stopping:
-            path = save(run, optimiser, Progress(step, position))
-            if watch is not None:
-                watch.event("checkpoint", step, {"path": path.name})
+            _published(keeper, watch)
+            save(run, optimiser, Progress(step, position), keeper)
+        if keeper.ready:
+            _published(keeper, watch)
         if stopping:
+            _published(keeper, watch)
             raise Stopped(step, stop.signal)
+    _published(keeper, watch)
     if watch is not None:
         watch.say(f"step {step}/{run.steps}: saved to {config.out}")
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Linear rise over the warm-up, then half a cosine to 0; `step` counts from 0."""
+def _published(keeper: Saver, watch: Watch | None) -> None:
+    done = keeper.wait()
+    if done is not None and watch is not None:
+        watch.event("checkpoint", done[0], {"path": done[1].name})
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int, *, peak: float | None = None) -> float:
+    """Linear rise to `peak` (by default `config.lr`) over the warm-up, then half a cosine to 0; `step` from 0."""
+    peak = config.lr if peak is None else peak
     warm = math.ceil(config.warmup * steps)
     if step < warm:
-        return config.lr * (step + 1) / warm
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def embedding_factor(config: TrainConfig, step: int, steps: int) -> float:
+    """What the weights of the embedding losses are multiplied by at `step`, which counts from 0: from 1 to the end."""
+    if config.embedding_schedule == "constant":
+        return 1.0
+    done = step / max(1, steps - 1)
+    left = 1.0 - done if config.embedding_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.embedding_end + (1.0 - config.embedding_end) * left
 
 
 def _loader(run: Run, stream: SampleStream, *, start: int, end: int) -> Any:
@@ -137,7 +200,7 @@ def _check(run: Run, totals: dict[str, float], norm: float, position: int) -> No
             "Look at these samples, or lower the learning rate.",
         )
     for name, teacher in run.config.teachers.items():
-        if teacher.weight and totals[f"{name}.valid"]:
+        if teacher.trains and totals[f"{name}.valid"]:
             for layer in teacher.layers:
                 if totals[f"{name}.{layer}.smooth_l1"] == 0.0:
                     raise TrainingError(
@@ -156,9 +219,10 @@ def _names(run: Run, position: int) -> str:
 def _record(
     run: Run, totals: dict[str, float], norm: float, seconds: float, waited: float, lr: float
 ) -> dict[str, Any]:
-    found = figures(totals, run.learner.bank, run.config.contrastive)
+    found = figures(totals, run.learner.bank, run.learner.losses)
     for name in run.config.teachers:
-        found["teachers"][name]["logit_scale"] = float(run.learner.bank.logit_scales[name].detach())
+        scale = float(run.learner.bank.logit_scales[name].detach())
+        found["teachers"][name] |= {"logit_scale": scale, "temperature": min(math.exp(scale), MAX_TEMPERATURE)}
     if run.stream.remote:
         found["requests_per_sample"] = totals["requests"] / max(totals["samples"], 1)
     return {
@@ -172,7 +236,25 @@ def _record(
         "seconds": seconds,
         "samples_per_s": totals["samples"] / seconds,
         "data_wait": waited / seconds,
+        "memory_gib": _peak_memory(run.ranks.device) / 2**30,
     }
+
+
+def _first_batch(run: Run, totals: dict[str, float], watch: Watch) -> None:
+    """Say what the first step learns from, before it changes anything."""
+    valid = {name: int(totals[f"{name}.valid"]) for name in run.config.teachers}
+    tokens, samples = int(totals["tokens"]), int(totals["samples"])
+    watch.event("first_batch", 0, {"samples": samples, "supervised_tokens": tokens, "valid_targets": valid})
+    targets = ", ".join(f"{count} of {name}" for name, count in valid.items())
+    watch.say(f"first batch: {samples} samples, {tokens} supervised tokens, valid targets: {targets}")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on this rank's GPU, or the most that the process was resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @torch.no_grad()
@@ -187,7 +269,7 @@ def _evaluate(run: Run, step: int, watch: Watch | None) -> None:
         found = run_batch(run.learner, batch, run.ranks, run.means, bf16=run.config.precision == "bf16")
         totals = found if totals is None else add_totals(totals, found)
     if watch is not None and totals is not None:
-        record = figures(totals, run.learner.bank, run.config.contrastive)
+        record = figures(totals, run.learner.bank, run.learner.losses)
         watch.event("evaluation", step, record)
         watch.say(f"held out at step {step}: {summary(record)}")
 
@@ -199,7 +281,7 @@ def _watch(run: Run, progress: Progress, console: Console) -> Watch:
         start=progress.step,
         total=run.steps,
         log_every=config.log_every,
-        tensorboard=config.tensorboard,
+        trackers=open_trackers(config, start=progress.step),
         console=console,
     )
     write_config(config)

@@ -1,22 +1,20 @@
-"""What a run tells about itself: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+"""What a run tells about itself: a progress bar or plain lines, metrics.jsonl, trackers."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from olaschema.errors import ConfigError
 from olatrain.stream import Skipped
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from olatrain.trackers import Tracker
 
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.jsonl"
@@ -26,7 +24,7 @@ class Watch:
     """Rank 0's view of the run. `start` is the step that the run goes on from, 0 for a new one."""
 
     def __init__(
-        self, out: Path, *, start: int, total: int, log_every: int, tensorboard: bool, console: Console
+        self, out: Path, *, start: int, total: int, log_every: int, trackers: Sequence[Tracker], console: Console
     ) -> None:
         self._console = console
         self._log_every = log_every
@@ -34,7 +32,7 @@ class Watch:
         self._began, self._start = time.monotonic(), start
         _forget_after(out / METRICS, start)
         self._metrics = (out / METRICS).open("a", encoding="utf-8")
-        self._writer = _summary_writer(out / "tensorboard", start) if tensorboard else None
+        self._trackers = trackers
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -52,18 +50,19 @@ class Watch:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def event(self, name: str, step: int, record: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl and its numbers to TensorBoard."""
+        """Add a line to metrics.jsonl and its numbers to the trackers."""
         self._metrics.write(json.dumps({"event": name, "step": step, **record}, allow_nan=False) + "\n")
         self._metrics.flush()
-        if self._writer is not None:
-            for tag, value in _flatten(record, name):
-                self._writer.add_scalar(tag, value, step)
+        values = dict(_flatten(record, name))
+        for tracker in self._trackers:
+            tracker.log(values, step)
 
     def step(self, step: int, record: Mapping[str, Any]) -> None:
         """Report one training step."""
         self.event("train", step, record)
         shown = summary(record)
         rates = f"{record['samples_per_s']:.1f} samples/s, data wait {100 * record['data_wait']:.0f} %"
+        rates += f", {record['memory_gib']:.1f} GiB"
         self._progress.update(self._task, completed=step, figures=f"{shown}  {rates}")
         if not self._console.is_terminal and (step % self._log_every == 0 or step in (1, self._total)):
             left = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
@@ -73,8 +72,8 @@ class Watch:
         """Flush and close everything."""
         self._progress.stop()
         self._metrics.close()
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def summary(record: Mapping[str, Any]) -> str:
@@ -143,14 +142,6 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # the line that the crash cut short
         return float("inf")
-
-
-def _summary_writer(folder: Path, start: int) -> SummaryWriter:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("TensorBoard is not installed", "Install it, or set tensorboard to false.") from error
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
 
 def _flatten(record: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:

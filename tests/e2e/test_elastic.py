@@ -1,0 +1,132 @@
+"""Stopped anywhere, killed at any moment, on any number of ranks and workers: each sample once an epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_support import (
+    Corpus,
+    end_all,
+    environment,
+    make_corpus,
+    make_student,
+    metrics,
+    run_file,
+    saved,
+    settings,
+    start_ranks,
+)
+
+from olatrain.checkpoint import latest_checkpoint
+
+SEED = int(os.environ.get("OLA_TEST_SEED", "6"))
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), images=24, texts=8)
+
+
+def newest(out: Path) -> Path:
+    latest = latest_checkpoint(out / "checkpoints")
+    assert latest is not None
+    return latest
+
+
+def test_an_epoch_has_each_sample_once_whatever_ranks_and_workers(
+    corpus: Corpus, student: Path, tmp_path: Path
+) -> None:
+    """Worlds 1 → 2 → 4 → 1 with 0 to 3 workers, stopped at random steps; the language model split or whole."""
+    rng = random.Random(SEED)
+    values = settings(
+        corpus, student, tmp_path / "out", steps=None, epochs=2, batch=5, checkpoint_every=100,
+        order="grouped", train=["projector", "predictors", "llm"],
+    )  # fmt: skip
+    total = -(-2 * 33 // 5)
+    stops = [*sorted(rng.sample(range(1, total), 3)), None]
+    for world, workers, stop in zip((1, 2, 4, 1), (0, 3, 1, 2), stops, strict=True):
+        end_all(start_ranks(values | {"nproc": world, "workers": workers, "stop_after": stop}, world, record=tmp_path))
+    seen = [json.loads(line) for path in tmp_path.glob("seen-*") for line in path.read_text().splitlines()]
+    assert Counter(position for position, _ in seen) == Counter(range(66))
+    for epoch in (0, 1):
+        indices = Counter(index for position, index in seen if position // 33 == epoch)
+        assert indices == Counter(range(33))
+    assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, total + 1))
+    assert sum(line["samples"] for line in metrics(tmp_path / "out")) == 66
+
+
+def test_ten_kills_at_random_moments_end_with_the_same_bits(corpus: Corpus, student: Path, tmp_path: Path) -> None:
+    """And none loses a save point that a later step has been seen after."""
+    rng = random.Random(SEED)
+    values = settings(corpus, student, tmp_path / "out", steps=120, checkpoint_every=3, workers=1)
+    end_all(start_ranks(values | {"out": str(tmp_path / "whole")}, 1))
+    out = Path(values["out"])
+    reached, kills = 0, 0
+    while kills < 10:
+        (rank,) = start_ranks(values, 1)
+        wait_for_step(out, reached + rng.randrange(1, 8))
+        time.sleep(rng.uniform(0, 0.05))
+        rank.kill()
+        rank.join(30)
+        assert rank.exitcode == -9, "the run ended before it was killed"
+        kills += 1
+        latest = latest_checkpoint(out / "checkpoints")
+        reached = int(latest.name.removeprefix("step-")) if latest is not None else 0
+        seen = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        last = max(json.loads(line)["step"] for line in seen if line.endswith("\n"))
+        assert reached >= (last - 1) // 3 * 3
+    end_all(start_ranks(values, 1))
+    one, other = (saved(newest(folder), "trainable") for folder in (out, tmp_path / "whole"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], value) for name, value in other.items())
+    assert [line["step"] for line in metrics(out)] == list(range(1, 121))
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + 90
+    path = out / "metrics.jsonl"
+    while f'"event": "train", "step": {step},' not in (path.read_text(encoding="utf-8") if path.exists() else ""):
+        assert time.monotonic() < deadline, "the run does not get there"
+        time.sleep(0.005)
+
+
+def test_torchrun_on_two_nodes(corpus: Corpus, student: Path, tmp_path: Path) -> None:
+    """Two launchers of one process each meet at an address, as two machines would; negatives stay on a node."""
+    values = settings(corpus, student, tmp_path / "out", steps=2, negatives="node")
+    file = run_file(tmp_path / "run.json", values)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
+             "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port),
+             "-m", "olatrain", "run", "--config", str(file)],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert said[0].count("step 2/2: saved") == 1
+    assert "saved" not in said[1]
+    alone = values | {"out": str(tmp_path / "alone"), "negatives": "rank", "nproc": 2}
+    end_all(start_ranks(alone, 2))
+    assert [line["loss"] for line in metrics(tmp_path / "out")] == [
+        line["loss"] for line in metrics(tmp_path / "alone")
+    ]

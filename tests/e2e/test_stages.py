@@ -1,0 +1,238 @@
+"""Stages: what trains, what the losses are, one rank or several, and out again as a plain model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from trainer_support import (
+    Corpus,
+    end_all,
+    make_corpus,
+    make_student,
+    metrics,
+    saved,
+    settings,
+    start_ranks,
+)
+from transformers import AutoModelForImageTextToText
+
+from olaschema.config import load_config
+from olaschema.errors import ConfigError
+from olatrain.checkpoint import latest_checkpoint
+from olatrain.config import TrainConfig
+from olatrain.export import export
+from olatrain.parallel import Ranks
+from olatrain.resume import resume
+from olatrain.setup import Run, set_up
+from olatrain.step import run_batch
+from olatrain.train import make_optimiser, train
+
+LLM = ["projector", "predictors", "task_tokens", "llm"]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), images=9)
+
+
+@pytest.fixture
+def chosen(corpus: Corpus, student: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def choose(**changes: Any) -> dict[str, Any]:
+        return settings(corpus, student, tmp_path / "out", **changes)
+
+    return choose
+
+
+def run(values: dict[str, Any]) -> str:
+    text = io.StringIO()
+    train(load_config(TrainConfig, flags=values), Console(file=text))
+    return text.getvalue()
+
+
+def prepared(values: dict[str, Any]) -> Run:
+    return set_up(load_config(TrainConfig, flags=values), Ranks(0, 1, torch.device("cpu")))
+
+
+def newest(out: Path | str) -> Path:
+    latest = latest_checkpoint(Path(out) / "checkpoints")
+    assert latest is not None
+    return latest
+
+
+def losses(out: Path | str) -> list[float]:
+    return [line["loss"] for line in metrics(Path(out))]
+
+
+def moved(values: dict[str, Any]) -> set[str]:
+    """Names of the saved tensors that training changed."""
+    before = {name: value.clone() for name, value in prepared(values).learner.state().items()}
+    after = saved(newest(values["out"]), "trainable")
+    assert after.keys() == before.keys()
+    return {name for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
+def test_a_split_language_model_trains_as_a_whole_one(
+    chosen: Callable[..., dict[str, Any]], tmp_path: Path, lora: dict[str, Any] | None
+) -> None:
+    """One rank; two, then four that go on where two stopped. The last batch leaves three ranks without a sample."""
+    values = chosen(steps=None, epochs=1, train=LLM, lora=lora, micro_batch=2, lrs={"llm": 2e-3})
+    run(values)
+    split = values | {"out": str(tmp_path / "split")}
+    end_all(start_ranks(split | {"nproc": 2, "stop_after": 2}, world=2))
+    end_all(start_ranks(split | {"nproc": 4}, world=4))
+    assert losses(split["out"]) == pytest.approx(losses(values["out"]), rel=1e-5)
+    one, many = (saved(newest(v["out"]), "trainable") for v in (values, split))
+    assert one.keys() == many.keys()
+    assert any(name.startswith("llm.") for name in moved(values))
+    for name, value in one.items():
+        torch.testing.assert_close(many[name], value, rtol=1e-2, atol=2e-4, msg=name)
+
+
+def test_what_trains_is_exported_and_the_next_stage_starts_from_it(
+    chosen: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """LoRA with embedding losses, exported; then next tokens alone from there, without a store or predictors."""
+    values = chosen(steps=3, train=LLM, lora={"rank": 2, "alpha": 8, "targets": ["q_proj", "down_proj"]}, lr=0.05)
+    said = run(values)
+    assert "trains: projector 544 at 0.05, task_tokens 96 at 0.05, predictors" in said
+    assert "llm (LoRA) 432 at 0.05" in said  # 3 blocks of (16 + 16) · 2 and (24 + 16) · 2
+    export(Path(values["out"]), tmp_path / "first")
+    lora = trained(values)
+    batch = lora.collate([lora.stream[0]])
+    (micro,) = batch.micro  # type: ignore[union-attr]
+    with torch.no_grad():
+        ours = lora.learner.student(micro.inputs).logits
+        plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "first")(**micro.inputs).logits
+    torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
+    start = prepared(values)
+    with torch.no_grad():
+        assert (start.learner.student(micro.inputs).logits - ours).abs().max() > 0.01
+
+    tune = {name: values[name] for name in ("conversations", "images", "device", "workers", "trackers")}
+    tune |= {"student": str(tmp_path / "first"), "out": str(tmp_path / "tuned"), "preset": "finetune", "steps": 2}
+    tune |= {"batch": 4, "precision": "float32", "lr": 0.01}
+    said = run(tune)
+    assert "trains: projector 544 at 0.01, llm " in said
+    changed = moved(tune)
+    assert {name.split(".")[0] for name in changed} == {"projector", "llm"}
+    export(tmp_path / "tuned", tmp_path / "second")
+    tuned = trained(tune)
+    with torch.no_grad():
+        ours = tuned.learner.student(micro.inputs).logits
+        plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "second")(**micro.inputs).logits
+    torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
+    for teacher, latents in tuned.learner.student.latents.items():
+        assert torch.equal(latents, lora.learner.student.latents[teacher])
+    with pytest.raises(ConfigError, match="is the folder of a run") as caught:
+        run(tune | {"student": str(tmp_path / "tuned"), "out": str(tmp_path / "third")})
+    assert "olatrain export" in caught.value.remedy
+
+
+def trained(values: dict[str, Any]) -> Run:
+    """The trained model as training itself restores it."""
+    ready = prepared(values)
+    resume(ready, make_optimiser(ready))
+    return ready
+
+
+def test_each_group_has_its_learning_rate_and_weight_decay(chosen: Callable[..., dict[str, Any]]) -> None:
+    """AdamW's first step moves every number by its learning rate: the moments cancel."""
+    groups = ["projector", "predictors", "task_tokens", "llm", "vision"]
+    rates = {"projector": 0.01, "predictors": 0.002, "task_tokens": 0.03, "llm": 0.0004, "vision": 0.005}
+    values = chosen(steps=1, train=groups, lr=9.0, lrs=rates, weight_decays={"vision": 0.5}, warmup=0.0)
+    before = {name: value.clone() for name, value in prepared(values).learner.state().items()}
+    run(values)
+    parts = {"projector": "projector", "latents": "task_tokens", "predictors": "predictors"}
+    steps = dict.fromkeys(groups, 0.0)
+    for name, value in saved(newest(values["out"]), "trainable").items():
+        group = parts.get(name.split(".")[0], name.split(".")[0])
+        decayed = before[name] * (1 - 0.005 * 0.5) if group == "vision" else before[name]
+        steps[group] = max(steps[group], (value - decayed).abs().max().item())
+    assert steps == pytest.approx(rates, rel=0.01)
+
+
+def test_recomputing_blocks_changes_nothing(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Not the taps, the losses or the weights, to the bit; and blocks are recomputed."""
+    values = chosen(steps=2, train=LLM)
+    run(values)
+    again = values | {"out": str(tmp_path / "again"), "gradient_checkpointing": True}
+    ready = prepared(again)
+    calls = []
+    norm = ready.learner.student.layers[0].input_layernorm
+    norm.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[operator]
+    batch = ready.collate([ready.stream[p] for p in range(4)])
+    run_batch(ready.learner, batch, ready.ranks, ready.means, bf16=False)  # type: ignore[arg-type]
+    assert len(calls) == 2
+    run(again)
+    assert losses(again["out"]) == losses(values["out"])
+    one, other = (saved(newest(v["out"]), "trainable") for v in (values, again))
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
+def test_weights_regressions_and_schedules_reach_the_loss(
+    chosen: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """The logged total is the sum of the logged parts, weighted here by hand."""
+    teachers = {
+        "depth": {"layers": [2], "weight": 0.7, "regression": "cosine", "contrastive": 0.0},
+        "gen": {"layers": [1, 3], "weight": 0.4, "layer_weights": {3: 0.25}, "regression": "mse"},
+    }
+    run(chosen(steps=3, teachers=teachers, text=0.5, embedding_schedule="linear", embedding_end=0.2))
+    for line, factor in zip(metrics(tmp_path / "out"), (1.0, 0.6, 0.2), strict=True):
+        found = line["teachers"]
+        depth, gen = found["depth"]["layers"]["2"], found["gen"]["layers"]
+        parts = 0.7 * depth["loss"] + 0.4 * gen["1"]["loss"] + 0.4 * 0.25 * gen["3"]["loss"]
+        assert line["loss"] == pytest.approx(0.5 * line["text"] + factor * parts, rel=1e-5)
+        assert 0 < depth["loss"] <= 2  # one less a cosine
+        assert gen["1"]["loss"] > gen["1"]["smooth_l1"] + 0.3 * gen["1"]["contrastive"]  # squares are larger
+
+
+def test_the_mean_control_trains_towards_the_mean_map(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    run(chosen(steps=2, target_control="mean"))
+    for line in metrics(tmp_path / "out"):
+        for found in line["teachers"].values():
+            assert found["mean_map"]["smooth_l1"] == pytest.approx(0.0, abs=1e-7)
+            assert found["mean_map"]["cosine"] == pytest.approx(1.0)
+            assert all(layer["smooth_l1"] > 0.01 for layer in found["layers"].values())
+
+
+def test_tokens_without_a_loss_and_a_student_without_tokens(
+    chosen: Callable[..., dict[str, Any]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Control arms: the tokens are read and trained by the text alone; without tokens there is nothing to train."""
+    silent = {"depth": {"layers": [2], "weight": 0.0}, "gen": {"layers": [1], "weight": 0.0}}
+    values = chosen(steps=2, teachers=silent)
+    run(values)
+    assert {name.split(".")[0] for name in moved(values)} == {"projector", "latents"}
+    for line in metrics(tmp_path / "out"):
+        assert line["loss"] == pytest.approx(line["text"], rel=1e-6)
+    none = str(make_student(tmp_path_factory.mktemp("none"), task_tokens=0))
+    values = chosen(steps=2, student=none, out=str(tmp_path / "none"))
+    run(values)
+    assert {name.split(".")[0] for name in moved(values)} == {"projector", "predictors"}
+
+
+def test_negatives_of_its_own_rank_are_another_loss(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """As if the gather were missing: the text's loss is that of one rank, the contrastive one is smaller."""
+    values = chosen(steps=1, negatives="rank")
+    run(values)
+    two = values | {"out": str(tmp_path / "two"), "nproc": 2}
+    end_all(start_ranks(two, world=2))
+    (one,), (other,) = metrics(tmp_path / "out"), metrics(tmp_path / "two")
+    assert other["text"] == pytest.approx(one["text"], rel=1e-5)
+    for layer in ("1", "3"):
+        ours, theirs = (line["teachers"]["gen"]["layers"][layer] for line in (other, one))
+        assert ours["smooth_l1"] == pytest.approx(theirs["smooth_l1"], rel=1e-5)
+        assert ours["contrastive"] < 0.9 * theirs["contrastive"]

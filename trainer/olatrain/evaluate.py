@@ -1,0 +1,121 @@
+"""`olatrain eval`: a student answers the multiple-choice questions of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from olaschema.errors import ConfigError
+from olaschema.images import DEFAULT_MAX_PIXELS, decode_image
+from olaschema.manifest import canonical_json
+from olatrain.compose import load_processor
+from olatrain.conversations import IMAGE_MARK, parse_conversation
+from olatrain.cvbench import SUFFIX, Answer, Question, parse_letter, read_questions, score
+from olatrain.families import Vision, open_vision
+from olatrain.learner import load_student
+from olatrain.prompts import PromptBuilder
+from olatrain.tokens import TaskTokens
+
+Method = Literal["generate", "likelihood"]
+_MOST_TOKENS = 16
+
+
+class Examinee:
+    """A student that is asked questions; its task tokens are read from the embedding rows, as exported."""
+
+    def __init__(self, student: Path, device: torch.device, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+        self._tokens = TaskTokens.load(student)
+        processor = load_processor(student)
+        self._tokenizer = processor.tokenizer
+        template = processor.chat_template if isinstance(processor.chat_template, str) else None
+        self._prompts = PromptBuilder(self._tokenizer, self._tokens, max_length=1 << 20, template=template)
+        self._vision: Vision = open_vision(processor, self._tokens)
+        self._model = load_student(student).to(device).eval()
+        self._device = device
+        self._max_pixels = max_pixels
+
+    @torch.no_grad()
+    def answer(self, question: Question, method: Method) -> Answer:
+        """Answer greedily in words, from which the letter is read, or with the likeliest of the letters."""
+        inputs = self._inputs(question)
+        if method == "generate":
+            out = self._model.generate(**inputs, do_sample=False, max_new_tokens=_MOST_TOKENS)
+            said = self._tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            return Answer(question, said, parse_letter(said, question.choices))
+        letters = [chr(ord("A") + n) for n in range(len(question.choices))]
+        logits = self._model(**inputs, use_cache=False).logits[0, -1].float().log_softmax(dim=0)
+        scores = [max(float(logits[id_]) for id_ in self._first_ids(letter)) for letter in letters]
+        chosen = letters[scores.index(max(scores))]
+        return Answer(question, chosen, chosen)
+
+    def _first_ids(self, letter: str) -> set[int]:
+        """Ids that an answer of that letter may be, after a space or not."""
+        return {self._tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in (letter, f" {letter}")}
+
+    def _inputs(self, question: Question) -> dict[str, Tensor]:
+        image = decode_image(question.image, name=question.name, max_pixels=self._max_pixels).oriented(exif=True)
+        shown = self._vision.show(image)
+        asked = {"image": "image", "conversations": [
+            {"from": "human", "value": f"{IMAGE_MARK}\n{question.prompt}{SUFFIX}"}, {"from": "gpt", "value": "?"},
+        ]}  # fmt: skip
+        ids = torch.tensor([self._prompts.ask(parse_conversation(asked, 0), [shown.block])])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs |= self._vision.sequence(ids) | self._vision.collate([shown])
+        return {name: value.to(self._device) for name, value in inputs.items()}
+
+
+def evaluate_cv_bench(
+    student: Path, folder: Path, *, method: Method, device: torch.device, out: Path | None, tick: Any = None
+) -> dict[str, Any]:
+    """Score a student on CV-Bench (`cvbench.score`); with `out`, result and every answer are written there as JSON.
+
+    `tick` is called after each question. Raises CorpusError for a folder that is not CV-Bench, ImageError naming an
+    image that cannot be decoded, ConfigError for a student that cannot be loaded.
+    """
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ConfigError(f"--out {out} cannot be written", "Give a file in a folder that exists.")
+    examinee = Examinee(student, device)
+    answers: list[Answer] = []
+    for question in read_questions(folder):
+        answers.append(examinee.answer(question, method))
+        if tick is not None:
+            tick(len(answers))
+    result = {"benchmark": "CV-Bench", "student": student.resolve().name, "method": method, **score(answers)}
+    if out is not None:
+        out.write_bytes(canonical_json({**result, "answers": [_record(answer) for answer in answers]}))
+    return result
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Draw a result: a row for the whole, each type, source and task."""
+    made = Table(title=f"CV-Bench: {result['student']}, {result['questions']} questions, by {result['method']}")
+    made.add_column("")
+    for name in ("accuracy", "95 % interval", "chance", "questions"):
+        made.add_column(name, justify="right")
+    rows = {name: result[name] for name in ("overall", "2D", "3D")} | result["sources"] | result["tasks"]
+    for name, found in rows.items():
+        if found is not None:
+            low, high = found["interval"]
+            numbers = (f"{100 * found['accuracy']:.1f}", f"{100 * low:.1f} – {100 * high:.1f}",
+                       f"{100 * found['chance']:.1f}", str(found["questions"]))  # fmt: skip
+            made.add_row(name, *numbers)
+    return made
+
+
+def _record(answer: Answer) -> dict[str, Any]:
+    question = answer.question
+    return {
+        "question": question.name, "task": question.task, "source": question.source, "said": answer.said,
+        "chosen": answer.chosen, "answer": question.answer, "right": answer.right,
+    }  # fmt: skip
+
+
+def unreadable(result: dict[str, Any]) -> Sequence[str]:
+    """One line where answers held no letter; none where all did."""
+    count = result["unreadable"]
+    return [f"{count} of {result['questions']} answers name no choice; they count as wrong"] if count else []
