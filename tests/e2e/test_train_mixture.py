@@ -91,7 +91,7 @@ def test_an_epoch_has_each_sample_as_often_as_its_source_says_with_its_own_featu
     entries = {name: json.loads((root / name / "conversations.json").read_text()) for name in "abc"}
     tokenizer = run.stream._source.prompts._tokenizer
     wanted = Counter(
-        {e["conversations"][1]["value"] + name * bool(e.get("image")): n for name, n in zip("abc", REPEATS, strict=True)
+        {e["conversations"][1]["value"].strip() + name * bool(e.get("image")): n for name, n in zip("abc", REPEATS, strict=True)
          for e in entries[name]}
     )  # fmt: skip
     total = sum(wanted.values())
