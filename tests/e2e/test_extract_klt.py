@@ -84,6 +84,7 @@ def test_workers_and_kills_change_no_byte(store: Path, corpus: Path, tmp_path: P
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    process.stdout.close()
     result = olapipe(*arguments(corpus, tmp_path / "killed"))
     assert result.exit_code == 0, result.output
     assert digests(tmp_path / "killed") == wanted

@@ -175,6 +175,19 @@ def test_a_ledger_with_any_bit_flipped_is_made_again(tmp_path: Path) -> None:
         assert ledger.read_ledger(store, name).table.equals(whole.table), place
 
 
+def test_where_nothing_says_that_a_receipt_changed_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, _ = make_store(tmp_path / "s", count=9)
+    name = store.teachers()[0]
+    monkeypatch.setattr(type(store.place), "stamps", lambda self, folder: dict.fromkeys(self.names(folder), ""))
+    whole = ledger.read_ledger(store, name, keep=True)
+    (tmp_path / "s" / "receipts" / name / "00001.json").write_bytes(b"{}")
+    with pytest.raises(DamagedStoreError):
+        ledger.read_ledger(store, name)
+    assert len(whole.shards) == len(store.committed(name))
+
+
 def test_a_receipt_that_goes_while_the_ledger_is_read_counts_as_not_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
