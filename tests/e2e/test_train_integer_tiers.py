@@ -160,6 +160,9 @@ def test_targets_in_a_basis_are_decoded_on_the_device(student: Path, tmp_path: P
         np.testing.assert_allclose(
             found[name].values[valid].numpy(), decoded[batch.rows[valid].numpy()], rtol=1e-4, atol=1e-4
         )
+        # the floor is in features too: a mean of coefficients would be another map
+        expected = np.nanmean(decoded, axis=0)
+        np.testing.assert_allclose(prepared.means[name].numpy(), expected, rtol=1e-4, atol=1e-4)
     # no part of it is trained or saved
     assert not any("bases" in name for name in (*prepared.learner.trainable(), *prepared.learner.state()))
     file = corpus.store / "bases" / "depth.npy"
