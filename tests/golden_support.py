@@ -18,10 +18,20 @@ from olatrain.predictors import PredictorBank
 from olatrain.student import Student
 from olatrain.tokens import Items, TaskTokens, locate
 
-GOLDEN = Path(os.environ.get("OLA_GOLDEN", Path(__file__).parent / "golden"))
+COMMITTED = Path(__file__).parent / "golden"
+GOLDEN = Path(os.environ.get("OLA_GOLDEN") or COMMITTED)
+KINDS = ("depth", "seg", "gen", "e2e")
 CASES = sorted(path for path in GOLDEN.glob("e2e*") if path.is_dir())
 PUBLIC_IMAGE = -200
 PATCHES = 576
+
+
+def require_cases(*kinds: str) -> None:
+    """The committed directory has cases of all these kinds; one named by OLA_GOLDEN may have some of any kind."""
+    there = {kind for kind in KINDS for path in GOLDEN.glob(f"{kind}*") if path.is_dir()}
+    if GOLDEN == COMMITTED:
+        assert there >= set(kinds), f"no folder {', '.join(set(kinds) - there)}* under {GOLDEN}"
+    assert there, f"no folder {'*, '.join(KINDS)}* under {GOLDEN}"
 
 
 @dataclass

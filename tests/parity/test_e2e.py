@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_support import CASES, GOLDEN, PUBLIC_IMAGE, Case, error, read, require_losses, run_case
+from golden_support import CASES, PUBLIC_IMAGE, Case, error, read, require_cases, require_losses, run_case
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def result(folder: Path) -> tuple[Case, ImportedOla, LossReport, dict[tuple[str,
 
 
 def test_there_are_cases() -> None:
-    assert CASES, f"no e2e* folder under {GOLDEN}"
+    require_cases("e2e")
 
 
 def test_losses(result: Any) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from golden_support import COMMITTED, GOLDEN, require_cases
 from safetensors.torch import load_file
 
 import olapipe.teachers.depth as depth_module
@@ -23,8 +23,6 @@ from olapipe.teachers.base import Teacher, TeacherSettings
 from olaschema.images import decode_image
 from olaschema.manifest import Scalar
 
-COMMITTED = Path(__file__).parents[1] / "golden"
-ROOT = Path(os.environ.get("OLA_GOLDEN") or COMMITTED)
 BOUND = 1e-5
 TEACHERS = ("depth", "seg", "gen")
 
@@ -33,7 +31,7 @@ def _kind(case: Path) -> str | None:
     return next((name for name in TEACHERS if case.name.startswith(name)), None)
 
 
-CASES = sorted(path for path in ROOT.iterdir() if path.is_dir() and _kind(path)) if ROOT.is_dir() else []
+CASES = sorted(path for path in GOLDEN.iterdir() if path.is_dir() and _kind(path)) if GOLDEN.is_dir() else []
 
 
 def _parse(kind: str, name: str) -> tuple[str, dict[str, Scalar]]:
@@ -79,7 +77,7 @@ def errors(case: Path, **override: Scalar) -> dict[str, float]:
 
 
 def test_there_are_cases() -> None:
-    assert {_kind(case) for case in CASES}, f"no depth*, seg* or gen* folder under {ROOT}"
+    require_cases(*TEACHERS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
