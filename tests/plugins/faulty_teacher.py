@@ -96,11 +96,11 @@ class Faulty(Teacher):
 
 
 def _install(folder: Path, plan: list[tuple[int, str, str]]) -> None:
-    """Let `publish` come past every point of the plan. The package has no hooks for this: its methods are replaced."""
+    """Let every file that is put come past each point of the plan. The package has no hooks: its method is replaced."""
     if getattr(LocalPlace, "faulty", False):
         return
     LocalPlace.faulty = True  # type: ignore[attr-defined]
-    publish, sync = LocalPlace.publish, os.fsync
+    put, sync = LocalPlace._put, os.fsync
     present = threading.local()
 
     def reach(point: str, shard: int) -> None:
@@ -108,16 +108,16 @@ def _install(folder: Path, plan: list[tuple[int, str, str]]) -> None:
             if (where, what) == (shard, point) and _first(folder, number):
                 _kill(folder, victim)
 
-    def published(self: LocalPlace, name: str, data: bytes) -> None:
+    def putting(self: LocalPlace, name: str, data: bytes, move: Any) -> None:
         parts = name.split("/")
         kind = "receipt" if parts[0] == "receipts" else "values" if parts[1:3] == ["values", "c"] else None
         if kind is None:
-            publish(self, name, data)
+            put(self, name, data, move)
             return
         shard = int(parts[-1].removesuffix(".json") if kind == "receipt" else parts[3])
         reach(f"before-{kind}", shard)
         with _during(present, lambda: reach(f"during-{kind}", shard)):
-            publish(self, name, data)
+            put(self, name, data, move)
         reach(f"after-{kind}", shard)
 
     def synced(handle: int) -> None:
@@ -127,7 +127,7 @@ def _install(folder: Path, plan: list[tuple[int, str, str]]) -> None:
             during()  # the temporary file is there, not synced and not renamed
         sync(handle)
 
-    LocalPlace.publish = published  # type: ignore[method-assign]
+    LocalPlace._put = putting  # type: ignore[method-assign]
     os.fsync = synced
 
 
