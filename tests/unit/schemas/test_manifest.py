@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from store_support import fingerprint
 
 from olaschema.errors import FingerprintError
-from olaschema.manifest import ChannelStatistics, View
+from olaschema.manifest import ChannelStatistics, RowReceipt, View
 
 
 @given(
@@ -70,3 +70,8 @@ def test_a_tighter_crop_does_not_see_a_wider_one() -> None:
     assert wide.accepts(tight, spatial=False)
     assert not tight.accepts(wide, spatial=False)
     assert not wide.accepts(tight, spatial=True)
+
+
+def test_chosen_fields_of_a_row_can_be_dumped() -> None:
+    row = RowReceipt(status="ok", sha256="0" * 64, width=3, height=2)
+    assert row.model_dump(include={"width", "height"}) == {"width": 3, "height": 2}
