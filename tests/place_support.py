@@ -129,3 +129,5 @@ def kill(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, 9)
     process.wait()
+    if process.stdout is not None:
+        process.stdout.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from olaschema.basis import Basis
 from olaschema.manifest import (
     ChannelStatistics,
     Execution,
@@ -53,14 +54,29 @@ def fingerprint(
     )
 
 
+def small_basis(shape: tuple[int, ...], *, seed: int = 5, step: float = 2.0**-6) -> Basis:
+    """A basis for features of `shape` that nothing was fitted on: two rotations and a mean map."""
+    rng = np.random.default_rng(seed)
+    tokens, channels = int(np.prod(shape[:-1])), shape[-1]
+    rotations = [np.linalg.qr(rng.normal(size=(n, n)))[0].astype(np.float32) for n in (tokens, channels)]
+    return Basis(rng.normal(size=(tokens, channels)).astype(np.float32), *rotations, step)
+
+
 def record(precision: Precision = "float16", **changes: object) -> TeacherRecord:
+    described = fingerprint(**changes)  # type: ignore[arg-type]
     return TeacherRecord(
-        fingerprint=fingerprint(**changes),  # type: ignore[arg-type]
+        basis=small_basis(described.shape).record(4) if precision == "klt" else None,
+        fingerprint=described,
         precision=precision,
         source="tests",
         licence="MIT",
         libraries={},
     )
+
+
+def put(store: FeatureStore, teacher: TeacherRecord) -> None:
+    """Give the store a teacher's record, with the basis that `record` describes."""
+    store.put_teacher(teacher, small_basis(teacher.fingerprint.shape) if teacher.precision == "klt" else None)
 
 
 def images(count: int, start: int = 0) -> list[SampleRow]:
@@ -81,6 +97,7 @@ def fill_shard(
     `seen` are the digests of the images, made up where there are none.
     """
     rows_per_shard = store.rows_per_shard
+    basis = store.basis(teacher)
     stored = blank(rows_per_shard, teacher.fingerprint.shape, teacher.precision)
     rows = [RowReceipt(status="absent")] * rows_per_shard
     statistics = ChannelStatistics(teacher.fingerprint.channels)
@@ -88,11 +105,11 @@ def fill_shard(
         if i in failed:
             rows[i] = RowReceipt(status="failed", reason="truncated", detail="cut short")
             continue
-        stored[i] = encode(feature, teacher.precision)
+        stored[i] = encode(feature, teacher.precision, basis)
         rows[i] = RowReceipt(status="ok", sha256=seen[i] if seen else f"{i:064x}", width=8, height=6)
         statistics.update(feature[None])
     store.commit_shard(teacher, shard, stored, rows, statistics, EXECUTION)
-    return decode(stored, teacher.fingerprint.channels)
+    return decode(stored, teacher.fingerprint.channels, basis)
 
 
 def decoding(docs: str, precision: str) -> Callable[..., np.ndarray]:
@@ -100,8 +117,14 @@ def decoding(docs: str, precision: str) -> Callable[..., np.ndarray]:
     (line,) = [line for line in docs.splitlines() if line.startswith(f"| `{precision}`")]
     code = compile(line.split("|")[3].strip().strip("`"), "docs/store-format.md", "eval")
 
-    def decode(*, channels: int, **arrays: np.ndarray) -> np.ndarray:
-        feature: np.ndarray = eval(code, {"np": np, "C": channels}, arrays)  # noqa: S307
+    def decode(*, channels: int, basis: Path | None = None, **arrays: np.ndarray) -> np.ndarray:
+        names: dict[str, object] = {"np": np, "C": channels}
+        if basis is not None:  # what stands above the table
+            values = arrays["values"]
+            names["T"] = int(np.prod(values.shape[-3:-1])) if values.ndim > 2 else 1
+            lines = [line for line in docs.splitlines() if line.startswith(("basis = np", "mean, places"))]
+            exec("\n".join(lines).replace('"features.zarr/bases/depth.npy"', repr(str(basis))), names)  # noqa: S102
+        feature: np.ndarray = eval(code, names, arrays)  # noqa: S307
         return feature
 
     return decode
@@ -130,7 +153,7 @@ def make_store(
     store = FeatureStore.create(root, rows_per_shard=rows_per_shard)
     store.add_generation(images(count))
     teacher = record(precision, **changes)
-    store.put_teacher(teacher)
+    put(store, teacher)
     rng = np.random.default_rng(seed)
     values = []
     for shard in range(store.shard_count()):

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
-from store_support import EXECUTION, record
+from store_support import EXECUTION, put, record
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -186,7 +186,8 @@ def make_store(
     rng = np.random.default_rng(seed)
     failed = failed or {}
     for name, teacher in (teachers or records()).items():
-        store.put_teacher(teacher)
+        put(store, teacher)
+        basis = store.basis(teacher)
         for shard in range(store.shard_count()):
             stored = blank(rows_per_shard, teacher.fingerprint.shape, teacher.precision)
             rows = [RowReceipt(status="absent")] * rows_per_shard
@@ -197,7 +198,7 @@ def make_store(
                 if failed.get(sample.key) == name:
                     rows[place] = RowReceipt(status="failed", sha256=digest, reason="not-finite", detail="NaN")
                     continue
-                stored[place] = encode(feature, teacher.precision)
+                stored[place] = encode(feature, teacher.precision, basis)
                 if sample.key in spoiled:
                     stored.values[place] = np.inf
                 rows[place] = RowReceipt(status="ok", sha256=digest, width=24, height=20)

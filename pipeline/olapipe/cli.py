@@ -52,7 +52,10 @@ def extract_command(
     ] = None,
     images: Annotated[str | None, typer.Option(help="Folder that the paths in a JSON corpus start from.")] = None,
     preset: Annotated[str | None, typer.Option(help="default, or ola-vlm for the published targets.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float16 (default), float32, int8 or int4.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float16 (default), float32, int8, int4, klt or auto.")] = None,
+    max_gradient_error: Annotated[
+        float | None, typer.Option(help="What --precision auto and klt may change of a gradient (0.01).")
+    ] = None,
     shard_size: Annotated[int | None, typer.Option(help="Rows per shard of a new store (256).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass (8).")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes (one per GPU, else per CPU).")] = None,
@@ -91,6 +94,7 @@ def extract_command(
             "images": images,
             "preset": preset,
             "precision": precision,
+            "max_gradient_error": max_gradient_error,
             "shard_size": shard_size,
             "batch_size": batch_size,
             "workers": workers,
@@ -284,6 +288,38 @@ def verify_command(
         report = audit(request, make_reporter())
         report.show(_console(), as_json=as_json)
         raise typer.Exit(report.exit_code)
+
+
+@app.command("fidelity")
+def fidelity_command(
+    source: Annotated[str, typer.Argument(help="Corpus, or feature store of float32 or float16 features.")],
+    teacher: Annotated[str, typer.Option(help="Teacher whose features are measured.")],
+    checkpoint: Annotated[str | None, typer.Option(help="Its weights; published id by default.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder that the paths in a JSON corpus start from.")] = None,
+    preset: Annotated[str | None, typer.Option(help="default, or ola-vlm for the published targets.")] = None,
+    samples: Annotated[int, typer.Option(min=8, help="Images, half of which are scored.")] = 64,
+    max_gradient_error: Annotated[float, typer.Option(help="What klt is fitted to.")] = 0.01,
+    device: Annotated[str, typer.Option(help="auto (default), cpu or cuda.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Rate-distortion plot to write (PNG, SVG, PDF).")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Settings of extract.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure what each precision costs: bytes per image, and the change to losses and gradients in training."""
+    with _user_errors():
+        from olapipe.compare_tiers import Request, compare_tiers
+        from olapipe.fidelity import plot as draw
+        from olapipe.fidelity import show
+
+        request = Request(
+            source, teacher, checkpoint, images, preset, samples, max_gradient_error, device, tuple(overrides or ())
+        )
+        found = compare_tiers(request)
+        if plot is not None:
+            draw(plot, found.title, found.figures)
+        if as_json:
+            typer.echo(json.dumps(found.to_json()))
+        else:
+            show(_console(), found.title, found.figures, found.notes)
 
 
 @app.command("pack")

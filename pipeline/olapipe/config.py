@@ -31,7 +31,12 @@ class ExtractConfig(BaseModel):
     options: dict[str, dict[str, Scalar]] = Field(default_factory=dict)
     """Per teacher the options that differ from the preset, e.g. `depth: {pooling: last}`."""
     preset: Preset = "default"
-    precision: Precision = "float16"
+    precision: Precision | Literal["auto"] = "float16"
+    """`auto`: for each new teacher the smallest that stays within `max_gradient_error` on a sample of the corpus."""
+    max_gradient_error: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+    """For `auto` and `klt`: 1 − cosine of the gradients from exact and stored targets; see `olapipe fidelity`."""
+    fit_images: Annotated[int, Field(ge=8)] = 256
+    """For `auto` and `klt`: at most so many images, evenly spaced in the corpus, are measured and fitted on."""
     shard_size: PositiveInt | None = None
     """Rows per shard; by default that of the store, 256 for a new one."""
     batch_size: PositiveInt = 8
@@ -74,6 +79,13 @@ class ExtractConfig(BaseModel):
                 raise ValueError(
                     f"{setting} names {', '.join(stray)}, which is not among the teachers ({', '.join(self.teachers)})"
                 )
+        if self.format == "webdataset" and self.precision in ("auto", "klt"):
+            raise ValueError(
+                f"format=webdataset has no place for the basis of precision={self.precision}: name another"
+            )
+        stray = sorted({"max_gradient_error", "fit_images"} & self.model_fields_set)
+        if stray and self.precision not in ("auto", "klt"):
+            raise ValueError(f"{' and '.join(stray)}: only --precision auto and klt are fitted, not {self.precision}")
         return self
 
     def most_failures(self, images: int) -> int | None:

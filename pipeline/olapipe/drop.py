@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from olaschema.layout import basis_file
 from olaschema.lease import writing
 from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
@@ -21,6 +22,7 @@ def drop(store: FeatureStore, teacher: str) -> bool:
             unseal(store, [teacher])
             store.place.withdraw(f"receipts/{teacher}")
             store.place.withdraw(teacher)
+        store.place.remove(basis_file(teacher))
         finished = store.place.clear_withdrawn()
         seal(store, [])
     if not present and not finished:

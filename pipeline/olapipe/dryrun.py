@@ -73,5 +73,7 @@ def _row_bytes(config: ExtractConfig, store: FeatureStore | None, teacher: str) 
         info = registry.available()[teacher]
         if not info.channels or teacher in config.checkpoints or teacher in config.options:
             return None
+        if config.precision == "auto":
+            return None  # settled on a sample when it runs
         shape, precision = (*(info.grid or ()), info.channels), config.precision
     return sum(each.row_bytes for each in array_formats(shape, precision).values())

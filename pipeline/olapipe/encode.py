@@ -26,8 +26,9 @@ import torch
 
 from olapipe.corpus import read_image
 from olapipe.keep import keep_features
-from olapipe.quantise import quantise
+from olapipe.quantise import DeviceBasis, quantise
 from olapipe.teachers.base import Teacher
+from olaschema.basis import Basis
 from olaschema.errors import CorpusError, ImageError, TeacherError
 from olaschema.images import DEFAULT_MAX_PIXELS, decode_image
 from olaschema.manifest import ChannelStatistics, Execution, Receipt, RowReceipt, SampleRow, TeacherRecord
@@ -135,6 +136,7 @@ class ShardEncoder:
         self.records = records
         self.limits = limits
         self.execution = execution
+        self._bases: dict[str, tuple[Basis | None, DeviceBasis | None]] = {}
         self._decoding = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decode")
         self._device = threading.Lock()
         """Held by the shard whose batches go through the teachers."""
@@ -341,11 +343,12 @@ class ShardEncoder:
                 f"{name}: the teacher returned {features.dtype} {features.shape}, its record says float32 {expected}",
                 "This is a defect of the teacher's code.",
             )
-        stored = quantise(encoded, output.record.precision)
+        basis, on_device = self._basis(name, encoded.device)
+        stored = quantise(encoded, output.record.precision, on_device)
         good = []
         for place, (index, sample, row) in enumerate(output.batch):
             try:
-                require_storable(features[place], output.record.precision, name=sample.key)
+                require_storable(features[place], output.record.precision, name=sample.key, basis=basis)
             except ImageError as error:
                 output.rows[index] = row.receipt(sample, error)
                 continue
@@ -356,6 +359,13 @@ class ShardEncoder:
             output.statistics.update(np.stack(good))
         output.batch.clear()
         seconds["encode"] += time.perf_counter() - computed
+
+    def _basis(self, name: str, device: torch.device) -> tuple[Basis | None, DeviceBasis | None]:
+        """Return a teacher's basis here and on the device, read once; none but for the precision klt."""
+        if name not in self._bases:
+            basis = self.store.basis(self.records[name])
+            self._bases[name] = (basis, None if basis is None else DeviceBasis(basis, device))
+        return self._bases[name]
 
     def _log(self, shard: int, receipts: Mapping[str, Receipt], seconds: Mapping[str, float]) -> None:
         line = {

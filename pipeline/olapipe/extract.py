@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from olapipe.tally import LostShard, Stop, Tally
 from olapipe.tasks import Pending, Planned
 from olapipe.teachers import registry
 from olapipe.teachers.base import TeacherSettings, resolve_options, suggest
+from olapipe.tiers import Tier, choose
 from olapipe.watch import watched
 from olaschema.errors import StoreError, TeacherError
 from olaschema.lease import writing
@@ -100,12 +101,13 @@ def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extr
     reporter.say(_describe(listing, growth))
     tasks = pending(store, config) if store is not None else None
     if store is not None and not growth.new and not tasks:
-        return _unchanged(store, config, reporter, direct)
+        return _unchanged(store, config, listing, reporter, direct)
     rows_per_shard = store.rows_per_shard if store else config.shard_size or DEFAULT_ROWS_PER_SHARD
+    tiers = choose(config, listing, store, place, reporter)
     with worker_pool(config, listing.root, len(tasks or ()) + -(-len(growth.new) // rows_per_shard)) as pool:
         workers = f"{len(pool)} worker{'s' if len(pool) > 1 else ''}"
         reporter.say(f"{workers}, loading {', '.join(config.teachers)} …")
-        store = _prepare(config, listing, growth, pool.load(), rows_per_shard)
+        store = _prepare(config, listing, growth, pool.load(), tiers, rows_per_shard)
         tasks = pending(store, config)
         packing = held.enter_context(direct.packing(store)) if direct is not None else None
         waiting = {name: tasks.images(name) for name in config.teachers}
@@ -216,10 +218,16 @@ def _log_run(place: Place, config: ExtractConfig) -> None:
 
 
 def _prepare(
-    config: ExtractConfig, listing: Listing, growth: Growth, records: list[TeacherRecord], rows_per_shard: int
+    config: ExtractConfig,
+    listing: Listing,
+    growth: Growth,
+    loaded: list[TeacherRecord],
+    tiers: Mapping[str, Tier],
+    rows_per_shard: int,
 ) -> FeatureStore:
     """Make or extend the store; everything that could be refused is refused before the first change."""
     store = FeatureStore.create(config.out, rows_per_shard=rows_per_shard)
+    records = [tiers[record.fingerprint.teacher].settle(record) for record in loaded]
     with store.place.lock("plan"):
         store.place.sweep()
         store.place.clear_withdrawn()
@@ -231,18 +239,22 @@ def _prepare(
             growth = compare(listing, store)
         store.add_plan(growth.new.tables())
         for record in records:
-            store.put_teacher(record)
+            store.put_teacher(record, tiers[record.fingerprint.teacher].basis)
         for name in store.teachers():  # the arrays of all teachers span all planned rows
             store.put_teacher(store.teacher(name))
     return store
 
 
-def _unchanged(store: FeatureStore, config: ExtractConfig, reporter: Reporter, direct: DirectSet | None) -> Extraction:
+def _unchanged(
+    store: FeatureStore, config: ExtractConfig, listing: Listing, reporter: Reporter, direct: DirectSet | None
+) -> Extraction:
     from olapipe.load import load_teachers, teacher_record
 
     reporter.say("nothing to extract; comparing the teachers with the store's …")
+    tiers = choose(config, listing, store, store.place, reporter)
     for teacher in load_teachers(config, "cpu").values():
-        store.put_teacher(teacher_record(teacher, config.precision))
+        tier = tiers[teacher.name]
+        store.put_teacher(tier.settle(teacher_record(teacher, tier.precision)))
     store.place.sweep()
     _seal(store, config)  # a run that was killed at the very end has not
     packed = None

@@ -41,7 +41,7 @@ def keep_features(
         rows[index] = before
         if before.same_as is None:
             stored[index] = feature
-            statistics.update(decode(feature, record.fingerprint.channels)[None])
+            statistics.update(decode(feature, record.fingerprint.channels, reader.basis)[None])
 
 
 def _sound(store: FeatureStore, teacher: str, shard: int) -> Receipt | None:

@@ -15,7 +15,15 @@ import numpy as np
 from olapipe.corpus import read_image
 from olapipe.load import load_teachers
 from olapipe.repair import Source, any_receipt, extract_config
-from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, committed_receipt, decode, error_bound
+from olapipe.stored import (
+    UNREADABLE,
+    StoredArray,
+    array_shard_file,
+    committed_receipt,
+    decode,
+    error_bound,
+    stored_basis,
+)
 from olapipe.teachers.base import Teacher
 from olaschema.errors import DamagedStoreError, ImageError, StoreError
 from olaschema.images import decode_image
@@ -112,6 +120,8 @@ def _compare(store: FeatureStore, teacher: Teacher, row: int, root: Path, max_pi
         return bad(f"the teacher returned {now.shape}, {stored.shape} is stored")
     allowed = bound + FLOAT_SLACK * np.abs(now).max(initial=0.0)
     difference = np.abs(stored - now)
+    if store.teacher(teacher.name).basis is not None:  # its bound is of the image as a whole
+        difference, allowed = (np.sqrt(np.square(part).mean(keepdims=True)) for part in (difference, allowed))
     # 0/0 is no difference; anything else over 0, or with a NaN, is beyond what is allowed
     ratio = np.divide(difference, allowed, out=np.where(difference == 0, 0.0, math.inf), where=allowed > 0)
     length = float(np.linalg.norm(now))
@@ -123,7 +133,9 @@ def _compare(store: FeatureStore, teacher: Teacher, row: int, root: Path, max_pi
 
 def _stored(store: FeatureStore, teacher: str, shard: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a stored feature as float64, and by how much its precision may have changed each element."""
-    channels = store.teacher(teacher).fingerprint.channels
+    record = store.teacher(teacher)
+    channels = record.fingerprint.channels
+    basis = stored_basis(store, record)
     holder = committed_receipt(store, teacher, shard).rows[index].same_as
     if holder is not None:
         shard, index = divmod(holder, store.rows_per_shard)
@@ -137,4 +149,4 @@ def _stored(store: FeatureStore, teacher: str, shard: int, index: int) -> tuple[
             raise DamagedStoreError(
                 f"{store.place.locate(name)} cannot be read: {error}", "Run `olapipe verify --repair` first."
             ) from error
-    return decode(parts, channels).astype(np.float64), error_bound(parts, channels)
+    return decode(parts, channels, basis).astype(np.float64), error_bound(parts, channels, basis)

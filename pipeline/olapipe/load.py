@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from olapipe.config import ExtractConfig
 from olapipe.teachers import registry
@@ -30,6 +32,27 @@ def load_teachers(config: ExtractConfig, device: str) -> dict[str, Teacher]:
         )
         for name in config.teachers
     }
+
+
+def load_one(config: ExtractConfig, name: str) -> Teacher:
+    """Load one teacher of the settings in this process, on a GPU where there is one and the settings allow it."""
+    import torch
+
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return load_teachers(config.model_copy(update={"teachers": (name,)}), device)[name]
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` CPU threads meanwhile: another number gives other bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def teacher_record(teacher: Teacher, precision: Precision) -> TeacherRecord:

@@ -80,6 +80,8 @@ def _records(sources: Sequence[FeatureStore]) -> dict[str, TeacherRecord]:
                 raise StoreError(
                     f"{name} is stored as {first.precision}, and as {record.precision} in {source.url}", remedy
                 )
+            if first.basis != record.basis:
+                raise StoreError(f"{name} is stored in another basis in {source.url}", "Extract one of them again.")
     return dict(sorted(found.items()))
 
 
@@ -96,9 +98,10 @@ class _Teacher:
         self.name = record.fingerprint.teacher
         self.size = target.rows_per_shard
         self.readers = [FeatureReader(s, self.name) if self.name in s.teachers() else None for s in sources]
+        self.basis = next(reader.basis for reader in self.readers if reader is not None)
 
     def write(self, done: Merged, reporter: Reporter) -> None:
-        self.target.put_teacher(self.record)
+        self.target.put_teacher(self.record, self.basis)
         self._further_files()
         reporter.say(f"merging {self.name} …")
         for shard, rows in self._shards():
@@ -199,7 +202,7 @@ class _Teacher:
         for index, (row, receipt) in enumerate(zip(rows, receipts, strict=True)):
             if receipt.stored:
                 stored[index] = feature = self._reader(row).read(row.row)
-                statistics.update(decode(feature, fingerprint.channels))
+                statistics.update(decode(feature, fingerprint.channels, self.basis))
         absent = [RowReceipt(status="absent")] * (self.size - len(rows))
         self.target.commit_shard(self.record, shard, stored, [*receipts, *absent], statistics, self._execution(rows))
 

@@ -114,6 +114,12 @@ class Packer:
         self._store = store
         self._readers = {name: FeatureReader(store, name) for name in teachers}
         self._records = {name: reader.record for name, reader in self._readers.items()}
+        for name, record in self._records.items():
+            if record.basis is not None:
+                raise StoreError(
+                    f"{store.url} holds {name} as klt, and a packed set has no place for its basis",
+                    "Train from the store, name other teachers with --teacher, or extract with another --precision.",
+                )
         self._images = images
         self._place = place
         self.plan = plan

@@ -240,6 +240,11 @@ def _measure(
     sample = list(_spread(listing))
     shards = max(3, -(-len(sample) // rows))
     store.add_generation(entry.sample() for entry in islice(cycle(sample), shards * rows))
+    if config.precision == "auto" or config.precision == "klt":
+        raise ConfigError(
+            f"--precision {config.precision} is fitted to the corpus and cannot be predicted",
+            "Predict int8, and see `olapipe fidelity` for the bytes of the others.",
+        )
     for teacher in teachers.values():
         store.put_teacher(teacher_record(teacher, config.precision))
     device = _device(config)

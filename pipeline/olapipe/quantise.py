@@ -10,12 +10,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from olaschema.basis import Basis
+from olaschema.errors import StoreError
 from olaschema.manifest import Precision
 from olaschema.precision import GROUP, LARGEST_Q, Stored
 
 
-def quantise(features: Tensor, precision: Precision) -> Stored:
+class DeviceBasis:
+    """A basis on the device where the teacher runs."""
+
+    def __init__(self, basis: Basis, device: torch.device) -> None:
+        self.mean = torch.from_numpy(basis.mean).to(device)
+        self.places = torch.from_numpy(basis.places).to(device)
+        self.channels = torch.from_numpy(basis.channels).to(device)
+        self.step = basis.step
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the coefficients of features (B, ...), in their shape, as `olaschema.basis.Basis.forward`."""
+        tokens = features.reshape(-1, *self.mean.shape) - self.mean
+        return (self.places @ tokens @ self.channels.t()).reshape(features.shape)
+
+
+def quantise(features: Tensor, precision: Precision, basis: DeviceBasis | None = None) -> Stored:
     """Round float32 features `(..., C)` on any device; the stored arrays arrive on the host.
+
+    klt, which needs its `basis`, sums in the device's order: integers may differ by one from numpy's where a quotient
+    is within rounding of a half, and the same error bound holds.
 
     Bit for bit what `olaschema.precision.encode` gives, with its error bounds, for all images that `require_storable`
     accepts. What becomes of the others is undefined: they are not to be stored.
@@ -24,11 +44,15 @@ def quantise(features: Tensor, precision: Precision) -> Stored:
         return Stored(features.cpu().numpy())
     if precision == "float16":
         return Stored(features.to(torch.float16).cpu().numpy())
+    if precision == "klt":
+        if basis is None:
+            raise StoreError("features of the precision klt need their basis", "Read it with `FeatureStore.basis`.")
+        features = basis.forward(features)
     channels = features.shape[-1]
     groups = -(-channels // GROUP)
     padded = functional.pad(features, (0, groups * GROUP - channels))
     grouped = padded.reshape(*features.shape[:-1], groups, GROUP)
-    scale = _scale(grouped.abs().amax(dim=-1), LARGEST_Q[precision])
+    scale = _scale(grouped.abs().amax(dim=-1), LARGEST_Q[precision], 0.0 if basis is None else basis.step)
     integers = (grouped / scale.float().unsqueeze(-1)).round().to(torch.int8).flatten(-2)
     if precision == "int4":
         halves = integers[..., : channels + channels % 2].view(torch.uint8) & 15
@@ -36,9 +60,9 @@ def quantise(features: Tensor, precision: Precision) -> Stored:
     return Stored(integers[..., :channels].contiguous().cpu().numpy(), scale.cpu().numpy())
 
 
-def _scale(largest: Tensor, largest_q: int) -> Tensor:
+def _scale(largest: Tensor, largest_q: int, least: float) -> Tensor:
     # a tensor on the device, because CUDA divides by a number on the host as a product with its rounded inverse
-    exact = largest / torch.full_like(largest, largest_q)
+    exact = (largest / torch.full_like(largest, largest_q)).clamp(min=least)
     nearest = exact.to(torch.float16)
     bits = nearest.view(torch.int16) + (nearest.float() < exact)
     return bits.clamp(min=1).view(torch.float16)

@@ -99,7 +99,9 @@ def repair(store: FeatureStore, problems: Sequence[Problem], source: Source, rep
     Raises StoreError where the plan or a teacher's record is damaged: nothing can be made without them.
     """
     beyond = [problem.file for problem in problems if problem.mending is None]
-    if any(name == "zarr.json" or name.startswith("samples") or name.endswith("/zarr.json") for name in beyond):
+    if any(
+        name == "zarr.json" or name.startswith(("samples", "bases/")) or name.endswith("/zarr.json") for name in beyond
+    ):
         raise StoreError(
             f"{store.url}: {', '.join(beyond)}: this cannot be made again from images and other documents",
             "Restore it from a copy, then repair the rest.",

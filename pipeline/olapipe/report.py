@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import get_args
 
 import numpy as np
 from rich.console import Console
@@ -225,7 +224,8 @@ def _escape(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# klt is as large as int8 before entropy coding, and how small after it depends on the features
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8", "int4")
 # What `olapipe teachers` and the table in docs/teachers.md show; True: a column of numbers.
 TEACHER_COLUMNS = {
     "teacher": False,

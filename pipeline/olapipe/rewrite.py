@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, decode
+from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, decode, stored_basis
 from olaschema.digest import sealed
 from olaschema.errors import DamagedStoreError
 from olaschema.layout import receipt_file, shard_lock
@@ -66,11 +66,12 @@ def rewrite(store: FeatureStore, teacher: str, shard: int, changes: Mapping[int,
                 if encoded != data:
                     store.place.publish(name, encoded)
                 files[name] = FileReceipt(bytes=len(encoded), sha256=hashlib.sha256(encoded).hexdigest())
-            channels = store.teacher(teacher).fingerprint.channels
+            record = store.teacher(teacher)
+            channels, basis = record.fingerprint.channels, stored_basis(store, record)
             statistics = ChannelStatistics(channels)
             for place, seen in enumerate(rows):
                 if seen.stored:
-                    statistics.update(decode({name: values[place] for name, values in arrays.items()}, channels))
+                    statistics.update(decode({name: values[place] for name, values in arrays.items()}, channels, basis))
             update |= {"files": files, "statistics": statistics.to_json()}
         store.place.publish(receipt_file(teacher, shard), sealed(receipt.model_copy(update=update)))
     return True

@@ -6,7 +6,9 @@ against itself.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +20,8 @@ from zarr.errors import BaseZarrError
 from zarr.storage import MemoryStore
 
 from olaschema.errors import StoreError
-from olaschema.layout import receipt_file
-from olaschema.manifest import Receipt
+from olaschema.layout import basis_file, receipt_file
+from olaschema.manifest import Receipt, TeacherRecord
 from olaschema.store import FeatureStore
 
 UNREADABLE = (BaseZarrError, ValueError, TypeError, KeyError, IndexError, RuntimeError, OSError, OverflowError)
@@ -89,11 +91,36 @@ class StoredArray:
         return np.asarray(same.reshape(len(rows), -1).all(axis=1))
 
 
-def decode(arrays: Mapping[str, np.ndarray], channels: int) -> np.ndarray:
+@dataclass(frozen=True)
+class StoredBasis:
+    """The file `bases/TEACHER.npy`, taken apart by the format: mean (T, C), places (T, T) and channels (C, C)."""
+
+    mean: np.ndarray
+    places: np.ndarray
+    channels: np.ndarray
+
+
+def stored_basis(store: FeatureStore, record: TeacherRecord) -> StoredBasis | None:
+    """Return the basis of a teacher stored as klt; raises DamagedStoreError unless it is the file of its record."""
+    if record.basis is None:
+        return None
+    store.basis(record)  # its digest
+    flat = np.load(io.BytesIO(store.place.read(basis_file(record.fingerprint.teacher))), allow_pickle=False)
+    *grid, channels = record.fingerprint.shape
+    tokens = math.prod(grid)
+    places_at, channels_at = tokens * channels, tokens * channels + tokens**2
+    return StoredBasis(
+        flat[:places_at].reshape(tokens, channels),
+        flat[places_at:channels_at].reshape(tokens, tokens),
+        flat[channels_at:].reshape(channels, channels),
+    )
+
+
+def decode(arrays: Mapping[str, np.ndarray], channels: int, basis: StoredBasis | None = None) -> np.ndarray:
     """Return the features `(..., C)` that the stored arrays of some rows mean, as float32.
 
     `values` alone are floats. With `scale`, `values` are int8 or, packed two to a byte with the even channel in the low
-    half, int4; `scale` holds one number for each group of 64 channels.
+    half, int4; `scale` holds one number for each group of 64 channels. With a `basis` they are its coefficients.
     """
     values = arrays["values"]
     if "scale" not in arrays:
@@ -102,16 +129,32 @@ def decode(arrays: Mapping[str, np.ndarray], channels: int) -> np.ndarray:
         low, high = values & 15, values >> 4
         values = np.stack([low, high], axis=-1).reshape(*values.shape[:-1], -1).astype(np.int8)
         values = np.where(values > 7, values - 16, values)
-    return np.asarray(values[..., :channels] * _by_channel(arrays["scale"], channels))
+    found = np.asarray(values[..., :channels] * _by_channel(arrays["scale"], channels))
+    if basis is None:
+        return found
+    tokens = found.reshape(-1, *basis.mean.shape)
+    rotated = np.tensordot(tokens, basis.channels, axes=(2, 0))
+    placed = np.moveaxis(np.tensordot(basis.places, rotated, axes=(0, 1)), 0, 1)
+    return np.asarray((placed + basis.mean).reshape(found.shape), dtype=np.float32)
 
 
-def error_bound(arrays: Mapping[str, np.ndarray], channels: int) -> np.ndarray:
+def error_bound(arrays: Mapping[str, np.ndarray], channels: int, basis: StoredBasis | None = None) -> np.ndarray:
     """Return by how much each decoded feature `(..., C)` may differ from the feature that was stored.
+
+    With a `basis` only the error of an image as a whole is bounded: what is returned is the bound of its root mean
+    square, the same for all elements of an image.
 
     Floats: 2⁻¹¹ of a float16 and 2⁻²⁵ where it is small, nothing for float32. Integers: half a step of their group's
     scale, which is M/127 or M/7 rounded to a float16, so 2⁻⁹ more.
     """
     values = arrays["values"]
+    if basis is not None:
+        scale = _by_channel(arrays["scale"], channels).astype(np.float64).reshape(-1, *basis.mean.shape)
+        size = np.abs(values[..., :channels].reshape(scale.shape)) * scale
+        mean = np.sqrt(np.square(basis.mean.astype(np.float64)).mean())
+        step, reach = (np.sqrt(np.square(part).mean(axis=(1, 2))) for part in (scale, size))
+        bound = step * (0.5 + 2.0**-9) + 2.0**-16 * (mean + reach)
+        return np.broadcast_to(bound[:, None, None], scale.shape).reshape(*values.shape[:-1], channels)
     if "scale" in arrays:
         return np.asarray(_by_channel(arrays["scale"], channels) * (0.5 + 2.0**-9) + 2.0**-25)
     if values.dtype == np.float16:

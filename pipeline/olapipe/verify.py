@@ -10,9 +10,10 @@ from functools import lru_cache, partial
 from typing import Literal, TypeVar
 
 from olapipe.progress import Reporter
+from olapipe.stored import StoredBasis, stored_basis
 from olapipe.verify_shard import check_shard
 from olaschema.errors import OlaError, StoreError
-from olaschema.layout import receipt_file
+from olaschema.layout import basis_file, receipt_file
 from olaschema.manifest import Generation, Receipt, RowReceipt, TeacherRecord
 from olaschema.place import open_place
 from olaschema.seal import MANIFEST, read_manifest, receipt_digest
@@ -110,6 +111,7 @@ class _Verifier:
         self.only = only
         self.known: set[str] = {"zarr.json", MANIFEST}
         """Files that may be there."""
+        self._bases: dict[str, StoredBasis] = {}
 
     def run(self) -> Findings:
         plan = self._plan()
@@ -179,6 +181,13 @@ class _Verifier:
             arrays = self.store.array_names(name)
             self.known |= {f"{name}/{array}/zarr.json" for array in arrays}
             return None
+        if record.basis is not None:
+            file = basis_file(name)
+            self.known.add(file)
+            basis = self._try(file, partial(stored_basis, self.store, record))
+            if basis is not None:
+                self._bases[name] = basis
+                self._count(record.basis.bytes)
         implied = self._documents(record, plan.shards if plan else 0)
         for array, document in implied.items():
             self._array(name, array, document, record, plan)
@@ -256,10 +265,11 @@ class _Verifier:
         wanted = set(self._shards(teacher)) if check else set()
         documents = self._documents(record, 1)
         shared = _shared_rows(self.store, teacher)
+        basis = self._bases.get(teacher)
         for done, shard in enumerate(sorted(wanted)):
             self.reporter.update({teacher: done * self.store.rows_per_shard})
             planned = None if plan is None else plan.planned.get(shard, 0)
-            checked = check_shard(self.store, record, shard, planned, documents, shared)
+            checked = check_shard(self.store, record, shard, planned, documents, shared, basis)
             for trouble in checked.troubles:
                 self.found.add(
                     trouble.file, trouble.text, teacher=teacher, shard=shard, rows=trouble.rows, mending="shard"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from olapipe.stored import UNREADABLE, StoredArray, array_shard_file, decode, error_bound
+from olapipe.stored import UNREADABLE, StoredArray, StoredBasis, array_shard_file, decode, error_bound
 from olaschema.errors import StoreError
 from olaschema.layout import receipt_file
 from olaschema.manifest import ChannelStatistics, Receipt, RowReceipt, TeacherRecord
@@ -46,11 +47,13 @@ def check_shard(
     planned: int | None,
     documents: Mapping[str, bytes],
     shared: Callable[[int], RowReceipt | None],
+    basis: StoredBasis | None,
 ) -> Checked:
     """Check one committed shard of a teacher.
 
     `planned` is the number of images that the plan gives it, None where the plan is damaged; `documents` are the
-    `zarr.json` of the teacher's arrays by name; `shared` gives the receipt of a row that another one shares.
+    `zarr.json` of the teacher's arrays by name; `shared` gives the receipt of a row that another one shares. Without
+    the `basis` that klt needs, digests are checked and no values.
     """
     checked = Checked()
     name = receipt_file(record.fingerprint.teacher, shard)
@@ -75,8 +78,9 @@ def check_shard(
         found = _open(store, file, documents[array], receipt, checked)
         if found is not None:
             arrays[file] = found
-    if receipt is not None and len(arrays) == len(names):
-        _check_values({file: (names[file], a) for file, a in arrays.items()}, record, shard, receipt, checked)
+    decodable = record.basis is None or basis is not None
+    if receipt is not None and len(arrays) == len(names) and decodable:
+        _check_values({file: (names[file], a) for file, a in arrays.items()}, record, shard, receipt, checked, basis)
     return checked
 
 
@@ -158,6 +162,7 @@ def _check_values(
     shard: int,
     receipt: Receipt,
     checked: Checked,
+    basis: StoredBasis | None,
 ) -> None:
     """Decode the shard chunk by chunk: features where the receipt says ok, the fill value elsewhere, the statistics."""
     channels = record.fingerprint.channels
@@ -181,13 +186,13 @@ def _check_values(
                 return
             full = np.flatnonzero(~array.blank(parts[name]) & ~present)
             wrong.setdefault((file, "rows without a feature hold one"), set()).update(full + first)
-        features = decode({name: part[present] for name, part in parts.items()}, channels)
+        features = decode({name: part[present] for name, part in parts.items()}, channels, basis)
         bad = ~np.isfinite(features).reshape(len(features), -1).all(axis=1) if len(features) else np.zeros(0, bool)
         rows = np.flatnonzero(present)
         wrong.setdefault((main, "rows with a feature hold NaN or infinity"), set()).update(rows[bad] + first)
         statistics.update(features[~bad])
-        bound = error_bound({name: part[present][~bad] for name, part in parts.items()}, channels)
-        bounds.update(bound, features[~bad])
+        bound = error_bound({name: part[present][~bad] for name, part in parts.items()}, channels, basis)
+        bounds.update(bound, features[~bad], whole=basis is not None)
         checked.rows += step
     for (file, what), indices in wrong.items():
         if indices:
@@ -213,15 +218,25 @@ class _Bounds:
         self.shortest = NormHistogram()
         self.longest = NormHistogram()
 
-    def update(self, bound: np.ndarray, features: np.ndarray) -> None:
+    def update(self, bound: np.ndarray, features: np.ndarray, *, whole: bool) -> None:
+        """Add features `(N, ..., C)`, each element with its bound.
+
+        Where `whole`, bounds are of the root mean square error of images, all of which may lie in one channel or token.
+        """
         flat = bound.reshape(-1, bound.shape[-1]).astype(np.float64)
+        channels = flat.shape[1]
+        tokens = len(flat) // max(len(bound), 1)
+        by_channel, by_token, most = flat, flat, flat.max(axis=0, initial=0.0)
+        if whole:
+            by_channel, by_token = flat * math.sqrt(channels), flat * math.sqrt(tokens)
+            most = most * math.sqrt(channels * tokens)
         norms = np.sqrt(squared_norms(features.reshape(flat.shape)))
-        errors = np.sqrt(squared_norms(flat)) + _SLACK * norms
+        errors = np.sqrt(squared_norms(by_token)) + _SLACK * norms
         self.shortest.update(np.square(np.maximum(norms - errors, 0.0)))
         self.longest.update(np.square(norms + errors))
-        self.total += flat.sum(axis=0)
-        self.squares += np.square(flat).sum(axis=0)
-        self.largest = np.maximum(self.largest, flat.max(axis=0, initial=0.0))
+        self.total += by_channel.sum(axis=0)
+        self.squares += np.square(by_channel).sum(axis=0)
+        self.largest = np.maximum(self.largest, most)
 
 
 def _statistics_differ(receipt: Receipt, of_values: ChannelStatistics, bounds: _Bounds) -> str | None:

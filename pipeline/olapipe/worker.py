@@ -35,7 +35,9 @@ class ShardWorker:
 
         torch.set_num_threads(self._config.threads)
         self._teachers = load_teachers(self._config, self._device)
-        return [teacher_record(teacher, self._config.precision) for teacher in self._teachers.values()]
+        # what `auto` chose differs by teacher and is settled where the store is made
+        precision = "float32" if self._config.precision == "auto" else self._config.precision
+        return [teacher_record(teacher, precision) for teacher in self._teachers.values()]
 
     def encode(self, out: str, task: ShardTask) -> ShardResult:
         """Encode and commit one shard."""

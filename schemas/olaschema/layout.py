@@ -15,6 +15,11 @@ def array_document(teacher: str, array: str) -> str:
     return f"{teacher}/{array}/zarr.json"
 
 
+def basis_file(teacher: str) -> str:
+    """Path of the basis of a teacher stored as `klt`; not in its group, where zarr would warn of it."""
+    return f"bases/{teacher}.npy"
+
+
 def receipt_file(teacher: str, shard: int) -> str:
     """Path of one shard's receipt."""
     return f"receipts/{teacher}/{shard:05d}.json"

@@ -15,7 +15,7 @@ from olaschema.norms import NormHistogram, squared_norms
 
 FORMAT_VERSION: Literal[1] = 1
 
-Precision = Literal["float32", "float16", "int8", "int4"]
+Precision = Literal["float32", "float16", "int8", "int4", "klt"]
 Scalar = str | int | float | bool
 
 
@@ -138,6 +138,17 @@ def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     return [] if a == b else [(path, a, b)]
 
 
+class BasisRecord(Frozen):
+    """The file `bases/TEACHER.npy` of a teacher stored as `klt`; it never changes."""
+
+    bytes: int
+    sha256: str
+    step: float = Field(gt=0)
+    """The smallest scale of the integers."""
+    images: int = Field(gt=0)
+    """How many images it was fitted on."""
+
+
 class TeacherRecord(Frozen):
     """Attributes of a teacher's group in the store: the fingerprint and what is recorded beside it."""
 
@@ -148,6 +159,16 @@ class TeacherRecord(Frozen):
     licence: str
     libraries: dict[str, str]
     """Versions that made the store: torch, transformers, pillow, zarr, numpy."""
+    basis: BasisRecord | None = None
+    """Only of the precision `klt`."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent_basis(self, standard: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # records of the other precisions stay the bytes that they were before there was a basis
+        found: dict[str, Any] = standard(self)
+        if self.basis is None:
+            del found["basis"]
+        return found
 
 
 def _decode_array(value: Any) -> np.ndarray:

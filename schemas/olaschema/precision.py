@@ -13,18 +13,25 @@ from types import MappingProxyType
 
 import numpy as np
 
-from olaschema.errors import ImageError
+from olaschema.basis import REACH, Basis
+from olaschema.errors import ImageError, StoreError
 from olaschema.manifest import Precision
 
 GROUP = 64
 """Channels that share a scale; the last group of a feature may be shorter."""
 
-LARGEST_Q: Mapping[Precision, int] = MappingProxyType({"int8": 127, "int4": 7})
+LARGEST_Q: Mapping[Precision, int] = MappingProxyType({"int8": 127, "int4": 7, "klt": 127})
 """Largest integer of each integer precision; the smallest is its negative, so 0 is exact and signs are alike."""
 
 _LARGEST_HALF = 65504
 _DTYPES: Mapping[Precision, np.dtype] = MappingProxyType(
-    {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1"), "int4": np.dtype("u1")}
+    {
+        "float32": np.dtype("<f4"),
+        "float16": np.dtype("<f2"),
+        "int8": np.dtype("i1"),
+        "int4": np.dtype("u1"),
+        "klt": np.dtype("i1"),
+    }
 )
 
 
@@ -94,15 +101,26 @@ def blank(rows: int, shape: tuple[int, ...], precision: Precision) -> Stored:
     return Stored(**arrays)
 
 
-def require_storable(feature: np.ndarray, precision: Precision, *, name: str) -> None:
+def require_storable(feature: np.ndarray, precision: Precision, *, name: str, basis: Basis | None = None) -> None:
     """Raise ImageError unless one image's float32 feature survives `precision`.
 
     Reasons: `not-finite` for NaN or infinity, `overflow` where |x| exceeds what the precision can hold: 65504 for
-    float16, 127 · 65504 for int8 and 7 · 65504 for int4, whose scale is a float16.
+    float16, 127 · 65504 for int8 and 7 · 65504 for int4, whose scale is a float16; for klt the distance to the mean map
+    of `basis` may be 0.9 · 127 · 65504.
     """
     if not np.isfinite(feature).all():
         raise ImageError("not-finite", f"{name}: the teacher returned NaN or infinity")
     if precision == "float32":
+        return
+    if precision == "klt":
+        mean = require_basis(basis).mean
+        distance = float(np.linalg.norm(feature.reshape(mean.shape).astype(np.float64) - mean))
+        if distance > REACH:
+            raise ImageError(
+                "overflow",
+                f"{name}: a feature {distance:.6g} from the mean map does not fit klt (largest: {REACH:.6g})",
+                "Extract with --precision float32.",
+            )
         return
     largest = float(np.abs(feature).max(initial=0.0))
     limit = _LARGEST_HALF * LARGEST_Q.get(precision, 1)
@@ -115,13 +133,25 @@ def require_storable(feature: np.ndarray, precision: Precision, *, name: str) ->
         )
 
 
-def encode(features: np.ndarray, precision: Precision) -> Stored:
-    """Round float32 features `(..., C)` that `require_storable` accepts.
+def require_basis(basis: Basis | None) -> Basis:
+    """Return the basis; raises StoreError where there is none, without which klt means nothing."""
+    if basis is None:
+        raise StoreError("features of the precision klt need their basis", "Read it with `FeatureStore.basis`.")
+    return basis
+
+
+def encode(features: np.ndarray, precision: Precision, basis: Basis | None = None) -> Stored:
+    """Round float32 features `(..., C)` that `require_storable` accepts; `(..., H, W, C)` for klt, with its `basis`.
 
     Error of an element x, with M the largest |x| of its token's group of 64 channels:
     float32: none. float16: at most 2⁻¹¹·|x|, and 2⁻²⁵ below the smallest normal 2⁻¹⁴.
     int8: at most M/254·(1 + 2⁻⁹) + 2⁻²⁵. int4: at most M/14·(1 + 2⁻⁹) + 2⁻²⁵.
+    klt: the length of an image's whole error is at most half that of its scales (one per coefficient), plus 2⁻¹⁶ of the
+    lengths of the mean map and of what differs from it, for the arithmetic in float32.
     """
+    if precision == "klt":
+        basis = require_basis(basis)
+        features = basis.forward(features)
     if precision not in LARGEST_Q:
         return Stored(features.astype(_DTYPES[precision]))
     *grid, channels = features.shape
@@ -129,7 +159,7 @@ def encode(features: np.ndarray, precision: Precision) -> Stored:
     padded = np.zeros((*grid, groups * GROUP), np.float32)
     padded[..., :channels] = features
     grouped = padded.reshape(*grid, groups, GROUP)
-    scale = _scale(np.abs(grouped).max(axis=-1), LARGEST_Q[precision])
+    scale = _scale(np.abs(grouped).max(axis=-1), LARGEST_Q[precision], 0.0 if basis is None else basis.step)
     # the scale is not below M/q (up to a rounding of M/q itself): the quotient rounds to at most q, nothing is clipped
     quotients = np.rint(grouped / scale.astype(np.float32)[..., None])
     integers = quotients.astype(np.int8).reshape(padded.shape)[..., : channels + channels % 2]
@@ -138,9 +168,9 @@ def encode(features: np.ndarray, precision: Precision) -> Stored:
     return Stored(np.ascontiguousarray(integers[..., :channels]), scale)
 
 
-def _scale(largest: np.ndarray, largest_q: int) -> np.ndarray:
+def _scale(largest: np.ndarray, largest_q: int, least: float) -> np.ndarray:
     """Return largest/largest_q as float16, rounded up, at least 2⁻²⁴: a scale of 0 would lose the whole group."""
-    exact = largest / np.float32(largest_q)
+    exact = np.maximum(largest / np.float32(largest_q), np.float32(least))
     nearest = exact.astype(np.float16)
     # positive floats are ordered like their bits: one more is the next float16, and 1 is the smallest above 0
     bits = nearest.view(np.uint16) + (nearest.astype(np.float32) < exact)
@@ -154,17 +184,17 @@ def _pack(integers: np.ndarray) -> np.ndarray:
     return packed
 
 
-def decode(stored: Stored, channels: int) -> np.ndarray:
-    """Return stored features of one image or several as float32 `(..., channels)`.
+def decode(stored: Stored, channels: int, basis: Basis | None = None) -> np.ndarray:
+    """Return stored features of one image or several as float32 `(..., channels)`; klt is decoded by its `basis`.
 
-    Exactly what is stored: an integer times its scale needs at most 18 bits.
+    Exactly what is stored: an integer times its scale needs at most 18 bits. With a basis, up to the rounding of sums.
     """
     if stored.scale is None:
         return stored.values.astype(np.float32)
     integers = _unpack(stored.values) if stored.values.dtype == np.uint8 else stored.values
     scale = np.repeat(stored.scale.astype(np.float32), GROUP, axis=-1)
     feature: np.ndarray = integers[..., :channels] * scale[..., :channels]
-    return feature
+    return feature if basis is None else basis.backward(feature)
 
 
 def _unpack(packed: np.ndarray) -> np.ndarray:

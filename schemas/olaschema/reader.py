@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 
 import google_crc32c
 import numpy as np
 from numcodecs.zstd import Zstd
 
+from olaschema.basis import Basis
 from olaschema.errors import DamagedStoreError, StoreError
 from olaschema.layout import chunk_rows, shard_file
 from olaschema.manifest import Receipt, RowReceipt
@@ -97,7 +99,12 @@ class FeatureReader:
 
     def feature(self, row: int) -> np.ndarray:
         """Return one row's feature, `(H, W, C)` or `(C,)` float32; raises as `read` does."""
-        return decode(self.read(row), self.fingerprint.channels)
+        return decode(self.read(row), self.fingerprint.channels, self.basis)
+
+    @cached_property
+    def basis(self) -> Basis | None:
+        """What decodes rows of the precision klt, read when it is first needed; raises DamagedStoreError."""
+        return self._store.basis(self.record)
 
     def _row(self, array: _Array, opened: _OpenShard, shard: int, row: int, index: int) -> np.ndarray:
         chunk, within = divmod(index, array.chunk_rows)

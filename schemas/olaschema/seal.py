@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from olaschema.digest import sealed
 from olaschema.errors import DamagedStoreError
-from olaschema.layout import array_document, receipt_file
+from olaschema.layout import array_document, basis_file, receipt_file
 from olaschema.ledger import read_ledger
 from olaschema.manifest import FileReceipt, StoreManifest
 from olaschema.store import FeatureStore, read_document
@@ -68,6 +68,8 @@ def documents(store: FeatureStore) -> list[str]:
     names += [f"samples/{name}" for name in store.place.names("samples") if name.endswith(".json")]
     for teacher in store.teachers():
         arrays = store.array_names(teacher)
+        if store.place.exists(basis_file(teacher)):
+            names.append(basis_file(teacher))
         names += [f"{teacher}/zarr.json", *(array_document(teacher, array) for array in arrays)]
     return names
 

@@ -19,9 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from olaschema.basis import Basis, read_basis
 from olaschema.digest import FIELD, intact, sealed
 from olaschema.errors import DamagedStoreError, StoreError
-from olaschema.layout import array_document, receipt_file, shard_file, shard_lock
+from olaschema.layout import array_document, basis_file, receipt_file, shard_file, shard_lock
 from olaschema.manifest import (
     FORMAT_VERSION,
     ChannelStatistics,
@@ -266,8 +267,22 @@ class FeatureStore:
         """Return the names of the arrays that a teacher's group has documents of, sorted."""
         return [name for name in self.place.folders(teacher) if self.place.exists(array_document(teacher, name))]
 
-    def put_teacher(self, record: TeacherRecord) -> None:
+    def basis(self, record: TeacherRecord) -> Basis | None:
+        """Return the basis that a teacher's features are stored in, None where there is none.
+
+        Raises DamagedStoreError naming the file unless it is what the record promises.
+        """
+        if record.basis is None:
+            return None
+        name = basis_file(record.fingerprint.teacher)
+        if not self.place.exists(name):
+            raise DamagedStoreError(f"{self.place.locate(name)} is missing", "Restore it from a copy.")
+        return read_basis(self.place.read(name), record.basis, record.fingerprint.shape, name=self.place.locate(name))
+
+    def put_teacher(self, record: TeacherRecord, basis: Basis | None = None) -> None:
         """Make a teacher's group and arrays, or grow its arrays to the planned rows.
+
+        A new teacher of the precision klt comes with its `basis`; one that is there keeps its own.
 
         Raises FingerprintError if the store holds features of another meaning, StoreError for another precision.
         """
@@ -285,6 +300,12 @@ class FeatureStore:
                     f"{self.url}: {name} is stored as {present.precision}, {record.precision} was asked for",
                     remedy,
                 )
+            if basis is not None and present.basis != record.basis:
+                raise StoreError(f"{self.url}: {name} is stored in another basis", "Another --out holds another basis.")
+        elif (record.precision == "klt") != (basis is not None and record.basis is not None):
+            raise StoreError(f"{name}: the precision klt, and no other, comes with a basis", "Fit one.")
+        elif basis is not None:
+            self._publish_unless_there(basis_file(name), basis.to_bytes())
         documents = array_documents(record.fingerprint, record.precision, self.rows_per_shard, self.shard_count())
         for array, document in documents.items():
             self._publish_unless_there(array_document(name, array), document)

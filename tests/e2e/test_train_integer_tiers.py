@@ -16,6 +16,7 @@ from torch import Tensor
 from trainer_support import Corpus, end_all, make_corpus, make_student, metrics, saved, settings, start_ranks
 
 from olaschema.config import load_config
+from olaschema.errors import DamagedStoreError
 from olaschema.manifest import ChannelStatistics, Precision
 from olaschema.precision import Stored
 from olaschema.store import FeatureStore
@@ -23,7 +24,7 @@ from olatrain.checkpoint import latest_checkpoint
 from olatrain.config import TrainConfig
 from olatrain.parallel import Ranks
 from olatrain.setup import set_up
-from olatrain.step import run_batch
+from olatrain.step import _gather, run_batch
 from olatrain.stream import Batch
 from olatrain.train import train
 
@@ -141,3 +142,30 @@ def test_a_missing_feature_is_masked_and_moved_as_zeros(tier: Precision, student
     assert not depth.values[failed].any()
     assert not depth.scale[failed].any()
     assert np.isfinite(run_batch(prepared.learner, batch, prepared.ranks, prepared.means, bf16=False)["loss"])
+
+
+def test_targets_in_a_basis_are_decoded_on_the_device(student: Path, tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path, "klt")
+    config = load_config(TrainConfig, flags=settings(corpus, student, tmp_path / "out"))
+    prepared = set_up(config, Ranks(0, 1, torch.device("cpu")))
+    batch = prepared.collate([prepared.stream[position] for position in range(6)])
+    assert isinstance(batch, Batch)
+    found = _gather(batch, prepared.ranks, prepared.learner)
+    group = zarr.open_group(corpus.store, mode="r")
+    for name, channels in CHANNELS.items():
+        arrays = {key: array[:] for key, array in group[name].arrays()}
+        decoded = decoding(DOCS, "klt")(channels=channels, basis=corpus.store / "bases" / f"{name}.npy", **arrays)
+        valid = found[name].valid
+        assert valid.any()
+        np.testing.assert_allclose(
+            found[name].values[valid].numpy(), decoded[batch.rows[valid].numpy()], rtol=1e-4, atol=1e-4
+        )
+        # the floor is in features too: a mean of coefficients would be another map
+        expected = np.nanmean(decoded, axis=0)
+        np.testing.assert_allclose(prepared.means[name].numpy(), expected, rtol=1e-4, atol=1e-4)
+    # no part of it is trained or saved
+    assert not any("bases" in name for name in (*prepared.learner.trainable(), *prepared.learner.state()))
+    file = corpus.store / "bases" / "depth.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedStoreError, match=r"bases/depth\.npy"):
+        set_up(config, Ranks(0, 1, torch.device("cpu")))

@@ -20,6 +20,7 @@ from trainer_support import (
     make_store,
     make_student,
     metrics,
+    records,
     saved,
     settings,
     start_ranks,
@@ -90,10 +91,10 @@ def test_an_epoch_has_each_sample_as_often_as_its_source_says_with_its_own_featu
         run = set_up(config, ranks)
     entries = {name: json.loads((root / name / "conversations.json").read_text()) for name in "abc"}
     tokenizer = run.stream._source.prompts._tokenizer
-    wanted = Counter(
-        {e["conversations"][1]["value"].strip() + name * bool(e.get("image")): n for name, n in zip("abc", REPEATS, strict=True)
-         for e in entries[name]}
-    )  # fmt: skip
+    wanted: Counter[str] = Counter()
+    for name, repeats in zip("abc", REPEATS, strict=True):
+        for entry in entries[name]:
+            wanted[entry["conversations"][1]["value"].strip() + name * bool(entry.get("image"))] = repeats
     total = sum(wanted.values())
     assert run.samples == total == 2 * 9 + 3 * 5 + 4
     for epoch in (0, 1):
@@ -151,7 +152,7 @@ def test_a_mixture_stopped_and_continued_on_other_workers_ends_with_the_same_bit
 
 def test_features_of_two_meanings_are_not_mixed(root: Path, student: Path, tmp_path: Path) -> None:
     keys = make_images(tmp_path / "images", 2)
-    make_store(tmp_path / "store", tmp_path / "images", keys, view="pad")
+    make_store(tmp_path / "store", tmp_path / "images", keys, teachers=records(view="pad"))
     write_json(tmp_path / "c.json", [conversation(keys[0], "x")])
     values = mixed(root, student, tmp_path / "out")
     values["sources"].append(

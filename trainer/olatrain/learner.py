@@ -31,6 +31,8 @@ class Learner(nn.Module):
         self.student = student
         self.bank = bank
         self.losses = losses
+        self.bases = nn.ModuleDict()
+        """By teacher what decodes targets that are stored as klt (`olatrain.scaling.StoredBasis`)."""
 
     @property
     def tokens(self) -> TaskTokens:

@@ -24,6 +24,7 @@ def mean_maps(data: Data, coverages: Mapping[str, Coverage], *, most: int) -> di
     means = {}
     for teacher, coverage in coverages.items():
         fingerprint = data.teacher(teacher).fingerprint
+        basis = data.basis(teacher)
         rows = coverage.ready
         if len(rows) > most:
             rows = rows[np.arange(most) * len(rows) // most]
@@ -35,7 +36,7 @@ def mean_maps(data: Data, coverages: Mapping[str, Coverage], *, most: int) -> di
                     f"{data.url}: {opened.describe(place)} has no feature of {teacher} any more",
                     "Run the same command again.",
                 )
-            values = decode(stored, fingerprint.channels)
+            values = decode(stored, fingerprint.channels, basis)
             if not np.isfinite(values).all():
                 raise StoreError(
                     f"{data.url}: {opened.describe(place)} of {teacher} holds NaN or infinity",

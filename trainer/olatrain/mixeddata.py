@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from olaschema.basis import Basis
 from olaschema.errors import StoreError
 from olaschema.manifest import ChannelStatistics, RowReceipt, TeacherRecord
 from olaschema.precision import Stored
@@ -53,7 +54,16 @@ class MixedData:
                 raise StoreError(
                     f"{name} is stored as {record.precision} in {first.url}, as {other.precision} in {part.url}", remedy
                 )
+            if other.basis != record.basis:
+                raise StoreError(
+                    f"{name} is stored in one basis in {first.url}, in another in {part.url}",
+                    "Extract one of them again: parts of one corpus, in one store or merged, share a basis.",
+                )
         return record
+
+    def basis(self, name: str) -> Basis | None:
+        """Return the basis that all parts share."""
+        return self.parts[0].basis(name)
 
     def statistics(self, name: str) -> ChannelStatistics:
         """Return the statistics of all parts, each counted once."""

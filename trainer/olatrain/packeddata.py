@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from olaschema.basis import Basis
 from olaschema.cache import CacheSettings, through
 from olaschema.errors import CorpusError, ImageError, StoreError
 from olaschema.manifest import ChannelStatistics, RowReceipt, TeacherRecord
@@ -53,6 +54,10 @@ class PackedData:
                 f"It holds: {', '.join(teachers) or 'none'}. Pack it with `olapipe pack --teacher {name}`.",
             )
         return teachers[name]
+
+    def basis(self, name: str) -> Basis | None:
+        """Return None: features that need a basis are not packed."""
+        return None
 
     def statistics(self, name: str) -> ChannelStatistics:
         """Return the statistics of the store that was packed."""

@@ -34,6 +34,7 @@ from olatrain.parallel import Ranks
 from olatrain.predictors import Standard
 from olatrain.probebank import build_probe, split_by_image
 from olatrain.prompts import PromptBuilder
+from olatrain.scaling import StoredBasis
 from olatrain.sidecar import Sidecar
 from olatrain.source import Data, require_features
 from olatrain.storedata import StoreData
@@ -215,9 +216,17 @@ def _learner(
     start: Sidecar | None,
 ) -> Learner:
     if config.probe is not None:
-        return build_probe(config, found, tokens, ranks.device)
-    standards = _standards(config, data, found, ranks)
-    return build_learner(config, found, tokens, ranks.device, start=start, standards=standards, world=ranks.world)
+        learner = build_probe(config, found, tokens, ranks.device)
+    else:
+        standards = _standards(config, data, found, ranks)
+        learner = build_learner(
+            config, found, tokens, ranks.device, start=start, standards=standards, world=ranks.world
+        )
+    for name in found:
+        basis = data.basis(name)
+        if basis is not None:
+            learner.bases[name] = StoredBasis(basis).to(ranks.device)
+    return learner
 
 
 def _standards(config: TrainConfig, data: Data, found: dict[str, Fingerprint], ranks: Ranks) -> dict[str, Standard]:

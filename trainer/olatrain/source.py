@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from olaschema.basis import Basis
 from olaschema.errors import CorpusError
 from olaschema.manifest import ChannelStatistics, RowReceipt, TeacherRecord
 from olaschema.precision import Stored
@@ -51,6 +52,9 @@ class Data(Protocol):
 
     def teacher(self, name: str) -> TeacherRecord:
         """Return what is recorded of a teacher; raises StoreError naming those present."""
+
+    def basis(self, name: str) -> Basis | None:
+        """Return what a teacher's features are decoded by, None where they need nothing; raises DamagedStoreError."""
 
     def statistics(self, name: str) -> ChannelStatistics:
         """Return the channel statistics of a teacher's features."""

@@ -13,7 +13,6 @@ from olatrain.learner import Learner
 from olatrain.losses import IGNORED, Counts, LossConfig, Targets, compute_losses, count, supervised_positions
 from olatrain.meter import Meter
 from olatrain.parallel import Ranks
-from olatrain.predictors import PredictorBank
 from olatrain.scaling import decode
 from olatrain.sharding import is_sharded
 from olatrain.stream import Batch, MicroBatch
@@ -52,7 +51,7 @@ def run_batch(
     """
     losses = losses or learner.losses
     device = ranks.device
-    gathered = _gather(batch, ranks, learner.bank)
+    gathered = _gather(batch, ranks, learner)
     floors = {name: learner.bank.standardise(name, mean) for name, mean in means.items()}
     if mean_targets:
         gathered = {n: replace(g, values=floors[n].expand(len(g.rows), *floors[n].shape)) for n, g in gathered.items()}
@@ -110,7 +109,7 @@ def in_step(learner: Learner, micros: Sequence[MicroBatch], ranks: Ranks) -> lis
     return [*micros, *[_nothing(learner.tokens)] * more]
 
 
-def _gather(batch: Batch, ranks: Ranks, bank: PredictorBank) -> dict[str, Global]:
+def _gather(batch: Batch, ranks: Ranks, learner: Learner) -> dict[str, Global]:
     """Each teacher's features from this rank's peers, once, as they carry no gradient; they travel as stored."""
     rows = ranks.gather_targets(batch.rows.to(ranks.device))
     first = sum(len(part) for part in rows[: ranks.place])
@@ -121,8 +120,9 @@ def _gather(batch: Batch, ranks: Ranks, bank: PredictorBank) -> dict[str, Global
     found = {}
     for teacher, features in batch.features.items():
         scale = None if features.scale is None else everyones(features.scale)
-        values = decode(everyones(features.values), scale, bank.configs[teacher].channels)
-        values = bank.standardise(teacher, values)
+        basis = learner.bases[teacher] if teacher in learner.bases else None  # noqa: SIM401 - a ModuleDict has no get
+        values = decode(everyones(features.values), scale, learner.bank.configs[teacher].channels, basis)
+        values = learner.bank.standardise(teacher, values)
         found[teacher] = Global(values, everyones(features.valid), torch.cat(rows), first)
     return found
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from olaschema.basis import Basis
 from olaschema.cache import CacheSettings, through
 from olaschema.errors import ImageError, StoreError
 from olaschema.manifest import ChannelStatistics, RowReceipt, TeacherRecord
@@ -58,6 +59,11 @@ class StoreData:
     def teacher(self, name: str) -> TeacherRecord:
         """Return what the store records of a teacher."""
         return self._opened().teacher(name)
+
+    def basis(self, name: str) -> Basis | None:
+        """Return the basis of a teacher stored as klt."""
+        store = self._opened()
+        return store.basis(store.teacher(name))
 
     def statistics(self, name: str) -> ChannelStatistics:
         """Return the statistics of all committed shards."""
