@@ -639,16 +639,22 @@ def test_unusable_original_files(tmp_path: Path, small: Path) -> None:
     with pytest.raises(TeacherError, match=r"no tensor pretrained\.pos_embed"):
         load("depth", path)
     torch.save({"callable": Path}, path)  # a file that would import something when unpickled
-    with pytest.raises(TeacherError, match="cannot be read as weights"):
-        load("depth", path)
+    text = tmp_path / "pointer.pth"
+    text.write_text("version https://git-lfs.github.com/spec/v1\n")
+    for unreadable in (path, text):
+        with pytest.raises(TeacherError, match="cannot be read as weights") as caught:
+            load("depth", unreadable)
+        assert "weights only" not in str(caught.value).lower().replace("_", " ")  # torch advises to switch it off
+    text.unlink()
     tensors = to_original(load_file(small / "model.safetensors"))
     tensors.pop("pretrained.blocks.3.ls1.gamma")
     torch.save(tensors, path)
     with pytest.raises(TeacherError, match="1 missing"):
         load("depth", path)
     shutil.copy(path, tmp_path / "second.pth")
-    with pytest.raises(TeacherError, match=r"several \.pth files"):
+    with pytest.raises(TeacherError, match=r"several \.pth files") as caught:
         load("depth", tmp_path)
+    assert caught.value.remedy.endswith(f"--checkpoint depth={path}")
 
 
 # ---- no hub, no noise
@@ -687,8 +693,8 @@ def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pa
             registry.load(name, TeacherSettings())
         assert registry.available()[name].published in caught.value.problem
         assert f"--checkpoint {name}=FOLDER" in caught.value.remedy
-    for wrong in ("no-such-folder", "a--b/c..d", "/no/such/folder"):
-        with pytest.raises(TeacherError, match=r"no folder|no hub id"):
+    for wrong in ("no-such-folder", "a--b/c..d", "/no/such/folder", "~no-such-user/folder"):
+        with pytest.raises(TeacherError, match=r"no folder|no hub id|user who does not exist"):
             load("depth", wrong)
 
 

@@ -50,7 +50,13 @@ def locate(teacher: str, checkpoint: str, *, subfolder: str = "", extra: tuple[s
     `subfolder` holds config and weights, `extra` are further files needed, both relative to the checkpoint.
     Raises TeacherError where there is no such path or id, or it cannot be fetched.
     """
-    path = Path(checkpoint).expanduser()
+    try:
+        path = Path(checkpoint).expanduser()
+    except RuntimeError as error:  # pathlib's answer to ~NAME where there is no such user
+        raise TeacherError(
+            f"{teacher}: {checkpoint} is in the home folder of a user who does not exist",
+            f"Pass an existing folder: --checkpoint {teacher}=FOLDER",
+        ) from error
     if path.exists():
         return Checkpoint(teacher, path, path.resolve().name)
     if not _HUB_ID.fullmatch(checkpoint):
@@ -208,7 +214,7 @@ def _read_safetensors(checkpoint: Checkpoint, path: Path, keep: Callable[[str], 
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if keep(name)}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise _damaged(checkpoint, path, error) from error
+        raise _damaged(checkpoint, path, _first_line(error)) from error
     return _floats(tensors)
 
 
@@ -217,8 +223,12 @@ def _read_torch(checkpoint: Checkpoint, path: Path, keep: Callable[[str], bool])
 
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
-        raise _damaged(checkpoint, path, error) from error
+    except UnpicklingError as error:
+        # torch's own text advises weights_only=False, which would run whatever code the file holds
+        reason = "no file of torch.save, or one that holds more than tensors"
+        raise _damaged(checkpoint, path, reason) from error
+    except (OSError, EOFError, RuntimeError, ValueError) as error:
+        raise _damaged(checkpoint, path, _first_line(error)) from error
     if not isinstance(loaded, dict):
         raise checkpoint.error(f"{path.name} holds a {type(loaded).__name__}, not named tensors", "Download it again.")
     tensors = {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
@@ -234,10 +244,10 @@ def _floats(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-def _damaged(checkpoint: Checkpoint, path: Path, error: Exception) -> TeacherError:
+def _damaged(checkpoint: Checkpoint, path: Path, reason: str) -> TeacherError:
     size = path.stat().st_size if path.is_file() else 0
     return checkpoint.error(
-        f"{path.name} ({size} bytes) cannot be read as weights: {_first_line(error)}",
+        f"{path.name} ({size} bytes) cannot be read as weights: {reason}",
         "Download it again, in full (a file of a few hundred bytes is a Git LFS pointer).",
     )
 

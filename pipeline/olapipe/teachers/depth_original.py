@@ -46,7 +46,7 @@ def original_file(checkpoint: Checkpoint) -> Path | None:
     if len(found) > 1:
         raise checkpoint.error(
             f"holds several .pth files: {', '.join(path.name for path in found)}",
-            f"Pass the file itself: --checkpoint {checkpoint.teacher}={found[0].name}",
+            f"Pass the file itself: --checkpoint {checkpoint.teacher}={found[0]}",
         )
     return found[0] if found else None
 

@@ -203,7 +203,7 @@ def _architecture(config: Any) -> dict[str, Scalar]:
 
 def _card_licence(checkpoint: Checkpoint) -> str:
     """Return the licence stated at the top of the model card, README.md."""
-    remedy = "State it: the option licence=NAME of this teacher."
+    remedy = f"State it: --set options.{checkpoint.teacher}.licence=NAME"
     try:
         text = (checkpoint.path / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
