@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 PLUGINS = Path(__file__).parent / "plugins"
 _PATH = os.pathsep.join([str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])])
-_SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+_SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 8}
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def start(nodes: Nodes | None, corpus: Path, out: Path, checkpoint: Path, *more:
     return process
 
 
-def finish(process: subprocess.Popen[str], nodes: Nodes | None = None, seconds: float = 240) -> str:
+def finish(process: subprocess.Popen[str], nodes: Nodes | None = None, seconds: float = 420) -> str:
     """Wait for the command, with lost nodes replaced meanwhile; return what it printed."""
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
