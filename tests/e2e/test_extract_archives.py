@@ -117,7 +117,7 @@ def test_plan_tells_time_size_and_whether_it_pays(tmp_path: Path) -> None:
     # 2 nodes: half the time at the same cost
     assert plan["hours"] == pytest.approx(7 * measured["node_seconds"] / 3600 / 2)
     assert plan["extraction_cost"] == pytest.approx(plan["hours"] * 2 * 3)
-    assert set(measured["stages"]) >= {"read", "decode", "preprocess", "forward", "commit"}
+    assert set(measured["stages"]) >= {"read", "decode", "preprocess", "forward", "compress", "write"}
     assert plan["licences"]["depth"]
     one_use = plan["online_node_hours"]
     many = json.loads(_run(*arguments, "--json", "--epochs", 50, "--runs", 20))
