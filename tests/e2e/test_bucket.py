@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import pytest
+from hub_support import REPOSITORY, on_the_hub
 from pipeline_support import depth_arguments, digests, olapipe, start_olapipe, write_images
 from place_support import BUCKET, kill, s3, s3_server
 from rich.console import Console
@@ -117,6 +119,20 @@ def test_training_from_a_bucket_is_training_from_a_folder(
     assert all(0 <= figure < 12 for figure in asked)
     assert sum(asked) > 0
     assert "requests_per_sample" not in here[0]
+
+
+def test_training_from_the_hub_is_training_from_a_folder(
+    corpus: Corpus, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(corpus.store, tmp_path / "repository" / "f.zarr")
+    address = f"hf://datasets/{REPOSITORY}/f.zarr"
+    with on_the_hub(tmp_path / "repository", monkeypatch):
+        for name, store in (("here", str(corpus.store)), ("there", address)):
+            chosen = settings(corpus, student, tmp_path / name, store=store, workers=1, steps=2)
+            train(load_config(TrainConfig, flags=chosen), Console(quiet=True))
+    here, there = metrics(tmp_path / "here"), metrics(tmp_path / "there")
+    np.testing.assert_array_equal([step["loss"] for step in here], [step["loss"] for step in there])
+    assert sum(step["requests_per_sample"] for step in there) > 0
 
 
 def test_training_finds_a_bit_that_flipped_in_the_bucket(
