@@ -47,8 +47,9 @@ types: install
 imports: install
 	$(BIN)/lint-imports --no-cache
 
+# two at a time: much of the suite waits for processes to start. A file's tests stay together, as their fixtures do.
 pytest: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis build
