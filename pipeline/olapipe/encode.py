@@ -85,7 +85,7 @@ class _Output:
     def __init__(self, record: TeacherRecord, rows_per_shard: int, batch_size: int) -> None:
         self.record = record
         self.batch_size = batch_size
-        self.stored = blank(rows_per_shard, record.fingerprint.shape, record.precision)
+        self.stored = blank(rows_per_shard, record.fingerprint.shape, record.precision, centred=record.centred)
         self.rows = [RowReceipt(status="absent")] * rows_per_shard
         self.statistics = ChannelStatistics(record.fingerprint.channels)
         self.batch: list[tuple[int, SampleRow, _Row]] = []
@@ -344,11 +344,12 @@ class ShardEncoder:
                 "This is a defect of the teacher's code.",
             )
         basis, on_device = self._basis(name, encoded.device)
-        stored = quantise(encoded, output.record.precision, on_device)
+        precision, centred = output.record.precision, output.record.centred
+        stored = quantise(encoded, precision, on_device, centred=centred)
         good = []
         for place, (index, sample, row) in enumerate(output.batch):
             try:
-                require_storable(features[place], output.record.precision, name=sample.key, basis=basis)
+                require_storable(features[place], precision, centred=centred, name=sample.key, basis=basis)
             except ImageError as error:
                 output.rows[index] = row.receipt(sample, error)
                 continue

@@ -37,7 +37,7 @@ def rewrite(store: FeatureStore, teacher: str, shard: int, changes: Mapping[int,
     again from the stored values, if values have changed. Raises DamagedStoreError with `remedy` for a damaged shard.
     """
     documents = store.arrays(teacher)
-    # scales come before the integers: whoever reads in between gets NaN, and never 0 times a scale
+    # scales and offsets come before the integers: whoever reads in between gets NaN, and never 0 times a scale
     order = sorted(documents, key=lambda array: array == "values")
     names = {array: array_shard_file(teacher, array, shard, documents[array]) for array in order}
     with store.place.lock(shard_lock(teacher, shard)):

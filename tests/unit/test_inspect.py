@@ -155,9 +155,9 @@ def _pictured(root: Path, precision: Precision = "float32") -> Path:
     for name, shape in (("depth", (3, 3)), ("gen", None)):
         teacher = record(precision, teacher=name, grid=shape)
         store.put_teacher(teacher)
-        stored = blank(2, teacher.fingerprint.shape, precision)
+        stored = blank(2, teacher.fingerprint.shape, precision, centred=teacher.centred)
         feature = np.random.default_rng(1).normal(size=teacher.fingerprint.shape).astype(np.float32)
-        stored[0] = encode(feature, precision)
+        stored[0] = encode(feature, precision, centred=teacher.centred)
         row = RowReceipt(status="ok", sha256=hashlib.sha256(data).hexdigest(), width=40, height=20)
         statistics = ChannelStatistics(5)
         statistics.update(feature[None])
