@@ -176,16 +176,6 @@ def pending(store: FeatureStore, config: ExtractConfig) -> Pending:
     return Pending(store, Planned.of(store), config.teachers, retry_failed=config.retry_failed)
 
 
-def shard_rows(store: FeatureStore) -> dict[int, int]:
-    """Return how many images each shard has."""
-    size = store.rows_per_shard
-    return {
-        (generation.first_row + offset) // size: min(size, generation.rows - offset)
-        for generation in store.generations()
-        for offset in range(0, generation.rows, size)
-    }
-
-
 def _absolute(config: ExtractConfig) -> ExtractConfig:
     """Return the settings with absolute paths: workers may have another working folder."""
     checkpoints = {
