@@ -31,8 +31,10 @@ from olapipe.teachers.base import Teacher
 from olaschema.basis import Basis
 from olaschema.errors import CorpusError, ImageError, TeacherError
 from olaschema.images import DEFAULT_MAX_PIXELS, decode_image
+from olaschema.layout import shard_lock
 from olaschema.manifest import ChannelStatistics, Execution, Receipt, RowReceipt, SampleRow, TeacherRecord
 from olaschema.precision import blank, require_storable
+from olaschema.replacing import finish_replacement
 from olaschema.store import FeatureStore
 
 LOG = "timings.jsonl"
@@ -171,6 +173,9 @@ class ShardEncoder:
                 "Mount it under the same path on every machine of the job.",
             )
         started = time.perf_counter()
+        for name in teachers if replace else ():  # another worker may have died of it
+            with self.store.place.lock(shard_lock(name, shard)):
+                finish_replacement(self.store.place, name, shard)
         samples = self.store.shard_samples(shard)
         seconds = dict.fromkeys(STAGES, 0.0)
         batches = dict.fromkeys(teachers, self.limits.batch_size)

@@ -32,6 +32,7 @@ from olaschema.ledger import read_ledger
 from olaschema.manifest import TeacherRecord
 from olaschema.nesting import require_outside_stores
 from olaschema.place import Place, absolute_url, open_place
+from olaschema.replacing import finish_replacements
 from olaschema.seal import seal, unseal
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
 
@@ -99,6 +100,8 @@ def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extr
     if direct is not None:
         direct.reopen(store, growth, reporter.say)
     reporter.say(_describe(listing, growth))
+    for name in config.teachers if store is not None else ():
+        finish_replacements(place, name)
     tasks = pending(store, config) if store is not None else None
     if store is not None and not growth.new and not tasks:
         return _unchanged(store, config, listing, reporter, direct)

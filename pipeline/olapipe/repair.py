@@ -21,6 +21,7 @@ from olaschema.layout import receipt_file
 from olaschema.lease import writing
 from olaschema.manifest import Receipt
 from olaschema.place import absolute_url
+from olaschema.replacing import finish_replacements
 from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
 
@@ -117,6 +118,7 @@ def repair(store: FeatureStore, problems: Sequence[Problem], source: Source, rep
             for name in {file.partition("/")[0] for file in documents}:
                 store.put_teacher(store.teacher(name))
         for teacher in teachers:
+            finish_replacements(store.place, teacher)
             mine = [shard for shard, names in shards.items() if teacher in names]
             _extract(store, teacher, mine, source, reporter, done)
         with store.place.lock("plan"):

@@ -40,6 +40,7 @@ from olaschema.nesting import require_outside_stores
 from olaschema.place import LocalPlace, Place, open_place
 from olaschema.plantable import part_bytes, plan_table, rechunked, sample_rows
 from olaschema.precision import Stored
+from olaschema.replacing import drop_note, note_replacement
 
 DEFAULT_ROWS_PER_SHARD = 256
 _PART_ROWS = 1 << 16
@@ -387,13 +388,17 @@ class FeatureStore:
             present = self.receipt(teacher, shard)
             if present is not None and not replace:
                 return present
-            if present is not None:  # never a receipt that promises bytes which are being replaced
+            if present is not None:
+                note_replacement(self.place, receipt, objects)
+                # never a receipt that promises bytes which are being replaced
                 self.place.remove(receipt_file(teacher, shard))
             for name, data in objects.items():
                 self._publish_unless_there(name, data)
             # a writer presumed dead may have come first after all; then its receipt stands, and what it promises
             if not self.place.publish_if_absent(receipt_file(teacher, shard), sealed(receipt)):
-                return read_document(Receipt, self.place, receipt_file(teacher, shard))
+                receipt = read_document(Receipt, self.place, receipt_file(teacher, shard))
+            if present is not None:
+                drop_note(self.place, teacher, shard)
         if timings is not None:
             timings["compress"] = timings.get("compress", 0.0) + compressed - started
             timings["write"] = timings.get("write", 0.0) + time.perf_counter() - compressed
