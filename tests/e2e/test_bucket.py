@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -14,12 +15,14 @@ from hub_support import REPOSITORY, on_the_hub
 from pipeline_support import depth_arguments, digests, olapipe, start_olapipe, write_images
 from place_support import BUCKET, kill, s3, s3_server
 from rich.console import Console
+from store_support import make_store as simple_store
 from trainer_support import Corpus, make_corpus, make_student, metrics, settings
 
 from olaschema.config import load_config
 from olaschema.errors import DamagedStoreError
 from olaschema.place import open_place
 from olaschema.reader import FeatureReader
+from olaschema.seal import seal
 from olaschema.store import FeatureStore
 from olatrain.config import TrainConfig
 from olatrain.train import train
@@ -37,6 +40,31 @@ def _copied(root: Path) -> str:
     for name in digests(root):
         place.publish(name, (root / name).read_bytes())
     return place.url
+
+
+def test_a_copy_to_a_bucket_and_back_is_the_same_bytes(tmp_path: Path, s3: str) -> None:
+    store, _, _ = simple_store(tmp_path / "a", precision="int8")
+    seal(store, store.teachers())
+    url = _address()
+    result = olapipe("copy", tmp_path / "a", url)
+    assert result.exit_code == 0, result.output
+    place, wanted = open_place(url), digests(tmp_path / "a")
+    assert sorted(place.walk()) == sorted(wanted)
+    assert {name: hashlib.sha256(place.read(name)).hexdigest() for name in place.walk()} == wanted
+    again = olapipe("copy", tmp_path / "a", url)
+    assert again.exit_code == 0 and f"{len(wanted)} of them were there already" in again.stdout
+    # stopped before the last objects: there is no store until a second call has put them
+    for name in ("zarr.json", "receipts/depth/00001.json"):
+        place.remove(name)
+    assert olapipe("verify", url).exit_code != 0
+    assert olapipe("copy", tmp_path / "a", url).exit_code == 0
+    assert olapipe("copy", url, tmp_path / "b").exit_code == 0
+    assert digests(tmp_path / "b") == wanted
+    # another store is not overwritten
+    other, _, _ = simple_store(tmp_path / "other", precision="int8", seed=1)
+    seal(other, other.teachers())
+    assert olapipe("copy", tmp_path / "other", url).exit_code == 1
+    assert {name: hashlib.sha256(place.read(name)).hexdigest() for name in place.walk()} == wanted
 
 
 def test_of_two_jobs_one_waits_and_goes_on_when_the_other_is_killed(tmp_path: Path, s3: str) -> None:

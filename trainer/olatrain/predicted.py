@@ -103,8 +103,9 @@ def _write(
     values: Tensor,
     rows: list[tuple[int, int]],
 ) -> None:
+    exact = {"precision": "float32", "basis": None, "centred": False}
     record = run.teachers[teacher].model_copy(
-        update={"precision": "float32", "source": f"predicted from layer {layer} at step {step}", "libraries": {}}
+        update=exact | {"source": f"predicted from layer {layer} at step {step}", "libraries": {}}
     )
     store.put_teacher(record)
     opened = (run.heldout or run.stream).data.open()

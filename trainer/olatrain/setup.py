@@ -18,7 +18,7 @@ from torch import Tensor
 from olaschema.errors import ConfigError
 from olaschema.manifest import Fingerprint, TeacherRecord
 from olaschema.packed import is_packed
-from olaschema.precision import array_formats
+from olaschema.precision import formats_of
 from olatrain.compose import load_processor, student_view
 from olatrain.config import Evaluation, TrainConfig
 from olatrain.conversations import Conversations
@@ -146,9 +146,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
             vision=source.vision,
             pad_id=int(processor.tokenizer.pad_token_id),
             micro_batch=config.micro_batch,
-            formats={
-                name: array_formats(record.fingerprint.shape, record.precision) for name, record in records.items()
-            },
+            formats={name: formats_of(record) for name, record in records.items()},
         ),
         means=_means(config, data, records, coverages, ranks),
         teachers=records,

@@ -119,9 +119,9 @@ def _gather(batch: Batch, ranks: Ranks, learner: Learner) -> dict[str, Global]:
 
     found = {}
     for teacher, features in batch.features.items():
-        scale = None if features.scale is None else everyones(features.scale)
+        scale, offset = (None if part is None else everyones(part) for part in (features.scale, features.offset))
         basis = learner.bases[teacher] if teacher in learner.bases else None  # noqa: SIM401 - a ModuleDict has no get
-        values = decode(everyones(features.values), scale, learner.bank.configs[teacher].channels, basis)
+        values = decode(everyones(features.values), scale, learner.bank.configs[teacher].channels, basis, offset)
         values = learner.bank.standardise(teacher, values)
         found[teacher] = Global(values, everyones(features.valid), torch.cat(rows), first)
     return found
