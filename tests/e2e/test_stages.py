@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from trainer_support import (
     Corpus,
@@ -21,16 +22,20 @@ from trainer_support import (
     start_ranks,
 )
 from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
 
 from olaschema.config import load_config
 from olaschema.errors import ConfigError
 from olatrain.checkpoint import latest_checkpoint
+from olatrain.cli import app
+from olatrain.compose import load_processor
 from olatrain.config import TrainConfig
 from olatrain.export import export
 from olatrain.parallel import Ranks
 from olatrain.resume import resume
 from olatrain.setup import Run, set_up
 from olatrain.step import run_batch
+from olatrain.tokens import TaskTokens
 from olatrain.train import make_optimiser, train
 
 LLM = ["projector", "predictors", "task_tokens", "llm"]
@@ -138,6 +143,45 @@ def test_what_trains_is_exported_and_the_next_stage_starts_from_it(
     with pytest.raises(ConfigError, match="is the folder of a run") as caught:
         run(tune | {"student": str(tmp_path / "tuned"), "out": str(tmp_path / "third")})
     assert "olatrain export" in caught.value.remedy
+
+
+def test_every_vector_stays_frozen_in_the_sequence_of_the_next_stage(
+    chosen: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Exported as `emb`, tuned, exported: the rows hold the pretrained latents, with tied embeddings too."""
+    values = chosen(steps=2, student=str(make_student(tmp_path / "tied", tied=True)))
+    run(values)
+    arguments = ["export", values["out"], "--out", str(tmp_path / "first"), "--task-format", "emb"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    tokens = TaskTokens.load(tmp_path / "first")
+    assert {teacher: len(ids) for teacher, ids in tokens.ids.items()} == {"gen": 2, "depth": 4}
+    tune = {name: values[name] for name in ("conversations", "images", "device", "workers", "trackers")}
+    tune |= {"student": str(tmp_path / "first"), "out": str(tmp_path / "tuned"), "preset": "finetune", "steps": 2}
+    run(tune | {"batch": 4, "precision": "float32", "lr": 0.01})
+    latents = saved(newest(values["out"]), "trainable")
+    assert {name.split(".")[0] for name in moved(tune | {"batch": 4, "precision": "float32"})} == {"projector", "llm"}
+    export(tmp_path / "tuned", tmp_path / "second")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "second")
+    rows = model.get_input_embeddings().weight
+    output = model.get_output_embeddings().weight
+    for teacher, ids in tokens.ids.items():
+        assert torch.equal(rows[list(ids)], latents[f"latents.{teacher}"])
+        assert (rows[list(ids)] - output[list(ids)]).abs().max() > 0.1
+    processor = load_processor(tmp_path / "second")
+    text = processor.apply_chat_template([{"role": "user", "content": "<image>\nso?"}])
+    placed = processor(images=Image.new("RGB", (30, 20)), text=text, return_tensors="pt")
+    ids = placed["input_ids"][0].tolist()
+    start = ids.index(tokens.image_id)
+    assert ids[start : start + 4 + 6] == [tokens.image_id] * 4 + list(tokens.flat)
+    found = model.generate(**placed, max_new_tokens=4, min_new_tokens=4, do_sample=False)[0, len(ids) :]
+    assert not {*found.tolist()} & {*tokens.flat}
+    with pytest.raises(ConfigError, match="has seen every vector"):
+        export(tmp_path / "tuned", tmp_path / "third", task_format="expand_emb")
+    none = chosen(steps=1, student=str(make_student(tmp_path / "none", task_tokens=0)), out=str(tmp_path / "bare"))
+    run(none)
+    with pytest.raises(ConfigError, match="no task tokens to spread"):
+        export(tmp_path / "bare", tmp_path / "fourth", task_format="emb")
 
 
 def trained(values: dict[str, Any]) -> Run:

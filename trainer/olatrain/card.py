@@ -65,8 +65,8 @@ def _how(config: TrainConfig) -> str:
 
 def _use(tokens: TaskTokens) -> str:
     what = (
-        f"Behind each image the chat template puts {tokens.tokens_per_teacher} task tokens for each of "
-        f"{', '.join(tokens.teachers)}, for structured content and for strings that hold `<image>` alike. "
+        f"Behind each image the chat template puts {tokens.say()}; for structured content and for strings that hold "
+        "`<image>` alike. "
         "Their ids are suppressed in generation."
         if tokens.flat
         else "It has no task tokens."

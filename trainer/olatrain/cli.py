@@ -42,6 +42,13 @@ class PresetName(enum.StrEnum):
     finetune = "finetune"
 
 
+class TaskFormatName(enum.StrEnum):
+    """What stands in the sequence for a teacher's map."""
+
+    emb = "emb"
+    expand_emb = "expand_emb"
+
+
 class DtypeName(enum.StrEnum):
     """Type of exported weights."""
 
@@ -70,8 +77,7 @@ def compose(
     tokens = run_compose(
         llm, vision, out, teachers=teachers, tokens_per_teacher=task_tokens, view=view.value, seed=seed
     )
-    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
-    typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {view.value}")
+    typer.echo(f"{out}: LLaVA with {tokens.say()}, {tokens.image_length} tokens per image, view {view.value}")
 
 
 @app.command()
@@ -88,8 +94,7 @@ def prepare(
     from olatrain.prepare import prepare as run_prepare
 
     tokens = run_prepare(model, out, teachers=tuple(teacher or ("gen", "depth", "seg")), tokens_per_teacher=task_tokens)
-    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
-    typer.echo(f"{out}: {tokens.family} with {count}")
+    typer.echo(f"{out}: {tokens.family} with {tokens.say()}")
 
 
 @app.command("import-ola")
@@ -103,14 +108,20 @@ def import_ola(
     system: Annotated[
         str | None, typer.Option(help="System message it was trained with, for conversations without one.")
     ] = None,
+    task_format: Annotated[
+        TaskFormatName | None,
+        typer.Option(help="emb: each latent in the sequence; expand_emb: means. [as it was trained]"),
+    ] = None,
 ) -> None:
     """Turn a published OLA-VLM checkpoint into a student that `run` starts from."""
     _quiet()
     from olatrain.importing import SETTINGS_NAME, import_student
 
-    tokens, chosen = import_student(checkpoint, out, vision=vision, view=view.value if view else None, system=system)
-    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
-    typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {chosen}")
+    tokens, chosen = import_student(
+        checkpoint, out, vision=vision, view=view.value if view else None, system=system,
+        task_format=task_format.value if task_format else None,
+    )  # fmt: skip
+    typer.echo(f"{out}: LLaVA with {tokens.say()}, {tokens.image_length} tokens per image, view {chosen}")
     if tokens.chat_template == "plain":
         typer.echo("its tokenizer has no chat template: a plain USER: … ASSISTANT: … was written")
     typer.echo(f"the settings it was trained with: olatrain run --student {out} --config {out / SETTINGS_NAME}")
@@ -186,12 +197,19 @@ def export(
     dtype: Annotated[DtypeName, typer.Option(help="Type of the weights; the run computes in float32.")] = (
         DtypeName.float32
     ),
+    task_format: Annotated[
+        TaskFormatName | None,
+        typer.Option(help="emb: each latent in the sequence from here on, for the next stage. [as it is]"),
+    ] = None,
 ) -> None:
     """Write a run's newest checkpoint as a model that transformers loads without this package."""
     _quiet()
     from olatrain.export import export as run_export
 
-    trained = run_export(run, out, student=student, dtype=dtype.value)
+    trained = run_export(
+        run, out, student=student, dtype=dtype.value,
+        task_format=task_format.value if task_format else None,
+    )  # fmt: skip
     typer.echo(f"{out}: step {trained.step} of {run}, {dtype.value}")
     for record in trained.all_teachers:
         typer.echo(f"learned from {record.fingerprint.teacher} ({record.source}), licence {record.licence}")

@@ -157,7 +157,7 @@ def _latents(teacher: str, predictors: Mapping[str, PredictorConfig], tokens: Ta
         return predictors[teacher].latents(tokens.tokens_per_teacher)
     # not supervised here: as many as it was trained with before, else one vector for each of its task tokens
     trained = start.latents(teacher) if start is not None else None
-    return tokens.tokens_per_teacher if trained is None else len(trained)
+    return tokens.count(teacher) if trained is None else len(trained)
 
 
 def load_model(config: TrainConfig) -> Any:

@@ -55,7 +55,7 @@ def build_probe(
     model = load_model(config)
     embeddings = model.get_input_embeddings().weight
     bank = ProbeBank(config, fingerprints, int(embeddings.shape[1]))
-    counts = dict.fromkeys(tokens.teachers, tokens.tokens_per_teacher) if tokens.flat else {}
+    counts = {teacher: tokens.count(teacher) for teacher in tokens.teachers} if tokens.flat else {}
     student = Student(model, tokens, latents=counts, taps=bank.taps, seed=0)
     with torch.no_grad():
         for teacher, latents in student.latents.items():

@@ -48,9 +48,9 @@ class Student(nn.Module):
     """Wraps a model so that its task tokens are learned and its layers can be supervised.
 
     At each task token's id the embedding layer gives the mean of a group of the teacher's latents: a teacher with
-    N latents and K tokens has K consecutive groups of N/K. Latents are float32 parameters (N, D), from a standard
-    normal. Hooks stay on the model, so `student.model.generate` sees the task tokens too; taps are kept only in the
-    output of `forward`.
+    N latents and K tokens has K consecutive groups of N/K, which in the format `emb` are of one latent each. Latents
+    are float32 parameters (N, D), from a standard normal. Hooks stay on the model, so `student.model.generate` sees
+    the task tokens too; taps are kept only in the output of `forward`.
     """
 
     def __init__(
@@ -115,10 +115,8 @@ class Student(nn.Module):
             block.training = True
 
     def task_embeddings(self) -> Tensor:
-        """Means of the latents' groups, (T·K, D) float32, in the order of `tokens.flat`."""
-        size = self.tokens.tokens_per_teacher
-        means = [self.latents[t].unflatten(0, (size, -1)).mean(dim=1) for t in self.tokens.teachers]
-        return torch.cat(means)
+        """Means of the latents' groups, one for each id of `tokens.flat`: (ids, D) float32."""
+        return group_means(self.tokens, self.latents)
 
     @torch.no_grad()
     def store_task_embeddings(self) -> None:
@@ -177,6 +175,15 @@ class Student(nn.Module):
         return record
 
 
+def group_means(tokens: TaskTokens, latents: nn.ParameterDict) -> Tensor:
+    """Return what stands at each id of `tokens.flat`, (ids, D), from the latents (N, D) of each teacher."""
+    means = []
+    for teacher in tokens.teachers:
+        vectors: Tensor = latents[teacher]
+        means.append(vectors.reshape(tokens.count(teacher), -1, vectors.shape[1]).mean(dim=1))
+    return torch.cat(means)
+
+
 def _embeddings(model: nn.Module) -> nn.Embedding:
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     if not isinstance(embeddings, nn.Embedding):
@@ -222,10 +229,15 @@ def _make_latents(tokens: TaskTokens, latents: Mapping[str, int], hidden: int, s
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for teacher in sorted(expected):
-        count = latents[teacher]
-        if count <= 0 or count % tokens.tokens_per_teacher:
+        count, own = latents[teacher], tokens.count(teacher)
+        if tokens.task_format == "emb" and count != own:
             raise ConfigError(
-                f"{teacher}: {count} latents cannot be split into {tokens.tokens_per_teacher} equal groups",
+                f"{teacher}: {count} latents are to be learned, the student's prompts hold {own}, each for itself",
+                "Supervise it with features of the shape it was trained with.",
+            )
+        if count <= 0 or count % own:
+            raise ConfigError(
+                f"{teacher}: {count} latents cannot be split into {own} equal groups",
                 f"Compose the student with a number of task tokens that divides {count}.",
             )
         made[teacher] = nn.Parameter(torch.randn(count, hidden, generator=generator))
