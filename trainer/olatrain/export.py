@@ -42,7 +42,7 @@ class Trained:
     samples: str
     """Digest of the samples."""
     teachers: tuple[TeacherRecord, ...]
-    """Of this run, in the order of its settings."""
+    """Of this run: those that were losses, then those that were fed, in the order of its settings."""
     start: Sidecar | None
     learner: Learner
 
@@ -58,9 +58,10 @@ def export(run: Path, out: Path, *, student: Path | None = None, dtype: Dtype = 
     """Write a run's student as a plain checkpoint: model, processor, chat template, model card, sidecar.
 
     The group means of the latents become the embedding rows of the task tokens. Tied embeddings are untied for that:
-    a mean must not become an output row. The ids that are no answer are suppressed in generation. In `dtype` float32
-    the model computes what the trained one does; the sidecar always is float32. `student` is the folder that the run
-    started from, where it has moved.
+    a mean must not become an output row. Features that a student is fed cannot be in it: the rows of their tokens stand
+    for an image without a feature, and the sidecar holds what projects features. The ids that are no answer are
+    suppressed in generation. In `dtype` float32 the model computes what the trained one does; the sidecar always is
+    float32. `student` is the folder that the run started from, where it has moved.
 
     Raises CheckpointError where the run has no checkpoint, or the student is not the one it was made with; ConfigError
     for what cannot be loaded or written.
@@ -81,6 +82,7 @@ def export(run: Path, out: Path, *, student: Path | None = None, dtype: Dtype = 
         trained.learner.bank,
         origin=f"exported from the run {run.resolve().name} at step {trained.step}",
         teachers=trained.all_teachers,
+        feeds={name: trained.config.fingerprints[name] for name in trained.config.feed},
     )
     card = model_card(
         name=out.resolve().name,
@@ -144,7 +146,7 @@ def load_trained(run: Path, *, student: Path | None = None) -> Trained:
 def _read_state(state: dict[str, Any], folder: Path) -> tuple[TrainConfig, tuple[TeacherRecord, ...]]:
     try:
         config = TrainConfig.model_validate(state["config"])
-        teachers = tuple(TeacherRecord.model_validate(state["teachers"][name]) for name in config.teachers)
+        teachers = tuple(TeacherRecord.model_validate(state["teachers"][name]) for name in config.reads)
     except (KeyError, ValidationError) as error:
         raise CheckpointError(
             f"{folder}: its settings or its teachers' licences are not readable: {error}",

@@ -60,7 +60,12 @@ class Learner(nn.Module):
         return found | self._of_model()
 
     def _parts(self) -> dict[str, nn.Module]:
-        return {"projector": self.student.projector, "latents": self.student.latents, "predictors": self.bank}
+        return {
+            "projector": self.student.projector,
+            "latents": self.student.latents,
+            "predictors": self.bank,
+            "feeds": self.student.feeds.projectors,
+        }
 
     def _of_model(self) -> dict[str, nn.Parameter]:
         groups = model_groups(self.student)
@@ -106,9 +111,12 @@ def build_learner(
     )
     latents = {}
     if tokens.tokens_per_teacher:
-        latents = {teacher: _latents(teacher, predictors, tokens, start) for teacher in tokens.teachers}
-    student = Student(student_model, tokens, latents=latents, taps=bank.taps, seed=config.seed + 1)
+        learned = [teacher for teacher in tokens.teachers if teacher not in config.feed]
+        latents = {teacher: _latents(teacher, predictors, tokens, start) for teacher in learned}
+    feeds = {name: fingerprints[name].shape for name in config.feed}
+    student = Student(student_model, tokens, latents=latents, taps=bank.taps, seed=config.seed + 1, feeds=feeds)
     if start is not None:
+        start.require_feeds({name: fingerprints[name] for name in config.feed})
         start.fill(student, bank)
     if config.lora is not None:
         add_adapters(student, config.lora, seed=config.seed + 2)
