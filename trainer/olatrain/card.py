@@ -47,8 +47,9 @@ def model_card(
         _teachers(config, teachers, earlier),
         _results(figures),
         "## Settings\n\n```json\n" + _settings(config) + "\n```",
-        f"## Files\n\n`{SIDECAR_NAME}` holds latents, predictors, logit scales and what projects fed features, `ola.json` "
-        "the ids of the task tokens. transformers reads neither; `olatrain run --student` goes on from them.",
+        f"## Files\n\n`{SIDECAR_NAME}` holds latents, predictors, logit scales and what projects fed features, "
+        "`ola.json` the ids of the task tokens. transformers reads neither; `olatrain run --student` goes on from "
+        "them.",
     ]
     return "\n\n".join(parts) + "\n"
 
