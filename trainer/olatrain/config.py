@@ -194,9 +194,10 @@ class TrainConfig(Frozen):
     """What the predictors may read: the image, the prompt before it as well, or all (the published setting)."""
     compat: Literal["none", "ola"] = "none"
     """`ola` lets padding into the predictors, as the public OLA-VLM code does."""
-    target_control: Literal["none", "shuffle", "mean"] = "none"
+    target_control: Literal["none", "shuffle", "mean", "self"] = "none"
     """Control arms of an experiment, while training: every image gets another image's features (`shuffle`), or the
-    mean of the training images' (`mean`), from which nothing about an image can be learned."""
+    mean of the training images' (`mean`), from which nothing about an image can be learned; or what the student's own
+    initial vision tower gives for it (`self`, in evaluations too; `olatrain.tower`), which it sees already."""
     order: Literal["mixed", "grouped"] = "mixed"
     """`grouped`: a batch is of text alone or of images alone, but for those at an epoch's ends and at most one more."""
     allow_view_mismatch: bool = False
@@ -309,6 +310,10 @@ class TrainConfig(Frozen):
             raise ValueError("lora is given, but train does not name llm")
         if self.target_control != "none" and not self.teachers:
             raise ValueError("target_control changes targets, and no teacher is named")
+        if self.target_control == "self" and (self.normalise != "none" or self.probe is not None):
+            raise ValueError(
+                "target_control = self: a store's statistics and probes are of its features, not a tower's"
+            )
 
     def _consistent_feed(self) -> None:
         if len(set(self.feed)) != len(self.feed):

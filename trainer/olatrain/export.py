@@ -77,10 +77,12 @@ def export(run: Path, out: Path, *, student: Path | None = None, dtype: Dtype = 
     trained.learner.student.store_task_embeddings()
     suppressed = model.generation_config.suppress_tokens or ()
     model.generation_config.suppress_tokens = sorted({*suppressed, *tokens.never_predicted})
+    control = trained.config.target_control
+    arm = f", the control arm target_control = {control}" if control != "none" else ""
     sidecar = Sidecar.of(
         trained.learner.student,
         trained.learner.bank,
-        origin=f"exported from the run {run.resolve().name} at step {trained.step}",
+        origin=f"exported from the run {run.resolve().name} at step {trained.step}{arm}",
         teachers=trained.all_teachers,
         feeds={name: trained.config.fingerprints[name] for name in trained.config.feed},
     )

@@ -21,6 +21,7 @@ from olatrain.sharding import shard_language_model
 from olatrain.sidecar import Sidecar
 from olatrain.student import Student
 from olatrain.tokens import TaskTokens
+from olatrain.tower import Tower
 
 
 class Learner(nn.Module):
@@ -33,6 +34,8 @@ class Learner(nn.Module):
         self.losses = losses
         self.bases = nn.ModuleDict()
         """By teacher what decodes targets that are stored as klt (`olatrain.scaling.StoredBasis`)."""
+        self.tower: Tower | None = None
+        """What gives the targets in place of the store, under `target_control = self`."""
 
     @property
     def tokens(self) -> TaskTokens:
@@ -96,8 +99,12 @@ def build_learner(
     """
     student_model = load_model(config)
     hidden = int(student_model.get_input_embeddings().weight.shape[1])
+    tower = None
+    if config.target_control == "self":
+        tower = Tower(student_model, tokens, frozen_copy="vision" in config.train)
+    shapes = {name: tower.shape(fingerprints[name]) if tower else fingerprints[name].shape for name in config.teachers}
     predictors = {
-        name: _predictor(name, fingerprints[name].shape, teacher.layers, hidden, tokens, start)
+        name: _predictor(name, shapes[name], teacher.layers, hidden, tokens, start)
         for name, teacher in config.teachers.items()
     }
     bank = PredictorBank(
@@ -123,7 +130,9 @@ def build_learner(
     choose_trainable(student, bank, config)
     if world > 1 and "llm" in config.train:
         shard_language_model(student, device, world)
-    learner = Learner(student, bank, _losses(config)).to(device).eval()
+    learner = Learner(student, bank, _losses(config))
+    learner.tower = tower
+    learner.to(device).eval()
     if config.gradient_checkpointing:
         student.checkpoint_gradients()
     return learner

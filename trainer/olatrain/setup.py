@@ -40,6 +40,7 @@ from olatrain.source import Data, require_features
 from olatrain.storedata import StoreData
 from olatrain.stream import Collator, SampleStream, Source
 from olatrain.tokens import RECORD_NAME, TaskTokens
+from olatrain.tower import tower_means
 from olatrain.views import require_fed_views, require_views, student_exif
 
 _LOCK_WAIT_S = 20.0
@@ -130,6 +131,8 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     source = _source(config, data, tokens, processor, found)
     learner = _learner(config, data, found, tokens, ranks, start)
     notes.append(describe(learner.trainable(), config))
+    if learner.tower is not None:
+        notes.append("target_control = self: targets are of the student's own vision tower; no predictions are kept")
     grouped = config.batch if config.order == "grouped" else None
     return Run(
         config=config,
@@ -152,7 +155,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
                 name: array_formats(record.fingerprint.shape, record.precision) for name, record in records.items()
             },
         ),
-        means=_means(config, data, records, coverages, ranks),
+        means=_means(config, data, coverages, ranks, learner, SampleStream(source, listing, seed=None)),
         teachers=records,
         identity={"samples": listing.digest, "student": student_digest(config.student)},
         samples=len(listing),
@@ -281,13 +284,20 @@ def _source(
 
 
 def _means(
-    config: TrainConfig, data: Data, records: dict[str, TeacherRecord], coverages: dict[str, Coverage], ranks: Ranks
+    config: TrainConfig,
+    data: Data,
+    coverages: dict[str, Coverage],
+    ranks: Ranks,
+    learner: Learner,
+    stream: SampleStream,
 ) -> dict[str, Tensor]:
-    if ranks.first:
-        supervised = {name: coverages[name] for name in config.teachers}
-        means = mean_maps(data, supervised, most=config.mean_map_rows)
+    shapes = {name: predictor.shape for name, predictor in learner.bank.configs.items()}
+    if not ranks.first:
+        means = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    elif learner.tower is not None:
+        means = tower_means(learner.tower, stream, shapes, most=config.mean_map_rows, device=ranks.device)
     else:
-        means = {name: torch.zeros(records[name].fingerprint.shape) for name in config.teachers}
+        means = mean_maps(data, {name: coverages[name] for name in shapes}, most=config.mean_map_rows)
     return {name: ranks.sum(mean.to(ranks.device)) for name, mean in means.items()}
 
 

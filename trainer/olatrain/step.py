@@ -18,6 +18,7 @@ from olatrain.scaling import decode
 from olatrain.sharding import is_sharded
 from olatrain.stream import Batch, MicroBatch
 from olatrain.tokens import TaskTokens, locate
+from olatrain.tower import on_grid
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ def run_batch(
     """
     losses = losses or learner.losses
     device = ranks.device
-    gathered = _gather(batch, ranks, learner)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        maps = _tower_maps(learner, batch, device)
+    gathered = _gather(batch, ranks, learner, maps)
     floors = {name: learner.bank.standardise(name, mean) for name, mean in means.items()}
     if mean_targets:
         gathered = {n: replace(g, values=floors[n].expand(len(g.rows), *floors[n].shape)) for n, g in gathered.items()}
@@ -131,8 +134,21 @@ def _basis(learner: Learner, teacher: str) -> nn.Module | None:
     return learner.bases[teacher] if teacher in learner.bases else None  # noqa: SIM401 - a ModuleDict has no get
 
 
-def _gather(batch: Batch, ranks: Ranks, learner: Learner) -> dict[str, Global]:
-    """Each teacher's features from this rank's peers, once, as they carry no gradient; they travel as stored."""
+def _tower_maps(learner: Learner, batch: Batch, device: torch.device) -> Tensor | None:
+    """What the student's tower gives for this rank's images, where that is the target: (I, h, w, C)."""
+    if learner.tower is None:
+        return None
+    pixels = [micro.inputs["pixel_values"] for micro in batch.micro if len(micro.items)]
+    if not pixels:
+        return torch.zeros(0, 1, 1, learner.tower.channels, device=device)
+    return torch.cat([learner.tower(one.to(device, non_blocking=True)) for one in pixels])
+
+
+def _gather(batch: Batch, ranks: Ranks, learner: Learner, maps: Tensor | None) -> dict[str, Global]:
+    """Each teacher's features from this rank's peers, once, as they carry no gradient; they travel as stored.
+
+    With `maps` of the student's tower, these are the targets of the images that have a feature.
+    """
     rows = ranks.gather_targets(batch.rows.to(ranks.device))
     first = sum(len(part) for part in rows[: ranks.place])
 
@@ -142,6 +158,10 @@ def _gather(batch: Batch, ranks: Ranks, learner: Learner) -> dict[str, Global]:
     found = {}
     for teacher, config in learner.bank.configs.items():
         features = batch.features[teacher]
+        if maps is not None:
+            own = on_grid(maps, config.shape) if len(maps) else maps.new_zeros(0, *config.shape)
+            found[teacher] = Global(everyones(own), everyones(features.valid), torch.cat(rows), first)
+            continue
         scale = None if features.scale is None else everyones(features.scale)
         values = decode(everyones(features.values), scale, config.channels, _basis(learner, teacher))
         values = learner.bank.standardise(teacher, values)
