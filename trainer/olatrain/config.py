@@ -311,9 +311,7 @@ class TrainConfig(Frozen):
         if self.target_control != "none" and not self.teachers:
             raise ValueError("target_control changes targets, and no teacher is named")
         if self.target_control == "self" and (self.normalise != "none" or self.probe is not None):
-            raise ValueError(
-                "target_control = self: a store's statistics and probes are of its features, not a tower's"
-            )
+            raise ValueError("target_control = self: a store's statistics and probes are not of a tower's features")
 
     def _consistent_feed(self) -> None:
         if len(set(self.feed)) != len(self.feed):

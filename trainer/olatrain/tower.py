@@ -61,7 +61,7 @@ class Tower(nn.Module):
                 f"the tower gives {patches.shape[1]} vectors for an image, which are no square",
                 "target_control = self needs a student that drops the class token (vision_feature_select_strategy).",
             )
-        return patches.unflatten(1, (side, side))
+        return patches.reshape(len(patches), side, side, self.channels)
 
 
 def on_grid(maps: Tensor, shape: Sequence[int]) -> Tensor:
