@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,18 @@ def test_features_stand_behind_their_image_and_gradients_reach_the_projectors(co
     learner = ready.learner
     count = len(ready.stream)
     batch = batch_of(ready, count)
-    run_batch(learner, batch, ready.ranks, ready.means, bf16=False)
-    for parameter in learner.student.feeds.parameters():
+    parts = run_batch(learner, batch, ready.ranks, ready.means, bf16=False)
+    gradients = {}
+    for name, parameter in learner.student.feeds.named_parameters():
         assert parameter.grad is not None
         assert parameter.grad.abs().max() > 0
+        gradients[name] = parameter.grad.clone()
+    learner.zero_grad()
+    whole = replace(ready.collate, micro_batch=None)([ready.stream[position] for position in range(count)])
+    assert isinstance(whole, Batch)
+    assert run_batch(learner, whole, ready.ranks, ready.means, bf16=False)["loss"] == pytest.approx(parts["loss"])
+    for name, parameter in learner.student.feeds.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
     fed = fed_features(learner, batch, ready.ranks.device)["depth"]
     keys = shown(ready)
     assert fed.valid.tolist() == [key != MISSING for key in keys]
@@ -125,7 +134,8 @@ def test_features_stand_behind_their_image_and_gradients_reach_the_projectors(co
     ids = torch.tensor(learner.tokens.ids["depth"])
     with torch.no_grad():
         for micro in batch.micro:
-            own = fed.part(first, len(micro.items))
+            here = slice(first, first + len(micro.items))
+            own = Fed(fed.values[here], fed.valid[here])
             first += len(micro.items)
             out = learner.student(micro.inputs, fed={"depth": own})
             expected = learner.student.feeds.projector("depth")(own)
