@@ -49,6 +49,14 @@ class TaskFormatName(enum.StrEnum):
     expand_emb = "expand_emb"
 
 
+class ControlName(enum.StrEnum):
+    """What stands in place of an image's own targets."""
+
+    shuffle = "shuffle"
+    mean = "mean"
+    self = "self"
+
+
 class DtypeName(enum.StrEnum):
     """Type of exported weights."""
 
@@ -145,6 +153,13 @@ def run(
         list[str] | None,
         typer.Option(metavar="TEACHER=N,N", help="Teacher to learn from and its layers, counted from 1; repeat."),
     ] = None,
+    feed: Annotated[
+        str | None,
+        typer.Option(metavar="TEACHER,TEACHER", help="Teachers whose features are inputs: the multi-encoder baseline."),
+    ] = None,
+    target_control: Annotated[
+        ControlName | None, typer.Option(help="Control arm: other targets than the image's own. [none]")
+    ] = None,
     heldout: Annotated[Path | None, typer.Option(help="Conversations to evaluate on.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs to train. [1]")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to train, instead of epochs.")] = None,
@@ -175,6 +190,7 @@ def run(
         "conversations": conversations, "evaluation.conversations": heldout, "epochs": epochs, "steps": steps,
         "batch": batch, "lr": lr, "precision": precision, "nproc": nproc, "workers": workers,
         "checkpoint_every": checkpoint_every, "seed": seed, "allow_view_mismatch": allow_view_mismatch,
+        "feed": feed, "target_control": target_control.value if target_control else None,
         **_layers(layers or []),
     }  # fmt: skip
     from olaschema.config import load_config
@@ -256,7 +272,7 @@ def probe(
 
     from olaschema.config import load_config
     from olatrain.config import TrainConfig
-    from olatrain.probe import count_layers, run_probe
+    from olatrain.probe import count_layers, fed_teachers, run_probe
 
     if published:
         context = context or ContextName.all
@@ -267,7 +283,7 @@ def probe(
         "teachers": {name: {"layers": layers, "weight": 1.0} for name in teacher}, "train": ["predictors"],
         "contrastive": 0.0, "context": (context or ContextName.image).value, "probe.held_out": held_out,
         "epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "workers": workers, "seed": seed,
-        "allow_view_mismatch": allow_view_mismatch,
+        "allow_view_mismatch": allow_view_mismatch, "feed": fed_teachers(student),
     }  # fmt: skip
     settings = load_config(TrainConfig, flags=flags, overrides=set_ or [])
     settings.require_inputs()
@@ -290,13 +306,17 @@ def eval_command(
     ] = MethodName.generate,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file for scores and answers.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="Feature store of the benchmark's images, for a student that is fed features (run --feed)."),
+    ] = None,
 ) -> None:
     """Score a student on CV-Bench: count, relation, depth and distance, averaged by source."""
     _quiet()
     import torch
     from rich.console import Console
 
-    from olatrain.evaluate import evaluate_cv_bench, table, unreadable
+    from olatrain.evaluate import evaluate_cv_bench, remarks, table
 
     if not cv_bench.is_dir():
         raise ConfigError(f"--cv-bench {cv_bench}: no such folder", "Give a local copy of nyu-visionx/CV-Bench.")
@@ -305,11 +325,11 @@ def eval_command(
     console = Console(highlight=False)
     with console.status("asking") as status:
         result = evaluate_cv_bench(
-            student, cv_bench, method=method.value, device=torch.device(device), out=out,
+            student, cv_bench, method=method.value, device=torch.device(device), out=out, store=store,
             tick=lambda count: status.update(f"{count} questions answered"),
         )  # fmt: skip
     console.print(table(result))
-    for line in unreadable(result):
+    for line in remarks(result):
         console.print(line, markup=False)
 
 

@@ -43,7 +43,7 @@ class Trained:
     samples: str
     """Digest of the samples."""
     teachers: tuple[TeacherRecord, ...]
-    """Of this run, in the order of its settings."""
+    """Of this run: those that were losses, then those that were fed, in the order of its settings."""
     start: Sidecar | None
     learner: Learner
 
@@ -66,10 +66,11 @@ def export(
     """Write a run's student as a plain checkpoint: model, processor, chat template, model card, sidecar.
 
     The group means of the latents become the embedding rows of the task tokens. Tied embeddings are untied for that:
-    a mean must not become an output row. The ids that are no answer are suppressed in generation. In `dtype` float32
-    the model computes what the trained one does; the sidecar always is float32. `student` is the folder that the run
-    started from, where it has moved. `task_format` `emb` puts every latent into the sequence from here on, for
-    the next stage; the model then is another one than was trained.
+    a mean must not become an output row. Features that a student is fed cannot be in it: the rows of their tokens stand
+    for an image without a feature, and the sidecar holds what projects features. The ids that are no answer are
+    suppressed in generation. In `dtype` float32 the model computes what the trained one does; the sidecar always is
+    float32. `student` is the folder that the run started from, where it has moved. `task_format` `emb` puts every
+    latent into the sequence from here on, for the next stage; the model then is another one than was trained.
 
     Raises CheckpointError where the run has no checkpoint, or the student is not the one it was made with; ConfigError
     for what cannot be loaded or written.
@@ -86,11 +87,14 @@ def export(
     require_prompts(processor, tokens)
     suppressed = model.generation_config.suppress_tokens or ()
     model.generation_config.suppress_tokens = sorted({*suppressed, *tokens.never_predicted})
+    control = trained.config.target_control
+    arm = f", the control arm target_control = {control}" if control != "none" else ""
     sidecar = Sidecar.of(
         trained.learner.student,
         trained.learner.bank,
-        origin=f"exported from the run {run.resolve().name} at step {trained.step}",
+        origin=f"exported from the run {run.resolve().name} at step {trained.step}{arm}",
         teachers=trained.all_teachers,
+        feeds={name: trained.config.fingerprints[name] for name in trained.config.feed},
     )
     card = model_card(
         name=out.resolve().name,
@@ -154,7 +158,7 @@ def load_trained(run: Path, *, student: Path | None = None) -> Trained:
 def _read_state(state: dict[str, Any], folder: Path) -> tuple[TrainConfig, tuple[TeacherRecord, ...]]:
     try:
         config = TrainConfig.model_validate(state["config"])
-        teachers = tuple(TeacherRecord.model_validate(state["teachers"][name]) for name in config.teachers)
+        teachers = tuple(TeacherRecord.model_validate(state["teachers"][name]) for name in config.reads)
     except (KeyError, ValidationError) as error:
         raise CheckpointError(
             f"{folder}: its settings or its teachers' licences are not readable: {error}",

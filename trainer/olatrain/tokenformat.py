@@ -38,6 +38,12 @@ def in_format(
         )
     if not tokens.flat:
         raise ConfigError("the student has no task tokens to spread", "Leave --task-format out.")
+    fed = [teacher for teacher in tokens.teachers if teacher not in latents]
+    if fed:
+        raise ConfigError(
+            f"the tokens of {', '.join(fed)} hold features that the student is fed, no latents to spread",
+            "Leave --task-format out.",
+        )
     tokenizer = processor.tokenizer
     known = tokenizer.convert_ids_to_tokens(list(tokens.flat))
     names = {t: task_names([t], len(latents[t]))[t] for t in tokens.teachers}
