@@ -23,7 +23,7 @@ POOL = 8000
 """Training scenes drawn; beyond them they come again, mirrored at every other round."""
 HELD_OUT = 512
 """Scenes that scores are taken on."""
-SAVE_EVERY = 200
+SAVE_EVERY = 100
 
 
 class Seen:
@@ -78,7 +78,7 @@ def held_out(count: int) -> Iterator[int]:
 def fit(model: nn.Module, loss: Callable[[int], Tensor], steps: int, *, lr: float, out: Path) -> None:
     """Minimise a loss with AdamW, warm-up and a cosine; logs to `OUT.log`.
 
-    The state is kept in `OUT.state` every 200 steps: started again, training goes on from there.
+    The state is kept in `OUT.state` every 100 steps: started again, training goes on from there.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
     warm = max(1, steps // 20)

@@ -29,7 +29,7 @@ SIDE = 192
 """Pixels of a side of what it sees."""
 COARSE = 96
 """Side in the first part of training, which is less than half of the work."""
-COARSE_SHARE = 0.74
+COARSE_SHARE = 0.8
 
 
 def seg_config(vocabulary: int) -> OneFormerConfig:

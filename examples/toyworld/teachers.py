@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -54,25 +55,31 @@ RECIPES = {
 def score(folder: Path, name: str) -> None:
     """Score a teacher, print it and write it into `scores.json`, with what it was scored under."""
     found = {key: round(value, 4) for key, value in RECIPES[name].score(folder / name).items()}
-    path = folder / "scores.json"
-    scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     weights = sum(file.stat().st_size for file in (folder / name).rglob("*.safetensors"))
-    scores[name] = {
-        "scores": found,
-        "held-out scenes": HELD_OUT,
-        "training steps": RECIPES[name].steps,
-        "batch": RECIPES[name].batch,
-        "bytes of weights": weights,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+    note(
+        folder,
+        name,
+        {
+            "scores": found,
+            "held-out scenes": HELD_OUT,
+            "bytes of weights": weights,
+            "date": datetime.now(UTC).date().isoformat(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "licence": "as this repository: trained from scratch on generated scenes",
         },
-        "licence": "as this repository: trained from scratch on generated scenes",
-    }
-    write_json(path, scores)
+    )
     print(name, json.dumps(found, ensure_ascii=False))
+
+
+def note(folder: Path, name: str, found: dict[str, Any]) -> None:
+    """Write what is known of a teacher into `scores.json`, beside what is known already."""
+    path = folder / "scores.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, known | {name: known.get(name, {}) | found})
 
 
 def random_depth(out: Path) -> None:
@@ -96,7 +103,9 @@ def main() -> int:
         return 0
     for name in options.names or RECIPES:
         if options.action == "train":
-            RECIPES[name].train(options.folder / name, RECIPES[name].steps, RECIPES[name].batch)
+            recipe = RECIPES[name]
+            recipe.train(options.folder / name, recipe.steps, recipe.batch)
+            note(options.folder, name, {"training": f"{recipe.steps} steps of {recipe.batch} scenes"})
         score(options.folder, name)
     return 0
 
