@@ -28,7 +28,7 @@ TEACHERS = ("depth", "seg", "gen")
 # Six decoder blocks: the published layers of a 32-block model (depth 18, 20; seg 10, 18; gen 12, 20), scaled
 LAYERS = {"depth": [3, 4], "seg": [2, 3], "gen": [2, 4]}
 STEPS = 40
-BATCH = 16
+BATCH = 8
 TOYWORLD = Path(__file__).parents[1] / "toyworld"
 SCENES, HELD_OUT_SCENES = 56, 8
 """Scenes to train on and held out: as many as there are pictures of photographs."""
@@ -141,7 +141,7 @@ def train_config(out: Path) -> dict[str, Any]:
         "evaluation": {"conversations": f"{out}/corpus/heldout.json", "every": STEPS // 4},
         "steps": STEPS,
         "batch": BATCH,
-        "lr": 3e-3,
+        "lr": 1e-3,
         "nproc": 2,
         "workers": 0,
         "checkpoint_every": STEPS // 2,

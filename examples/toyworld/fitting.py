@@ -67,7 +67,8 @@ def nearest(values: np.ndarray, side: int) -> np.ndarray:
     """Return a map (H, W) at (side, side), the nearest value of each place."""
     rows = (np.arange(side) + 0.5) * values.shape[0] / side
     columns = (np.arange(side) + 0.5) * values.shape[1] / side
-    return values[rows.astype(int)][:, columns.astype(int)]
+    sized: np.ndarray = values[rows.astype(int)][:, columns.astype(int)]
+    return sized
 
 
 def held_out(count: int) -> Iterator[int]:
@@ -124,7 +125,9 @@ def r_squared(predicted: Tensor, truth: Tensor) -> float:
 
 def write_half(model: PreTrainedModel, folder: Path) -> None:
     """Write a model with weights of float16, half the size; the configuration has them computed with in float32."""
-    model.half().save_pretrained(folder)
+    module: nn.Module = model  # whose annotation of half() transformers loses
+    module.half()
+    model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", config | {"dtype": "float32"})
 

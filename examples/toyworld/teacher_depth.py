@@ -10,7 +10,6 @@ import torch
 from fitting import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Split,
     batch_of,
     fit,
     held_out,
@@ -19,6 +18,7 @@ from fitting import (
     write_half,
     write_json,
 )
+from scenes import Split
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
@@ -70,7 +70,8 @@ def new_depth(seed: int) -> DepthAnythingForDepthEstimation:
     torch.manual_seed(seed)
     model = DepthAnythingForDepthEstimation(depth_config())
     # the head ends in a ReLU: started at a positive value it cannot die before it learns
-    nn.init.constant_(model.head.conv3.bias, 0.3)
+    bias: Any = model.head.conv3.bias
+    nn.init.constant_(bias, 0.3)
     return model
 
 
@@ -107,7 +108,7 @@ def write_depth(model: DepthAnythingForDepthEstimation, out: Path) -> None:
 @torch.no_grad()
 def score_depth(folder: Path) -> dict[str, float]:
     """Return held-out R² of inverse depth, over all pixels and over those of things, of one scale for all."""
-    model = DepthAnythingForDepthEstimation.from_pretrained(folder).eval()
+    model = DepthAnythingForDepthEstimation.from_pretrained(folder)
     found: dict[str, float] = {}
     splits: tuple[Split, ...] = ("test", "ood")
     for split in splits:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fitting import CLIP_MEAN, CLIP_STD, Split, batch_of, fit, held_out, pixels_of, r_squared, write_half, write_json
+from fitting import CLIP_MEAN, CLIP_STD, batch_of, fit, held_out, pixels_of, r_squared, write_half, write_json
 from safetensors.torch import load_file, save_file
+from scenes import Split
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -90,7 +91,7 @@ def write_gen(model: CLIPVisionModelWithProjection, drawer: Drawer, out: Path) -
 @torch.no_grad()
 def score_gen(folder: Path) -> dict[str, float]:
     """Return how much of the thumbnails' variance is drawn back from the embeddings, on held-out scenes."""
-    model = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder").eval()
+    model = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")
     drawer = Drawer(EMBEDDING).eval()
     drawer.load_state_dict(load_file(folder / "drawer.safetensors"))
     drawn, truth = [], []

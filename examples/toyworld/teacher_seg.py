@@ -11,9 +11,6 @@ from fitting import (
     CLASSES,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    SHAPES,
-    STUFF,
-    Split,
     batch_of,
     fit,
     held_out,
@@ -21,6 +18,7 @@ from fitting import (
     write_half,
     write_json,
 )
+from scenes import SHAPES, STUFF, Split
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTokenizer, OneFormerConfig, OneFormerForUniversalSegmentation, SwinConfig
@@ -142,7 +140,8 @@ def write_seg_files(out: Path) -> CLIPTokenizer:
         "rescale_factor": 1 / 255, "size": {"longest_edge": SIDE, "shortest_edge": SIDE},
     }  # fmt: skip
     write_json(out / "preprocessor_config.json", processor)
-    return CLIPTokenizer.from_pretrained(out)
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(out)
+    return tokenizer
 
 
 @torch.no_grad()
@@ -152,7 +151,7 @@ def score_seg(folder: Path) -> dict[str, float]:
     A thing is found where a query of its class covers it at an IoU above 0.5. The baseline calls every pixel by the
     class that is most frequent at its place.
     """
-    model = OneFormerForUniversalSegmentation.from_pretrained(folder).eval()
+    model = OneFormerForUniversalSegmentation.from_pretrained(folder)
     task = panoptic_task(CLIPTokenizer.from_pretrained(folder))
     truth, predicted, found, things = [], [], 0, 0
     for start in held_out(16):
