@@ -231,7 +231,9 @@ def test_every_checkpoint_loads_with_its_class_and_no_key_left_over(built: Path,
 def test_every_trained_teacher_loads_with_its_class_in_float32(folder: str, model_class: Any) -> None:
     """They are kept in float16, half the size."""
     model = _opens_whole(model_class, TEACHERS / folder)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    # OneFormer's loss has a scale of its own, which transformers makes in float64
+    used = {p.dtype for name, p in model.named_parameters() if not name.startswith("criterion.")}
+    assert used == {torch.float32}
 
 
 def _opens_whole(model_class: Any, folder: Path) -> Any:
