@@ -97,9 +97,9 @@ class Laboratory:
         self._vision, self._llm = vision, llm
         self._quiet = Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
-    def digest(self, arm: Arm, seed: int, budget: int) -> str:
-        """Return a digest of everything that a result follows from, but for versions and hardware."""
-        parts = [json.dumps([asdict(arm), asdict(self.recipe), seed, budget], sort_keys=True)]
+    def digest(self, arm: Arm, budget: int) -> str:
+        """Return a digest of everything that a result follows from, but for the seed, versions and hardware."""
+        parts = [json.dumps([asdict(arm), asdict(self.recipe), budget], sort_keys=True)]
         files = [self.world / arm.captions, self.world / f"questions-{budget}.jsonl", self._vision / "model.safetensors",
                  self._llm / "model.safetensors", *sorted((self.world).glob("bench*/test_*.jsonl"))]  # fmt: skip
         if arm.store is not None:
@@ -168,6 +168,18 @@ class Laboratory:
             for task in sorted({answer["task"] for answer in answers}):
                 yield split, task.lower(), "".join(str(int(a["right"])) for a in answers if a["task"] == task)
 
+    def asked(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Say of each split and kind which picture each question is about (`scores` has their order), and chance."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for split, folder in (("test", "bench"), ("ood", "bench-ood")):
+            for path in sorted((self.world / folder).glob("test*.jsonl")):
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    row = json.loads(line)
+                    kind = found.setdefault(split, {}).setdefault(row["task"].lower(), {"images": [], "chance": 0.0})
+                    kind["images"].append(row["filename"])
+                    kind["chance"] = 1 / len(row["choices"])
+        return found
+
     def run(self, arm: Arm, seed: int, budgets: list[int]) -> Iterator[dict[str, Any]]:
         """Run an arm with a seed; yield its rows, a kind of question at a time."""
         torch.set_num_threads(1)
@@ -177,7 +189,7 @@ class Laboratory:
             for split, kind, right in self.scores(student):
                 yield {
                     "arm": arm.name, "seed": seed, "budget": budget, "split": split, "kind": kind, "right": right,
-                    "config": self.digest(arm, seed, budget), **{k: round(v, 1) for k, v in seconds.items()},
+                    "config": self.digest(arm, budget), **{k: round(v, 1) for k, v in seconds.items()},
                     "tune_seconds": round(took, 1), "versions": versions(),
                     "date": datetime.now(UTC).date().isoformat(),
                 }  # fmt: skip

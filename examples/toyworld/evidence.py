@@ -115,11 +115,14 @@ def run(options: argparse.Namespace) -> None:
     recipe = _given(Recipe, PLAN["recipe"], options.size)
     laboratory = Laboratory(options.work, options.student / "vision", options.student / "llm", recipe)
     budgets = [int(part) for part in options.budgets.split(",")]
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    questions = json.dumps(laboratory.asked(), indent=0, sort_keys=True)
+    options.results.with_name("questions.json").write_text(questions + "\n", encoding="utf-8")
     for seed in _numbers(options.seeds):
         for name in options.arms.split(","):
             arm = ARMS[name]
             known = {(row["arm"], row["seed"], row["budget"], row["config"]) for row in read(options.results)}
-            missing = [b for b in budgets if (name, seed, b, laboratory.digest(arm, seed, b)) not in known]
+            missing = [b for b in budgets if (name, seed, b, laboratory.digest(arm, b)) not in known]
             if missing:
                 rows = list(laboratory.run(arm, seed, missing))
                 append(options.results, rows)

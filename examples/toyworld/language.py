@@ -174,7 +174,7 @@ def questions(scene: Scene, picture: Picture, rng: np.random.Generator, balance:
     pairs = [(a, b) for n, a in enumerate(things) for b in things[n + 1 :]]
     rng.shuffle(pairs)
     makers: list[Iterator[Question]] = [
-        _relations(pairs, balance), _counts(scene, things), _depths(pairs, balance), _colours(things, rng, balance),
+        _relations(pairs, balance), _counts(scene, things), _depths(pairs, balance), _colours(scene, things, rng, balance),
         _distances(things, rng, balance),
     ]  # fmt: skip
     for maker in makers:
@@ -232,8 +232,10 @@ def _distances(things: Sequence[Thing], rng: np.random.Generator, balance: Balan
             yield Question("distance", text, _placed(near.name, far.name, place), place)
 
 
-def _colours(things: Sequence[Thing], rng: np.random.Generator, balance: Balance) -> Iterator[Question]:
-    shapes = Counter(thing.shape for thing in things)
+def _colours(
+    scene: Scene, things: Sequence[Thing], rng: np.random.Generator, balance: Balance
+) -> Iterator[Question]:
+    shapes = Counter(thing.shape for thing in scene.things)  # a thing that hardly shows makes it ambiguous too
     for number in rng.permutation(len(things)):
         thing = things[int(number)]
         others = sorted({other.colour for other in things} - {thing.colour})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES = 4000
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
