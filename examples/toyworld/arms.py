@@ -64,7 +64,7 @@ ARMS = {
             "shuffled", "embedding losses, features of another image", store="depth.zarr",
             settings={**_with_depth(), "target_control": "shuffle"},
         ),
-        Arm("random", "embedding losses, features of an untrained teacher", store="random.zarr", settings=_with_depth()),
+        Arm("random", "embedding losses, an untrained teacher", store="random.zarr", settings=_with_depth()),
         Arm("oracle", "no task tokens, distances written in the captions", tokens=0, captions="captions-oracle.jsonl"),
         Arm("longer", "no task tokens, as long as the embedding losses take", tokens=0, epochs=2.0),
         Arm(
@@ -100,7 +100,8 @@ class Laboratory:
     def digest(self, arm: Arm, budget: int) -> str:
         """Return a digest of everything that a result follows from, but for the seed, versions and hardware."""
         parts = [json.dumps([asdict(arm), asdict(self.recipe), budget], sort_keys=True)]
-        files = [self.world / arm.captions, self.world / f"questions-{budget}.jsonl", self._vision / "model.safetensors",
+        files = [self.world / arm.captions, self.world / f"questions-{budget}.jsonl",
+                 self._vision / "model.safetensors",
                  self._llm / "model.safetensors", *sorted((self.world).glob("bench*/test_*.jsonl"))]  # fmt: skip
         if arm.store is not None:
             files += [self.work / arm.store / "zarr.json", *sorted((self.work / arm.store).glob("*/zarr.json"))]

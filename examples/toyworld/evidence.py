@@ -38,8 +38,8 @@ def main() -> int:
     """Prepare, run what is missing, report; return the exit status."""
     parser = argparse.ArgumentParser(description="The toy world's experiment.")
     parser.add_argument("work", type=Path, help="folder for pictures, features and runs")
-    parser.add_argument("--teachers", type=Path, default=HERE / "checkpoints", help="folder that holds depth/")
-    parser.add_argument("--student", type=Path, default=HERE / "checkpoints", help="folder that holds vision/ and llm/")
+    parser.add_argument("--teachers", type=Path, default=HERE / "teachers", help="folder that holds depth/")
+    parser.add_argument("--student", type=Path, default=HERE / "student", help="folder that holds vision/ and llm/")
     parser.add_argument("--arms", default="none,tokens,embedding,shuffled,random", help="names, by commas")
     parser.add_argument("--seeds", default="0,1,2", help="numbers, by commas, or FIRST-LAST")
     parser.add_argument("--budgets", default=str(PLAN["endpoint"]["budget"]), help="numbers of questions, by commas")
@@ -86,7 +86,7 @@ def prepare(work: Path, teachers: Path, student: Path, over: dict[str, Any]) -> 
 
 def _untrained_depth(out: Path, trained: Path) -> None:
     import torch
-    from teachers import depth_config
+    from teacher_depth import depth_config
     from transformers import DepthAnythingForDepthEstimation
 
     torch.manual_seed(77)
@@ -152,8 +152,11 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """One line about an arm that was just run."""
     first = rows[0]
-    shares = [f"{r['kind']}{'' if r['split'] == 'test' else ' (' + r['split'] + ')'} "
-              f"{100 * r['right'].count('1') / len(r['right']):.1f}" for r in rows if r["budget"] == first["budget"]]  # fmt: skip
+    shares = [
+        f"{row['kind']} ({row['split']}) {100 * row['right'].count('1') / len(row['right']):.1f}"
+        for row in rows
+        if row["budget"] == first["budget"]
+    ]
     took = f"{first['pretrain_seconds']:.0f} + {first['tune_seconds']:.0f} s"
     return f"{first['arm']}, seed {first['seed']}, {first['budget']} questions: {', '.join(shares)} ({took})"
 

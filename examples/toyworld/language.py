@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-
 from scenes import COLOURS, FAR, NEAR, SHAPES, Picture, Scene, Thing
 
 Kind = Literal["relation", "count", "depth", "distance", "colour"]
@@ -108,9 +107,7 @@ def position(thing: Thing) -> np.ndarray:
 def shown(scene: Scene, picture: Picture) -> list[Thing]:
     """Return the things that show enough to be spoken of, from far to near."""
     return [
-        thing
-        for number, thing in enumerate(scene.things)
-        if float((picture.segments == 2 + number).mean()) >= _SEEN
+        thing for number, thing in enumerate(scene.things) if float((picture.segments == 2 + number).mean()) >= _SEEN
     ]
 
 
@@ -174,8 +171,8 @@ def questions(scene: Scene, picture: Picture, rng: np.random.Generator, balance:
     pairs = [(a, b) for n, a in enumerate(things) for b in things[n + 1 :]]
     rng.shuffle(pairs)
     makers: list[Iterator[Question]] = [
-        _relations(pairs, balance), _counts(scene, things), _depths(pairs, balance), _colours(scene, things, rng, balance),
-        _distances(things, rng, balance),
+        _relations(pairs, balance), _counts(scene, things), _depths(pairs, balance),
+        _colours(scene, things, rng, balance), _distances(things, rng, balance),
     ]  # fmt: skip
     for maker in makers:
         limit = 2
@@ -203,9 +200,7 @@ def _relations(pairs: Sequence[tuple[Thing, Thing]], balance: Balance) -> Iterat
 def _counts(scene: Scene, things: Sequence[Thing]) -> Iterator[Question]:
     # a thing that hardly shows might be counted or not: only scenes without one are asked about
     if len(things) == len(scene.things) and len(things) in COUNTS:
-        yield Question(
-            "count", "How many things are there ?", tuple(map(str, COUNTS)), COUNTS.index(len(things))
-        )
+        yield Question("count", "How many things are there ?", tuple(map(str, COUNTS)), COUNTS.index(len(things)))
 
 
 def _depths(pairs: Sequence[tuple[Thing, Thing]], balance: Balance) -> Iterator[Question]:
@@ -232,9 +227,7 @@ def _distances(things: Sequence[Thing], rng: np.random.Generator, balance: Balan
             yield Question("distance", text, _placed(near.name, far.name, place), place)
 
 
-def _colours(
-    scene: Scene, things: Sequence[Thing], rng: np.random.Generator, balance: Balance
-) -> Iterator[Question]:
+def _colours(scene: Scene, things: Sequence[Thing], rng: np.random.Generator, balance: Balance) -> Iterator[Question]:
     shapes = Counter(thing.shape for thing in scene.things)  # a thing that hardly shows makes it ambiguous too
     for number in rng.permutation(len(things)):
         thing = things[int(number)]

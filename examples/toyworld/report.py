@@ -132,10 +132,14 @@ def _endpoint(results: Results, plan: Mapping[str, Any]) -> str:
     known = {other: estimate for other, estimate in found.items() if estimate is not None}
     if not known:
         seeds = results.seeds(["embedding"], *where)
-        return "\n".join([*lines, f"Not enough was run yet: a difference takes two paired seeds, and there are {len(seeds)}.", ""])
+        return "\n".join(
+            [*lines, f"Not enough was run yet: a difference takes two paired seeds, and there are {len(seeds)}.", ""]
+        )
     lines += ["| `embedding` minus | difference (points) | 95 % interval | SD over seeds | paired seeds | seeds needed at this spread (80 % power) |", "|---|---|---|---|---|---|"]  # fmt: skip
     for other, e in known.items():
-        lines.append(f"| `{other}` | {e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {e.spread:.1f} | {e.seeds} | {_number(seeds_needed(e.value, e.spread))} |")
+        lines.append(
+            f"| `{other}` | {e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {e.spread:.1f} | {e.seeds} | {_number(seeds_needed(e.value, e.spread))} |"
+        )
     missing = [other for other in end["against"] if other not in known]
     if missing:
         verdict = f"**Undecided**: `{'`, `'.join(missing)}` has fewer than two paired seeds."
@@ -155,7 +159,12 @@ def _accuracies(results: Results, about: Mapping[str, str]) -> str:
     for budget in sorted({budget for _, budget, _, _ in results.right}):
         kinds = sorted({(split, kind) for _, b, split, kind in results.right if b == budget}, key=_order)
         arms = [arm for arm in about if any(a == arm and b == budget for a, b, _, _ in results.right)]
-        lines = [f"## Accuracy after {budget} questions", "", "Percent, with 95 % intervals over seeds and images. `ood`: pictures in which the apparent size tells no distance.", ""]
+        lines = [
+            f"## Accuracy after {budget} questions",
+            "",
+            "Percent, with 95 % intervals over seeds and images. `ood`: pictures in which the apparent size tells no distance.",
+            "",
+        ]
         lines.append("| arm | seeds | " + " | ".join(_title(place) for place in kinds) + " | pretraining (s) |")
         lines.append("|---|---|" + "---|" * (len(kinds) + 1))
         lines.append("| chance | | " + " | ".join(f"{100 * results.chance[place]:.0f}" for place in kinds) + " | |")
@@ -165,7 +174,16 @@ def _accuracies(results: Results, about: Mapping[str, str]) -> str:
             seeds = max((e.seeds for e in found if e), default=0)
             lines.append(f"| `{arm}`: {about[arm]} | {seeds} | {' | '.join(cells)} | {results.seconds[arm]:.0f} |")
         counts = ", ".join(f"{_title(p)} {len(results.images[p])}" for p in kinds)
-        parts.append("\n".join([*lines, "", f"Questions: {counts}. Seconds were taken while the machine did other work: a hint, not a measurement.", ""]))
+        parts.append(
+            "\n".join(
+                [
+                    *lines,
+                    "",
+                    f"Questions: {counts}. Seconds were taken while the machine did other work: a hint, not a measurement.",
+                    "",
+                ]
+            )
+        )
     return "\n".join(parts)
 
 
@@ -182,8 +200,16 @@ def _rest(results: Results, plan: Mapping[str, Any]) -> str:
     if not found:
         return ""
     corrected = holm({name: estimate.p for name, estimate in found.items()})
-    lines = ["## The rest: differences from `tokens`", "", f"{len(found)} comparisons, corrected together (Holm). Nothing here was fixed as a success beforehand.", ""]
-    lines += ["| arm | questions | kind | difference (points) | 95 % interval | seeds | p, corrected |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "## The rest: differences from `tokens`",
+        "",
+        f"{len(found)} comparisons, corrected together (Holm). Nothing here was fixed as a success beforehand.",
+        "",
+    ]
+    lines += [
+        "| arm | questions | kind | difference (points) | 95 % interval | seeds | p, corrected |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, e in found.items():
         lines.append(f"{name} | {e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {e.seeds} | {corrected[name]:.3f} |")
     worse = [name for name, e in found.items() if e.high < 0]
@@ -192,21 +218,34 @@ def _rest(results: Results, plan: Mapping[str, Any]) -> str:
 
 
 def _students(folder: Path) -> str:
-    path = folder.parent / "checkpoints" / "scores.json"
+    path = folder.parent / "student" / "scores.json"
     if not path.is_file():
         return ""
     scores = json.loads(path.read_text(encoding="utf-8"))
     lines = ["## The student's parts, on held-out scenes", "", "| part | score | value |", "|---|---|---|"]
     lines += [f"| {part} | {name} | {value:.3f} |" for part, found in scores.items() for name, value in found.items()]
-    return "\n".join([*lines, "", "Of questions about written-out scenes chance is a half (of counting a quarter); a centred R² of 0 is the mean map's.", ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Of questions about written-out scenes chance is a half (of counting a quarter); a centred R² of 0 is the mean map's.",
+            "",
+        ]
+    )
 
 
 def _made(results: Results) -> str:
     when = " to ".join(dict.fromkeys([results.dates[0], results.dates[-1]])) if results.dates else "never"
-    lines = ["## How it was made", "", f"Run {when}; {'; '.join(results.versions) or 'no version yet'}; CPU, one thread an arm, float32."]
+    lines = [
+        "## How it was made",
+        "",
+        f"Run {when}; {'; '.join(results.versions) or 'no version yet'}; CPU, one thread an arm, float32.",
+    ]
     if results.left_out:
         lines.append(f"{results.left_out} rows of earlier settings are kept in the file and are not shown.")
-    return "\n".join([*lines, "", "`make evidence SEEDS=0-19` adds the seeds that are missing and writes this page again.", ""])
+    return "\n".join(
+        [*lines, "", "`make evidence SEEDS=0-19` adds the seeds that are missing and writes this page again.", ""]
+    )
 
 
 def _order(place: tuple[str, str]) -> tuple[bool, str]:

@@ -52,9 +52,7 @@ def hierarchical(values: np.ndarray, groups: np.ndarray, *, seed: int = 0, null:
     spread = float(by_seed.std(ddof=1)) if len(values) > 1 else math.nan
     beyond = min(float((draws <= 0).sum()), float((draws >= 0).sum()))
     p = min(1.0, 2 * (beyond + 1) / (RESAMPLES + 1)) if null else math.nan
-    return Estimate(
-        100 * float(by_seed.mean()), 100 * float(low), 100 * float(high), len(values), 100 * spread, p
-    )
+    return Estimate(100 * float(by_seed.mean()), 100 * float(low), 100 * float(high), len(values), 100 * spread, p)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -21,14 +21,16 @@ from typing import Any
 import language
 import numpy as np
 import torch
+from fitting import CLIP_MEAN, CLIP_STD, fit, nearest, write_json
+from PIL import Image
 from scenes import COLOURS, SHAPES, Picture, Scene, Split, make_scene, render
-from teachers import BICUBIC, CLIP_MEAN, CLIP_STD, fit, nearest, squashed, write_json
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SIDE, PATCH = 48, 8
+BICUBIC = 3
 GRID = SIDE // PATCH
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 TRAINING, HELD_OUT = 3000, 400
@@ -67,7 +69,7 @@ def make_world(split: Split, first: int, count: int, *, seed: int) -> World:
     for index in range(first, first + count):
         scene = make_scene(split, index)
         picture = render(scene)
-        pixels.append(squashed(picture, SIDE, CLIP_MEAN, CLIP_STD))
+        pixels.append(squashed(picture))
         names = {thing.name for thing in language.shown(scene, picture)}
         present.append(torch.tensor([name in names for name in NAMES]).float())
         patches.append(patch_names(scene, picture))
@@ -83,6 +85,13 @@ def make_world(split: Split, first: int, count: int, *, seed: int) -> World:
         kind, text, answer = turns[0]
         texts.append([(kind, f"Scene : {language.written(scene, picture)} .\n{text}", answer), *turns[1:]])
     return World(torch.stack(pixels), torch.stack(present), torch.stack(patches), torch.stack(depths), texts)
+
+
+def squashed(picture: Picture) -> Tensor:
+    """Return a picture as the tower sees it, (3, 48, 48) float32."""
+    rgb = np.array(picture.image().resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    values = torch.from_numpy(rgb).permute(2, 0, 1).float() / 255.0
+    return (values - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
 def patch_names(scene: Scene, picture: Picture) -> Tensor:
@@ -129,10 +138,10 @@ def train_vision(out: Path, world: World, steps: int, batch: int = 64) -> None:
     tower = CLIPVisionModel(vision_config())
     head = nn.Linear(tower.config.hidden_size, len(COLOURS) + len(SHAPES) + 2)
     both = nn.ModuleList([tower, head])
-    generator = torch.Generator().manual_seed(12)
     weight = torch.tensor([1.0] * len(SHAPES) + [0.3])
 
     def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(12_000_000 + step)  # a continuation draws what it would have drawn
         chosen = torch.randint(len(world.pixels), (batch,), generator=generator)
         pixels, names = world.pixels[chosen], world.names[chosen]
         if step % 2:  # a mirror changes no name
@@ -287,9 +296,9 @@ def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
     tokenizer = make_tokenizer()
     ids, labels, _ = tokenise(tokenizer, world.texts)
     model = LlamaForCausalLM(llm_config(len(tokenizer)))
-    generator = torch.Generator().manual_seed(14)
 
     def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(14_000_000 + step)
         chosen = torch.randint(len(ids), (batch,), generator=generator)
         table = renamings(tokenizer, generator)
         words, answers = table[ids[chosen]], labels[chosen]

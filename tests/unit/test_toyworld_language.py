@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 TOYWORLD = Path(__file__).parents[2] / "examples" / "toyworld"
-_NAMES = ("scenes", "language", "corpus", "significance", "student", "teachers")
+_NAMES = ("scenes", "language", "corpus", "significance", "student", "fitting")
 
 
 @pytest.fixture(scope="module", autouse=True)
