@@ -24,6 +24,7 @@ from olapipe.tally import LostShard, Stop, Tally
 from olapipe.tasks import Pending, Planned
 from olapipe.teachers import registry
 from olapipe.teachers.base import TeacherSettings, resolve_options, suggest
+from olapipe.teachers.checkpoint import local_path
 from olapipe.tiers import Tier, choose
 from olapipe.watch import watched
 from olaschema.errors import StoreError, TeacherError
@@ -169,6 +170,8 @@ def require_usable(config: ExtractConfig) -> None:
         if not known[name].problem:
             settings = TeacherSettings(preset=config.preset, options=config.options.get(name, {}))
             resolve_options(name, known[name].all_options, settings)
+        if config.address is None and name in config.checkpoints:  # else the folders are those of the cluster's nodes
+            local_path(name, config.checkpoints[name])
 
 
 def pending(store: FeatureStore, config: ExtractConfig) -> Pending:
