@@ -109,6 +109,6 @@ def finish(process: subprocess.Popen[str], nodes: Nodes | None = None, seconds: 
     return process.communicate()[0]
 
 
-def fired(checkpoint: Path) -> set[int]:
-    """Which entries of the plan have happened."""
-    return {int(path.name) for path in (checkpoint / "fired").iterdir()}
+def fired(checkpoint: Path) -> set[str]:
+    """Which entries of the plan (`0`, …) and which moments (`m0`, …) have happened."""
+    return {path.name for path in (checkpoint / "fired").iterdir()}
