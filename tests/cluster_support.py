@@ -30,9 +30,9 @@ def _environment() -> Iterator[None]:
 
 
 class Nodes:
-    """A head without CPUs and two nodes of one CPU each; nodes that were killed are started again."""
+    """A head without CPUs and `count` nodes of one CPU each; nodes that were killed are started again."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 2) -> None:
         with _environment():
             self.cluster = Cluster(
                 initialize_head=True,
@@ -44,7 +44,7 @@ class Nodes:
             )
         reset_ray_address()  # or every other Ray of this machine would join it
         self.restarted = 0
-        for _ in range(2):
+        for _ in range(count):
             self._add()
 
     @property
@@ -109,6 +109,6 @@ def finish(process: subprocess.Popen[str], nodes: Nodes | None = None, seconds: 
     return process.communicate()[0]
 
 
-def fired(checkpoint: Path) -> set[int]:
-    """Which entries of the plan have happened."""
-    return {int(path.name) for path in (checkpoint / "fired").iterdir()}
+def fired(checkpoint: Path) -> set[str]:
+    """Which entries of the plan (`0`, …) and which moments (`m0`, …) have happened."""
+    return {path.name for path in (checkpoint / "fired").iterdir()}

@@ -2,20 +2,23 @@
 
 Its checkpoint is a folder with `control.json`: `wait` (seconds per batch), `fits` (images at a time that fit the
 device), `segv` and `raises` (digests of images), `segv_width` (of an image, met while decoding ahead),
-`batch_sensitive`, and `plan`: a list of `[shard, point, victim]`, each of which happens once, in whichever worker comes
-there first. `fired/` in the folder counts them.
+`batch_sensitive`, `plan`: a list of `[shard, point, victim]`, each of which happens once, in whichever worker comes
+there first, and `moments`: a list of `[seconds, victim]`, that long after a worker has loaded. `fired/` in the folder
+counts them, a moment with `m` in front. With `orderly` nothing else is killed between two points of one file, so that
+every entry of a plan is met: without it a kill may come between a file and its `after`, and the rerun puts no file.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +37,18 @@ INFO = TeacherInfo(
     module="faulty_teacher",
 )  # fmt: skip
 POINTS = ("before-values", "during-values", "after-values", "before-receipt", "during-receipt", "after-receipt")
+# Longer than Ray takes to see that a raylet or a driver is gone, and to end the workers.
+_UNTIL_ENDED = 600
 
 
 def load(info: TeacherInfo, settings: TeacherSettings) -> Teacher:
     folder = Path(str(settings.checkpoint))
     control = json.loads((folder / "control.json").read_text())
     if control.get("plan"):
-        _install(folder, control["plan"])
+        _install(folder, control["plan"], orderly=control.get("orderly", False))
+    if os.getpid() != _driver(folder):
+        for number, (seconds, victim) in enumerate(control.get("moments", ())):
+            threading.Thread(target=_strike, args=(folder, f"m{number}", seconds, victim), daemon=True).start()
     preprocessor = Shrink(control)
     meaning = Fingerprint(
         teacher=info.name, model_class="Faulty", weights="0" * 64, preset=settings.preset,
@@ -95,18 +103,21 @@ class Faulty(Teacher):
         return features
 
 
-def _install(folder: Path, plan: list[tuple[int, str, str]]) -> None:
+def _install(folder: Path, plan: list[tuple[int, str, str]], *, orderly: bool) -> None:
     """Let every file that is put come past each point of the plan. The package has no hooks: its method is replaced."""
     if getattr(LocalPlace, "faulty", False):
         return
     LocalPlace.faulty = True  # type: ignore[attr-defined]
     put, sync = LocalPlace._put, os.fsync
     present = threading.local()
+    driver = _driver(folder)
 
     def reach(point: str, shard: int) -> None:
         for number, (where, what, victim) in enumerate(plan):
-            if (where, what) == (shard, point) and _first(folder, number):
+            if (where, what) == (shard, point) and _first(folder, str(number)):
                 _kill(folder, victim)
+                if orderly:
+                    time.sleep(_UNTIL_ENDED)
 
     def putting(self: LocalPlace, name: str, data: bytes, move: Any) -> None:
         parts = name.split("/")
@@ -115,10 +126,11 @@ def _install(folder: Path, plan: list[tuple[int, str, str]]) -> None:
             put(self, name, data, move)
             return
         shard = int(parts[-1].removesuffix(".json") if kind == "receipt" else parts[3])
-        reach(f"before-{kind}", shard)
-        with _during(present, lambda: reach(f"during-{kind}", shard)):
-            put(self, name, data, move)
-        reach(f"after-{kind}", shard)
+        with _turn(folder, driver) if orderly else nullcontext():
+            reach(f"before-{kind}", shard)
+            with _during(present, lambda: reach(f"during-{kind}", shard)):
+                put(self, name, data, move)
+            reach(f"after-{kind}", shard)
 
     def synced(handle: int) -> None:
         during = getattr(present, "during", None)
@@ -140,9 +152,37 @@ def _during(present: threading.local, action: Any) -> Iterator[None]:
         present.during = None
 
 
-def _first(folder: Path, number: int) -> bool:
+@contextmanager
+def _turn(folder: Path, driver: int) -> Iterator[None]:
+    """One file at a time over all workers, and none after the driver was killed: Ray then ends them at any moment."""
+    with (folder / "turn.lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not _alive(driver):
+            time.sleep(_UNTIL_ENDED)
+        yield
+
+
+def _driver(folder: Path) -> int:
+    return int((folder / "driver.pid").read_text())
+
+
+def _alive(process: int) -> bool:
     try:
-        os.close(os.open(folder / "fired" / str(number), os.O_CREAT | os.O_EXCL))
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def _strike(folder: Path, name: str, seconds: float, victim: str) -> None:
+    time.sleep(seconds)
+    if _first(folder, name):
+        _kill(folder, victim)
+
+
+def _first(folder: Path, name: str) -> bool:
+    try:
+        os.close(os.open(folder / "fired" / name, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True
@@ -153,6 +193,6 @@ def _kill(folder: Path, victim: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif victim == "raylet":
         os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(60)  # until it is seen that the raylet is gone
+        time.sleep(_UNTIL_ENDED)
     else:
-        os.kill(int((folder / "driver.pid").read_text()), signal.SIGKILL)
+        os.kill(_driver(folder), signal.SIGKILL)
