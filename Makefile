@@ -8,13 +8,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_DISABLE_TELEMETRY = 1
 DEMO ?= demo-out
+EVIDENCE ?= evidence-out
+SEEDS ?= 0-2
 # The images in docker/ install one half each with the same target
 EXTRAS ?= pipeline,trainer,dev
 
-.PHONY: help install peers demo test lint types imports pytest clean
+.PHONY: help install peers demo evidence test lint types imports pytest clean
 
 help:
 	@echo "make demo    install, then photographs -> features -> trained student, in minutes on a CPU (results in $(DEMO)/)"
+	@echo "make evidence  does it work? a toy world's experiment, added to examples/toyworld/results and docs/results.md (SEEDS=$(SEEDS))"
 	@echo "make test    install, then ruff, mypy --strict, import rules and the test suite"
 	@echo "make clean   remove $(DEMO)/ and caches (not .venv)"
 
@@ -35,6 +38,11 @@ peers: install
 demo: install
 	$(BIN)/python examples/demo/run.py $(DEMO)
 
+# The student is trained once; what the results hold already is not run again
+evidence: install
+	test -f $(EVIDENCE)/student/scores.json || $(BIN)/python examples/toyworld/student.py train $(EVIDENCE)/student
+	$(BIN)/python examples/toyworld/evidence.py $(EVIDENCE) --student $(EVIDENCE)/student --seeds $(SEEDS)
+
 test: lint types imports pytest
 
 lint: install
@@ -47,8 +55,9 @@ types: install
 imports: install
 	$(BIN)/lint-imports --no-cache
 
+# two at a time: much of the suite waits for processes to start. A file's tests stay together, as their fixtures do.
 pytest: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis build

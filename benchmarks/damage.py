@@ -48,7 +48,7 @@ from olaschema.manifest import (
     View,
 )
 from olaschema.packed import PackedSet
-from olaschema.precision import blank, encode
+from olaschema.precision import blank, encode, is_centred
 from olaschema.reader import FeatureReader
 from olaschema.seal import seal
 from olaschema.store import FeatureStore
@@ -114,12 +114,12 @@ def make_store(root: Path, images: Path) -> None:
         store.put_teacher(record)
         rng = np.random.default_rng(channels)
         for shard in range(store.shard_count()):
-            stored = blank(ROWS, record.fingerprint.shape, record.precision)
+            stored = blank(ROWS, record.fingerprint.shape, record.precision, centred=record.centred)
             rows = [RowReceipt(status="absent")] * ROWS
             statistics = ChannelStatistics(channels)
             for place, sample in enumerate(store.shard_samples(shard)):
                 feature = rng.normal(size=record.fingerprint.shape).astype(np.float32)
-                stored[place] = encode(feature, record.precision)
+                stored[place] = encode(feature, record.precision, centred=record.centred)
                 rows[place] = RowReceipt(status="ok", sha256=digest(int(sample.key[:4])), width=8, height=6)
                 statistics.update(feature[None])
             how = Execution(device="cpu", torch="none", batch_size=1, threads=1)
@@ -142,7 +142,10 @@ def teacher(name: str, grid: tuple[int, int] | None, channels: int, precision: P
         grid=grid,
         channels=channels,
     )
-    return TeacherRecord(fingerprint=meaning, precision=precision, source="none", licence="none", libraries={})
+    centred = is_centred(meaning.shape, precision)
+    return TeacherRecord(
+        fingerprint=meaning, precision=precision, centred=centred, source="none", licence="none", libraries={}
+    )
 
 
 def content(index: int) -> bytes:

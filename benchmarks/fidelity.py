@@ -24,12 +24,15 @@ import torch
 from codec import cpu_name
 from proxy_features import SHAPES, Proxy, noise, tiny
 
-from olapipe.fidelity import TIERS, Figures, measure, yardstick
+from olapipe.fidelity import TIERS, Figures, against, measure, yardstick
 from olapipe.klt import fit_basis
+from olaschema.manifest import Precision
+from olaschema.precision import decode, encode
 
 RESULTS = Path(__file__).parent / "results" / "fidelity.json"
 GRADIENT_ERRORS = (0.01, 0.001)
 AIM_BYTES = 1 << 18
+INTEGERS: tuple[Precision, ...] = ("int8", "int4")
 
 
 def compare(fitting: np.ndarray, scored: np.ndarray, rough: np.ndarray) -> list[dict[str, Any]]:
@@ -104,16 +107,48 @@ def totals(kind: str, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, 
 
 
 def outliers(score: int) -> list[dict[str, Any]]:
-    """Say how int8 depends on how large the outlier channels of a depth proxy are; 1: there are none."""
+    """Say how integers depend on how large the outlier channels of a depth proxy are; 1: there are none.
+
+    Beside the offsets that are stored, what else might be taken out of each channel of an image: nothing, as earlier
+    versions did; a power of two, by the channel's largest value over that of the median channel; the median over the
+    tokens, or the middle between smallest and largest, in place of the mean.
+    """
     lines = []
     before = proxy_features.OUTLIER_MEAN
     for times in (1.0, 10.0, 30.0):
         proxy_features.OUTLIER_MEAN = times
         draw = Proxy(SHAPES["depth"])
-        found = measure(draw(100_000, score), draw(0, 32).mean(axis=0, dtype=np.float64), "int8")
-        lines.append({"outlier_mean": times, "gradient_error": found.gradient_error})
+        exact, mean = draw(100_000, score), draw(0, 32).mean(axis=0, dtype=np.float64)
+        tokens = exact.reshape(score, -1, exact.shape[-1])
+        largest = np.abs(tokens).max(axis=1)
+        powers = 2.0 ** np.rint(np.log2(largest / np.median(largest, axis=1, keepdims=True)).clip(0))
+        centres = {
+            "mean": tokens.mean(axis=1, dtype=np.float64),
+            "median": np.median(tokens, axis=1),
+            "mid-range": (tokens.min(axis=1) + tokens.max(axis=1)) / 2,
+        }
+        for tier in INTEGERS:
+            ways = {
+                "nothing": through(exact, tier),
+                "power of two": through(exact / spread(powers), tier) * spread(powers),
+            }
+            for name, centre in centres.items():
+                offset = spread(centre.astype(np.float16).astype(np.float32))
+                ways[name] = through(exact - offset, tier) + offset
+            errors = {name: against(exact, other, mean)[2][-1].gradient_error for name, other in ways.items()}
+            lines.append({"precision": tier, "outlier_mean": times, "gradient_error": errors})
     proxy_features.OUTLIER_MEAN = before
     return lines
+
+
+def spread(by_channel: np.ndarray) -> np.ndarray:
+    """Return numbers `(N, C)` as float32 `(N, 1, 1, C)`."""
+    return by_channel[:, None, None].astype(np.float32)
+
+
+def through(features: np.ndarray, tier: Precision) -> np.ndarray:
+    """Round to integers by token and group, with nothing taken away before."""
+    return decode(encode(features, tier), features.shape[-1])
 
 
 def main() -> None:
@@ -144,7 +179,7 @@ def main() -> None:
         | {"python": platform.python_version()},
         "settings": {"fit": settings.fit, "score": settings.score, "aim_bytes": AIM_BYTES, "seed": 0},
         "totals": sums,
-        "outliers_int8": outliers(settings.score) if settings.kind is None else [],
+        "outliers": outliers(settings.score) if settings.kind is None else [],
         "results": results,
     }
     settings.out.parent.mkdir(parents=True, exist_ok=True)

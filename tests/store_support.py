@@ -63,8 +63,11 @@ def small_basis(shape: tuple[int, ...], *, seed: int = 5, step: float = 2.0**-6)
 
 
 def record(precision: Precision = "float16", **changes: object) -> TeacherRecord:
+    """What a store records; integers of maps with offsets, as they are written now, unless `centred` is False."""
+    centred = bool(changes.pop("centred", True))
     described = fingerprint(**changes)  # type: ignore[arg-type]
     return TeacherRecord(
+        centred=centred and precision in ("int8", "int4") and described.grid is not None,
         basis=small_basis(described.shape).record(4) if precision == "klt" else None,
         fingerprint=described,
         precision=precision,
@@ -98,14 +101,14 @@ def fill_shard(
     """
     rows_per_shard = store.rows_per_shard
     basis = store.basis(teacher)
-    stored = blank(rows_per_shard, teacher.fingerprint.shape, teacher.precision)
+    stored = blank(rows_per_shard, teacher.fingerprint.shape, teacher.precision, centred=teacher.centred)
     rows = [RowReceipt(status="absent")] * rows_per_shard
     statistics = ChannelStatistics(teacher.fingerprint.channels)
     for i, feature in enumerate(features):
         if i in failed:
             rows[i] = RowReceipt(status="failed", reason="truncated", detail="cut short")
             continue
-        stored[i] = encode(feature, teacher.precision, basis)
+        stored[i] = encode(feature, teacher.precision, basis, centred=teacher.centred)
         rows[i] = RowReceipt(status="ok", sha256=seen[i] if seen else f"{i:064x}", width=8, height=6)
         statistics.update(feature[None])
     store.commit_shard(teacher, shard, stored, rows, statistics, EXECUTION)
@@ -114,10 +117,12 @@ def fill_shard(
 
 def decoding(docs: str, precision: str) -> Callable[..., np.ndarray]:
     """The decoding that the table in docs/store-format.md gives for a precision, to be called with the arrays."""
-    (line,) = [line for line in docs.splitlines() if line.startswith(f"| `{precision}`")]
-    code = compile(line.split("|")[3].strip().strip("`"), "docs/store-format.md", "eval")
 
     def decode(*, channels: int, basis: Path | None = None, **arrays: np.ndarray) -> np.ndarray:
+        start = f"| `{precision}` centred " if "offset" in arrays else f"| `{precision}` "
+        found = [line for line in docs.splitlines() if line.startswith(start)]
+        (line,) = [line for line in found if "offset" in arrays or "centred" not in line.split("|")[1]]
+        code = compile(line.split("|")[3].strip().strip("`"), "docs/store-format.md", "eval")
         names: dict[str, object] = {"np": np, "C": channels}
         if basis is not None:  # what stands above the table
             values = arrays["values"]

@@ -189,7 +189,7 @@ def make_store(
         put(store, teacher)
         basis = store.basis(teacher)
         for shard in range(store.shard_count()):
-            stored = blank(rows_per_shard, teacher.fingerprint.shape, teacher.precision)
+            stored = blank(rows_per_shard, teacher.fingerprint.shape, teacher.precision, centred=teacher.centred)
             rows = [RowReceipt(status="absent")] * rows_per_shard
             statistics = ChannelStatistics(teacher.fingerprint.channels)
             for place, sample in enumerate(store.shard_samples(shard)):
@@ -198,7 +198,7 @@ def make_store(
                 if failed.get(sample.key) == name:
                     rows[place] = RowReceipt(status="failed", sha256=digest, reason="not-finite", detail="NaN")
                     continue
-                stored[place] = encode(feature, teacher.precision, basis)
+                stored[place] = encode(feature, teacher.precision, basis, centred=teacher.centred)
                 if sample.key in spoiled:
                     stored.values[place] = np.inf
                 rows[place] = RowReceipt(status="ok", sha256=digest, width=24, height=20)

@@ -1,11 +1,9 @@
-"""Tiny checkpoints for the demo, in the on-disk layouts of the published ones, with seeded random weights.
+"""The demo's tiny student, in the on-disk layouts of published ones, with seeded random weights.
 
     python examples/demo/checkpoints.py OUT
 
-writes `OUT/depth` (Depth Anything V2), `OUT/seg` (OneFormer with a Swin backbone), `OUT/gen` (the image encoder of
-unCLIP), `OUT/vision` (a CLIP tower) and `OUT/llm` (a Llama, or a Phi-3 with `--llm phi3`). Nothing is trained and
-nothing is downloaded: the teachers are random functions of the image. They show that the path works, and their
-features mean nothing.
+writes `OUT/vision` (a CLIP tower) and `OUT/llm` (a Llama, or a Phi-3 with `--llm phi3`). Nothing is trained and nothing
+is downloaded. The teachers of the demo are trained ones, of `examples/toyworld/teachers`.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import argparse
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,19 +23,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
-    CLIPVisionModelWithProjection,
-    DepthAnythingConfig,
-    DepthAnythingForDepthEstimation,
-    Dinov2Config,
     LlamaConfig,
     LlamaForCausalLM,
-    OneFormerConfig,
-    OneFormerForUniversalSegmentation,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    SwinConfig,
 )
 from transformers.utils import logging
 
@@ -47,15 +38,7 @@ SEED = 20250101
 VOCABULARY = 512
 CONTEXT_LENGTH = 2048
 
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-BICUBIC, BILINEAR = 3, 2
-RESCALE = 1 / 255
-
-# A few of COCO's panoptic classes: enough for the class file and the decoder's shape.
-CLASSES = [("person", 1), ("cat", 1), ("cup", 1), ("motorcycle", 1), ("sky-other-merged", 0), ("grass-merged", 0)]
-
-TASKS = ("panoptic", "instance", "semantic")
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}"
@@ -82,162 +65,6 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _taps(**taps: list[int] | list[str]) -> dict[str, Any]:
-    # the backbone configs take their taps through the base class, which their signatures don't show
-    return dict(taps)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
-
-
-def build_depth(folder: Path) -> None:
-    """Write a Depth Anything V2: 48 channels, 8 blocks of which 2, 4, 6 and 8 are tapped, patches of 14 pixels."""
-    backbone = Dinov2Config(
-        hidden_size=48,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        image_size=518,
-        patch_size=14,
-        apply_layernorm=True,
-        reshape_hidden_states=False,
-        **_taps(out_indices=[2, 4, 6, 8]),
-    )
-    config = DepthAnythingConfig(
-        backbone_config=backbone,
-        patch_size=14,
-        reassemble_hidden_size=48,
-        neck_hidden_sizes=[16, 32, 48, 48],
-        fusion_hidden_size=32,
-        head_hidden_size=16,
-    )
-    with _seeded("depth"):
-        _save(DepthAnythingForDepthEstimation(config), folder)
-    _write_json(
-        folder / "preprocessor_config.json",
-        {
-            "do_normalize": True,
-            "do_pad": False,
-            "do_rescale": True,
-            "do_resize": True,
-            "ensure_multiple_of": 14,
-            "image_mean": IMAGENET_MEAN,
-            "image_processor_type": "DPTImageProcessor",
-            "image_std": IMAGENET_STD,
-            "keep_aspect_ratio": True,
-            "resample": BICUBIC,
-            "rescale_factor": RESCALE,
-            "size": {"height": 518, "width": 518},
-            "size_divisor": None,
-        },
-    )
-
-
-def build_seg(folder: Path) -> None:
-    """Write a OneFormer whose Swin backbone ends in a map of 96 channels, with class file and CLIP tokenizer."""
-    backbone = SwinConfig(
-        embed_dim=12,
-        depths=[1, 1, 2, 1],
-        num_heads=[2, 2, 2, 2],
-        window_size=7,
-        **_taps(out_features=["stage1", "stage2", "stage3", "stage4"]),
-    )
-    names = [name for name, _ in CLASSES]
-    vocabulary, merges = _clip_vocabulary([*names, *(f"the task is {task}" for task in TASKS)])
-    config = OneFormerConfig(
-        backbone_config=backbone,
-        conv_dim=32,
-        mask_dim=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        dim_feedforward=32,
-        num_attention_heads=4,
-        num_queries=10,
-        query_dec_layers=2,
-        text_encoder_width=32,
-        text_encoder_num_layers=1,
-        text_encoder_n_ctx=4,
-        text_encoder_vocab_size=len(vocabulary),
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    with _seeded("seg"):
-        _save(OneFormerForUniversalSegmentation(config), folder)
-    _write_json(folder / "vocab.json", vocabulary)
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8", newline="\n")
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "CLIPTokenizer",
-            "bos_token": "<|startoftext|>",
-            "eos_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>",
-            "pad_token": "<|endoftext|>",
-            "model_max_length": 77,
-        },
-    )
-    _write_json(
-        folder / "coco_panoptic.json",
-        {str(index): {"name": name, "isthing": thing} for index, (name, thing) in enumerate(CLASSES)},
-    )
-    _write_json(
-        folder / "preprocessor_config.json",
-        {
-            "class_info_file": "coco_panoptic.json",
-            "do_normalize": True,
-            "do_reduce_labels": False,
-            "do_rescale": True,
-            "do_resize": True,
-            "ignore_index": None,
-            "image_mean": IMAGENET_MEAN,
-            "image_processor_type": "OneFormerImageProcessor",
-            "image_std": IMAGENET_STD,
-            "metadata": {
-                **{str(index): name for index, name in enumerate(names)},
-                "class_names": names,
-                "thing_ids": [index for index, (_, thing) in enumerate(CLASSES) if thing],
-            },
-            "num_text": 6,
-            "processor_class": "OneFormerProcessor",
-            "repo_path": "shi-labs/oneformer_demo",
-            "resample": BILINEAR,
-            "rescale_factor": RESCALE,
-            "size": {"longest_edge": 1333, "shortest_edge": 800},
-        },
-    )
-
-
-def build_gen(folder: Path) -> None:
-    """Write the part of an unCLIP pipeline that sees images: embeddings of 32 values from 224 × 224 pixels."""
-    config = CLIPVisionConfig(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=224,
-        patch_size=14,
-        projection_dim=32,
-        hidden_act="gelu",
-        # At the default of 1 the class token hardly heeds the patches: its mean over the demo's images makes up 89 %
-        # of the embeddings' energy, against 65 % here.
-        initializer_factor=2.0,
-    )
-    with _seeded("gen"):
-        _save(CLIPVisionModelWithProjection(config), folder / "image_encoder")
-    _write_json(folder / "feature_extractor" / "preprocessor_config.json", _clip_preprocessing(224))
-    # The pipeline's other parts are not here; diffusers' way to say so is a pair of nulls.
-    absent = ("image_normalizer", "image_noising_scheduler", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
-    index: dict[str, Any] = {
-        "_class_name": "StableUnCLIPImg2ImgPipeline",
-        "feature_extractor": ["transformers", "CLIPImageProcessor"],
-        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-    }
-    _write_json(folder / "model_index.json", index | {part: [None, None] for part in absent})
-
-
 def build_vision(folder: Path) -> None:
     """Write a CLIP tower of 48 channels and 4 layers: 576 patch tokens from 336 × 336 pixels, as LLaVA-1.5 uses."""
     config = CLIPVisionConfig(
@@ -252,12 +79,8 @@ def build_vision(folder: Path) -> None:
     )
     with _seeded("vision"):
         _save(CLIPVisionModel(config), folder)
-    _write_json(folder / "preprocessor_config.json", _clip_preprocessing(336))
-
-
-def _clip_preprocessing(side: int) -> dict[str, Any]:
-    return {
-        "crop_size": {"height": side, "width": side},
+    processor = {
+        "crop_size": {"height": 336, "width": 336},
         "do_center_crop": True,
         "do_convert_rgb": True,
         "do_normalize": True,
@@ -266,10 +89,12 @@ def _clip_preprocessing(side: int) -> dict[str, Any]:
         "image_mean": CLIP_MEAN,
         "image_processor_type": "CLIPImageProcessor",
         "image_std": CLIP_STD,
-        "resample": BICUBIC,
-        "rescale_factor": RESCALE,
-        "size": {"shortest_edge": side},
+        "resample": 3,  # bicubic
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": 336},
     }
+    text = json.dumps(processor, indent=2) + "\n"
+    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8", newline="\n")
 
 
 def build_llm(folder: Path, family: Family = "llama") -> None:
@@ -342,38 +167,9 @@ def _train_bpe(texts: list[str], special: list[str]) -> Tokenizer:
     return bpe
 
 
-def _clip_vocabulary(texts: list[str]) -> tuple[dict[str, int], list[str]]:
-    """Train CLIP's kind of BPE (byte-level, words closed by `</w>`) and return `vocab.json` and the merges.
-
-    As in CLIP's own vocabulary every byte stands twice, within a word and at its end, and the two special tokens
-    come last.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    merges = [" ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    merged = [merge.replace(" ", "") for merge in merges]
-    tokens = [*alphabet, *(f"{symbol}</w>" for symbol in alphabet), *merged, "<|startoftext|>", "<|endoftext|>"]
-    return {token: index for index, token in enumerate(dict.fromkeys(tokens))}, merges
-
-
-BUILDERS: dict[str, Callable[[Path], None]] = {
-    "depth": build_depth,
-    "seg": build_seg,
-    "gen": build_gen,
-    "vision": build_vision,
-}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Write every checkpoint into the folder named on the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description="Write the demo's tiny checkpoints, with random weights.")
+    parser = argparse.ArgumentParser(description="Write the demo's tiny student, with random weights.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to, made if missing")
     parser.add_argument("--llm", choices=get_args(Family), default="llama", help="family of the language model")
     options = parser.parse_args(arguments)
@@ -381,8 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, build in BUILDERS.items():
-            build(out / name)
+        build_vision(out / "vision")
         build_llm(out / "llm", options.llm)
     except OSError as error:
         print(f"error: {out} can't be written: {error}\nName a folder you may write to.", file=sys.stderr)

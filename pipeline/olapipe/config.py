@@ -71,6 +71,8 @@ class ExtractConfig(BaseModel):
     def _consistent(self) -> ExtractConfig:
         if len(set(self.teachers)) != len(self.teachers):
             raise ValueError(f"a teacher is named twice: {', '.join(self.teachers)}")
+        if self.max_failures is not None and self.max_failures.endswith("%") and float(self.max_failures[:-1]) > 100:
+            raise ValueError(f"max_failures={self.max_failures}: a share is at most 100%; leave it out for any number")
         if self.retry_failed and self.format == "webdataset":
             raise ValueError("retry_failed needs a feature store: the features of a packed set's images are packed")
         for setting, names in (("checkpoints", self.checkpoints), ("options", self.options)):

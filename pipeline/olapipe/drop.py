@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from olaschema.layout import basis_file
 from olaschema.lease import writing
+from olaschema.replacing import REPLACING
 from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
 
@@ -20,6 +21,7 @@ def drop(store: FeatureStore, teacher: str) -> bool:
         present = teacher in store.teachers()
         if present:
             unseal(store, [teacher])
+            store.place.withdraw(f"{REPLACING}/{teacher}")
             store.place.withdraw(f"receipts/{teacher}")
             store.place.withdraw(teacher)
         store.place.remove(basis_file(teacher))

@@ -12,7 +12,7 @@ from olapipe.config import ExtractConfig
 from olapipe.report import size
 from olapipe.tasks import Pending, Planned
 from olapipe.teachers import registry
-from olaschema.precision import array_formats
+from olaschema.precision import array_formats, formats_of, is_centred
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
 
 
@@ -67,8 +67,7 @@ def dry_run(config: ExtractConfig, store: FeatureStore | None, new: int) -> DryR
 def _row_bytes(config: ExtractConfig, store: FeatureStore | None, teacher: str) -> int | None:
     """Return the size of one stored feature: that of the store, or of the published checkpoint if that is what runs."""
     if store is not None and teacher in store.teachers():
-        record = store.teacher(teacher)
-        shape, precision = record.fingerprint.shape, record.precision
+        formats = formats_of(store.teacher(teacher))
     else:
         info = registry.available()[teacher]
         if not info.channels or teacher in config.checkpoints or teacher in config.options:
@@ -76,4 +75,5 @@ def _row_bytes(config: ExtractConfig, store: FeatureStore | None, teacher: str) 
         if config.precision == "auto":
             return None  # settled on a sample when it runs
         shape, precision = (*(info.grid or ()), info.channels), config.precision
-    return sum(each.row_bytes for each in array_formats(shape, precision).values())
+        formats = array_formats(shape, precision, centred=is_centred(shape, precision))
+    return sum(each.row_bytes for each in formats.values())

@@ -31,8 +31,10 @@ from olapipe.teachers.base import Teacher
 from olaschema.basis import Basis
 from olaschema.errors import CorpusError, ImageError, TeacherError
 from olaschema.images import DEFAULT_MAX_PIXELS, decode_image
+from olaschema.layout import shard_lock
 from olaschema.manifest import ChannelStatistics, Execution, Receipt, RowReceipt, SampleRow, TeacherRecord
 from olaschema.precision import blank, require_storable
+from olaschema.replacing import finish_replacement
 from olaschema.store import FeatureStore
 
 LOG = "timings.jsonl"
@@ -85,7 +87,7 @@ class _Output:
     def __init__(self, record: TeacherRecord, rows_per_shard: int, batch_size: int) -> None:
         self.record = record
         self.batch_size = batch_size
-        self.stored = blank(rows_per_shard, record.fingerprint.shape, record.precision)
+        self.stored = blank(rows_per_shard, record.fingerprint.shape, record.precision, centred=record.centred)
         self.rows = [RowReceipt(status="absent")] * rows_per_shard
         self.statistics = ChannelStatistics(record.fingerprint.channels)
         self.batch: list[tuple[int, SampleRow, _Row]] = []
@@ -171,6 +173,9 @@ class ShardEncoder:
                 "Mount it under the same path on every machine of the job.",
             )
         started = time.perf_counter()
+        for name in teachers if replace else ():  # another worker may have died of it
+            with self.store.place.lock(shard_lock(name, shard)):
+                finish_replacement(self.store.place, name, shard)
         samples = self.store.shard_samples(shard)
         seconds = dict.fromkeys(STAGES, 0.0)
         batches = dict.fromkeys(teachers, self.limits.batch_size)
@@ -344,11 +349,12 @@ class ShardEncoder:
                 "This is a defect of the teacher's code.",
             )
         basis, on_device = self._basis(name, encoded.device)
-        stored = quantise(encoded, output.record.precision, on_device)
+        precision, centred = output.record.precision, output.record.centred
+        stored = quantise(encoded, precision, on_device, centred=centred)
         good = []
         for place, (index, sample, row) in enumerate(output.batch):
             try:
-                require_storable(features[place], output.record.precision, name=sample.key, basis=basis)
+                require_storable(features[place], precision, centred=centred, name=sample.key, basis=basis)
             except ImageError as error:
                 output.rows[index] = row.receipt(sample, error)
                 continue

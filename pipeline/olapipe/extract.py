@@ -24,6 +24,7 @@ from olapipe.tally import LostShard, Stop, Tally
 from olapipe.tasks import Pending, Planned
 from olapipe.teachers import registry
 from olapipe.teachers.base import TeacherSettings, resolve_options, suggest
+from olapipe.teachers.checkpoint import local_path
 from olapipe.tiers import Tier, choose
 from olapipe.watch import watched
 from olaschema.errors import StoreError, TeacherError
@@ -32,6 +33,7 @@ from olaschema.ledger import read_ledger
 from olaschema.manifest import TeacherRecord
 from olaschema.nesting import require_outside_stores
 from olaschema.place import Place, absolute_url, open_place
+from olaschema.replacing import finish_replacements
 from olaschema.seal import seal, unseal
 from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
 
@@ -99,6 +101,8 @@ def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extr
     if direct is not None:
         direct.reopen(store, growth, reporter.say)
     reporter.say(_describe(listing, growth))
+    for name in config.teachers if store is not None else ():
+        finish_replacements(place, name)
     tasks = pending(store, config) if store is not None else None
     if store is not None and not growth.new and not tasks:
         return _unchanged(store, config, listing, reporter, direct)
@@ -169,21 +173,13 @@ def require_usable(config: ExtractConfig) -> None:
         if not known[name].problem:
             settings = TeacherSettings(preset=config.preset, options=config.options.get(name, {}))
             resolve_options(name, known[name].all_options, settings)
+        if config.address is None and name in config.checkpoints:  # else the folders are those of the cluster's nodes
+            local_path(name, config.checkpoints[name])
 
 
 def pending(store: FeatureStore, config: ExtractConfig) -> Pending:
     """Return the shards that lack a receipt of at least one teacher or, with `retry_failed`, hold failed images."""
     return Pending(store, Planned.of(store), config.teachers, retry_failed=config.retry_failed)
-
-
-def shard_rows(store: FeatureStore) -> dict[int, int]:
-    """Return how many images each shard has."""
-    size = store.rows_per_shard
-    return {
-        (generation.first_row + offset) // size: min(size, generation.rows - offset)
-        for generation in store.generations()
-        for offset in range(0, generation.rows, size)
-    }
 
 
 def _absolute(config: ExtractConfig) -> ExtractConfig:

@@ -18,7 +18,7 @@ from olapipe.report import size
 from olaschema.basis import Basis
 from olaschema.errors import ConfigError, ImageError
 from olaschema.manifest import Precision
-from olaschema.precision import decode, encode, require_storable
+from olaschema.precision import decode, encode, is_centred, require_storable
 from olaschema.zarrbytes import ZSTD_LEVEL
 
 CENTRED_COSINES = (0.5, 0.8, 0.9)
@@ -57,12 +57,13 @@ class Figures:
 
 def measure(exact: np.ndarray, mean: np.ndarray, precision: Precision, basis: Basis | None = None) -> Figures:
     """Store features (N, ...) float32 in a precision and compare; `mean` is a map of other images, in their shape."""
+    centred = is_centred(exact.shape[1:], precision)
     for index, feature in enumerate(exact):
         try:
-            require_storable(feature, precision, name=f"sampled image {index}", basis=basis)
+            require_storable(feature, precision, centred=centred, name=f"sampled image {index}", basis=basis)
         except ImageError as error:
             return Figures(precision, None, None, 0, 0.0, float("inf"), (), error.problem)
-    stored = encode(exact, precision, basis)
+    stored = encode(exact, precision, basis, centred=centred)
     arrays = stored.arrays
     zstd = Zstd(level=ZSTD_LEVEL)
     together = max(1, (1 << 20) // arrays["values"][0].nbytes)  # rows of an inner chunk, as olaschema.layout has it

@@ -21,7 +21,7 @@ from olaschema.layout import array_document
 from olaschema.manifest import RowReceipt, SampleRow
 from olaschema.norms import edges
 from olaschema.packed import PackedSet
-from olaschema.precision import array_formats
+from olaschema.precision import formats_of
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
@@ -43,8 +43,7 @@ def describe(summary: TeacherSummary, store: FeatureStore) -> dict[str, Any]:
     record = summary.record
     fingerprint = record.fingerprint
     arrays = {
-        name: _array(store, fingerprint.teacher, name, summary.array_bytes.get(name, 0))
-        for name in array_formats(fingerprint.shape, record.precision)
+        name: _array(store, fingerprint.teacher, name, summary.array_bytes.get(name, 0)) for name in formats_of(record)
     }
     reasons: dict[str, int] = {}
     for failure in summary.failures:
@@ -218,6 +217,7 @@ _ARRAY_ROWS = {
     "rows without an image": lambda t: str(t["absent_rows"]),
     "bytes": lambda t: size(t["bytes"]["stored"]),
     "bytes of the scales": lambda t: size(t["arrays"]["scale"]["bytes"]) if "scale" in t["arrays"] else "–",
+    "bytes of the offsets": lambda t: size(t["arrays"]["offset"]["bytes"]) if "offset" in t["arrays"] else "–",
     "× smaller than float32": lambda t: f"{t['bytes']['ratio']:.2f}" if t["bytes"]["ratio"] else "–",
 }
 _CHANNEL_ROWS = {

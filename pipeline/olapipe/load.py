@@ -10,6 +10,7 @@ from olapipe.config import ExtractConfig
 from olapipe.teachers import registry
 from olapipe.teachers.base import Teacher, TeacherSettings
 from olaschema.manifest import Precision, TeacherRecord
+from olaschema.precision import is_centred
 
 _RECORDED = ("torch", "transformers", "pillow", "numpy", "zarr")
 # recorded only for the teachers whose features they compute
@@ -61,6 +62,7 @@ def teacher_record(teacher: Teacher, precision: Precision) -> TeacherRecord:
     return TeacherRecord(
         fingerprint=teacher.fingerprint,
         precision=precision,
+        centred=is_centred(teacher.fingerprint.shape, precision),
         source=teacher.source,
         licence=teacher.licence,
         libraries={name: importlib.metadata.version(name) for name in libraries},

@@ -80,6 +80,12 @@ def _records(sources: Sequence[FeatureStore]) -> dict[str, TeacherRecord]:
                 raise StoreError(
                     f"{name} is stored as {first.precision}, and as {record.precision} in {source.url}", remedy
                 )
+            if first.centred != record.centred:
+                raise StoreError(
+                    f"{name} is stored as {first.precision} in all sources, but not in all with offsets, which earlier "
+                    f"versions did not write: {source.url} differs from those before it",
+                    "Extract the older one again.",
+                )
             if first.basis != record.basis:
                 raise StoreError(f"{name} is stored in another basis in {source.url}", "Extract one of them again.")
     return dict(sorted(found.items()))
@@ -197,7 +203,7 @@ class _Teacher:
         if self.target.receipt(self.name, shard) is not None:
             return
         fingerprint = self.record.fingerprint
-        stored = blank(self.size, fingerprint.shape, self.record.precision)
+        stored = blank(self.size, fingerprint.shape, self.record.precision, centred=self.record.centred)
         statistics = ChannelStatistics(fingerprint.channels)
         for index, (row, receipt) in enumerate(zip(rows, receipts, strict=True)):
             if receipt.stored:

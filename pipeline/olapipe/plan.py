@@ -58,6 +58,8 @@ class Measured:
     node_seconds: float
     stored_bytes: dict[str, float]
     read_seconds: float
+    shard_files: int
+    """Files of one shard of all teachers, beside the receipts."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,7 @@ def predict(
     usable = 1 - measured.failed / measured.images
     terabytes = images * usable * sum(measured.stored_bytes.values()) / 1e12
     shards = -(-images // (config.shard_size or DEFAULT_ROWS_PER_SHARD))
-    arrays = 1 if config.precision in ("float32", "float16") else 2
-    requests = shards * len(config.teachers) * (arrays + 1)
+    requests = shards * (measured.shard_files + len(config.teachers))
     uses = given.epochs * given.runs
     online = measured.node_seconds * sum(measured.stages[name] for name in _ONLINE) / sum(measured.stages.values())
     reading = measured.read_seconds / measured.workers
@@ -277,7 +278,9 @@ def _measure(
     }
     # workers on one machine share its cores: together they are no faster than all of these are busy
     node = max(wall / images / workers, cpu / images / (os.cpu_count() or 1))
-    return Measured(images, failed, workers, load_seconds, stages, node, stored, _reading(store, names, done * rows))
+    files = sum(len(found[0].files) for found in receipts.values() if found[0] is not None)
+    read = _reading(store, names, done * rows)
+    return Measured(images, failed, workers, load_seconds, stages, node, stored, read, files)
 
 
 def _spread(listing: Listing) -> Iterator[Entry]:

@@ -1,7 +1,7 @@
 """Features to stored arrays on the device where the teacher runs: the arithmetic of `olaschema.precision.encode`.
 
-Every step is an IEEE operation with one correct result (division, rounding, comparison), so that a CPU, a GPU and
-numpy write the same bytes.
+Every step is an IEEE operation with one correct result (division, rounding, comparison) or a sum of integers, so that a
+CPU, a GPU and numpy write the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional
 from olaschema.basis import Basis
 from olaschema.errors import StoreError
 from olaschema.manifest import Precision
-from olaschema.precision import GROUP, LARGEST_Q, Stored
+from olaschema.precision import GROUP, LARGEST_HALF, LARGEST_Q, Stored
 
 
 class DeviceBasis:
@@ -31,8 +31,10 @@ class DeviceBasis:
         return (self.places @ tokens @ self.channels.t()).reshape(features.shape)
 
 
-def quantise(features: Tensor, precision: Precision, basis: DeviceBasis | None = None) -> Stored:
-    """Round float32 features `(..., C)` on any device; the stored arrays arrive on the host.
+def quantise(
+    features: Tensor, precision: Precision, basis: DeviceBasis | None = None, *, centred: bool = False
+) -> Stored:
+    """Round float32 features `(..., C)`, or `(..., H, W, C)`, on any device; the stored arrays arrive on the host.
 
     klt, which needs its `basis`, sums in the device's order: integers may differ by one from numpy's where a quotient
     is within rounding of a half, and the same error bound holds.
@@ -48,6 +50,10 @@ def quantise(features: Tensor, precision: Precision, basis: DeviceBasis | None =
         if basis is None:
             raise StoreError("features of the precision klt need their basis", "Read it with `FeatureStore.basis`.")
         features = basis.forward(features)
+    offset = None
+    if centred:
+        means = _offset(features)
+        features, offset = features - means.float()[..., None, None, :], means.cpu().numpy()
     channels = features.shape[-1]
     groups = -(-channels // GROUP)
     padded = functional.pad(features, (0, groups * GROUP - channels))
@@ -56,8 +62,16 @@ def quantise(features: Tensor, precision: Precision, basis: DeviceBasis | None =
     integers = (grouped / scale.float().unsqueeze(-1)).round().to(torch.int8).flatten(-2)
     if precision == "int4":
         halves = integers[..., : channels + channels % 2].view(torch.uint8) & 15
-        return Stored((halves[..., 0::2] | halves[..., 1::2] << 4).cpu().numpy(), scale.cpu().numpy())
-    return Stored(integers[..., :channels].contiguous().cpu().numpy(), scale.cpu().numpy())
+        return Stored((halves[..., 0::2] | halves[..., 1::2] << 4).cpu().numpy(), scale.cpu().numpy(), offset)
+    return Stored(integers[..., :channels].contiguous().cpu().numpy(), scale.cpu().numpy(), offset)
+
+
+def _offset(features: Tensor) -> Tensor:
+    halves = features.clamp(-LARGEST_HALF, LARGEST_HALF).to(torch.float16)
+    sums = (halves.double() * 2.0**24).long().sum(dim=(-3, -2)).double()
+    # a tensor, as in _scale
+    count = torch.full_like(sums, features.shape[-3] * features.shape[-2] * 2.0**24)
+    return (sums / count).float().to(torch.float16)
 
 
 def _scale(largest: Tensor, largest_q: int, least: float) -> Tensor:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from olapipe.config import ExtractConfig
-from olapipe.extract import shard_rows
 from olapipe.job import worker_pool
 from olapipe.progress import Reporter
 from olapipe.signals import interrupted
 from olapipe.tally import ShardTask
+from olapipe.tasks import Planned
 from olapipe.verify import Problem, damaged_shards
 from olaschema.config import load_config
 from olaschema.errors import ConfigError, DamagedStoreError, StoreError
@@ -21,6 +21,7 @@ from olaschema.layout import receipt_file
 from olaschema.lease import writing
 from olaschema.manifest import Receipt
 from olaschema.place import absolute_url
+from olaschema.replacing import finish_replacements
 from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
 
@@ -117,6 +118,7 @@ def repair(store: FeatureStore, problems: Sequence[Problem], source: Source, rep
             for name in {file.partition("/")[0] for file in documents}:
                 store.put_teacher(store.teacher(name))
         for teacher in teachers:
+            finish_replacements(store.place, teacher)
             mine = [shard for shard, names in shards.items() if teacher in names]
             _extract(store, teacher, mine, source, reporter, done)
         with store.place.lock("plan"):
@@ -128,8 +130,8 @@ def _extract(
     store: FeatureStore, teacher: str, shards: list[int], source: Source, reporter: Reporter, report: Repair
 ) -> None:
     """Extract shards of one teacher again, and add to the report what became of their images."""
-    planned = shard_rows(store)
-    unplanned = [shard for shard in shards if shard not in planned]
+    planned = Planned.of(store).per_shard()
+    unplanned = [shard for shard in shards if shard >= len(planned)]
     if unplanned:
         raise StoreError(
             f"{store.url}: {receipt_file(teacher, unplanned[0])} is of a shard that is not planned",
@@ -146,7 +148,7 @@ def _extract(
     for shard, known in before.items():
         if known is None:  # what cannot be read would stop the worker that replaces it
             store.place.remove(receipt_file(teacher, shard))
-    tasks = [ShardTask(shard, (teacher,), planned[shard], replace=True) for shard in shards]
+    tasks = [ShardTask(shard, (teacher,), int(planned[shard]), replace=True) for shard in shards]
     with worker_pool(config, config.corpus, len(tasks)) as pool:
         reporter.say(f"extracting {len(tasks)} shards of {teacher} again …")
         for record in pool.load():

@@ -257,7 +257,8 @@ def teacher_cells(info: TeacherInfo) -> tuple[str, ...]:
 
 
 def _row_bytes(shape: tuple[int, ...], stored: Precision) -> int:
-    return sum(array.row_bytes for array in precision.array_formats(shape, stored).values())
+    centred = precision.is_centred(shape, stored)
+    return sum(array.row_bytes for array in precision.array_formats(shape, stored, centred=centred).values())
 
 
 def size(count: int) -> str:

@@ -18,6 +18,7 @@ from olaschema.errors import DamagedStoreError
 from olaschema.layout import receipt_file, shard_lock
 from olaschema.manifest import ChannelStatistics, FileReceipt, Receipt, RowReceipt
 from olaschema.precision import Stored
+from olaschema.replacing import finish_replacement
 from olaschema.store import FeatureStore
 from olaschema.zarrbytes import encode_like
 
@@ -37,10 +38,11 @@ def rewrite(store: FeatureStore, teacher: str, shard: int, changes: Mapping[int,
     again from the stored values, if values have changed. Raises DamagedStoreError with `remedy` for a damaged shard.
     """
     documents = store.arrays(teacher)
-    # scales come before the integers: whoever reads in between gets NaN, and never 0 times a scale
+    # scales and offsets come before the integers: whoever reads in between gets NaN, and never 0 times a scale
     order = sorted(documents, key=lambda array: array == "values")
     names = {array: array_shard_file(teacher, array, shard, documents[array]) for array in order}
     with store.place.lock(shard_lock(teacher, shard)):
+        finish_replacement(store.place, teacher, shard)  # which may hold such a row, too
         receipt = store.receipt(teacher, shard)
         if receipt is None:
             for name in names.values():

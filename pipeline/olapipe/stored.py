@@ -120,7 +120,8 @@ def decode(arrays: Mapping[str, np.ndarray], channels: int, basis: StoredBasis |
     """Return the features `(..., C)` that the stored arrays of some rows mean, as float32.
 
     `values` alone are floats. With `scale`, `values` are int8 or, packed two to a byte with the even channel in the low
-    half, int4; `scale` holds one number for each group of 64 channels. With a `basis` they are its coefficients.
+    half, int4; `scale` holds one number for each group of 64 channels, and `offset`, if there is one, what is added in
+    each channel of the map. With a `basis` they are its coefficients.
     """
     values = arrays["values"]
     if "scale" not in arrays:
@@ -130,6 +131,8 @@ def decode(arrays: Mapping[str, np.ndarray], channels: int, basis: StoredBasis |
         values = np.stack([low, high], axis=-1).reshape(*values.shape[:-1], -1).astype(np.int8)
         values = np.where(values > 7, values - 16, values)
     found = np.asarray(values[..., :channels] * _by_channel(arrays["scale"], channels))
+    if "offset" in arrays:
+        found = found + np.expand_dims(arrays["offset"].astype(np.float32), (-3, -2))
     if basis is None:
         return found
     tokens = found.reshape(-1, *basis.mean.shape)
@@ -145,7 +148,7 @@ def error_bound(arrays: Mapping[str, np.ndarray], channels: int, basis: StoredBa
     square, the same for all elements of an image.
 
     Floats: 2⁻¹¹ of a float16 and 2⁻²⁵ where it is small, nothing for float32. Integers: half a step of their group's
-    scale, which is M/127 or M/7 rounded to a float16, so 2⁻⁹ more.
+    scale, which is M/127 or M/7 rounded to a float16, so 2⁻⁹ more, and for the sum with an offset 2⁻²⁴ of the result.
     """
     values = arrays["values"]
     if basis is not None:
@@ -156,7 +159,9 @@ def error_bound(arrays: Mapping[str, np.ndarray], channels: int, basis: StoredBa
         bound = step * (0.5 + 2.0**-9) + 2.0**-16 * (mean + reach)
         return np.broadcast_to(bound[:, None, None], scale.shape).reshape(*values.shape[:-1], channels)
     if "scale" in arrays:
-        return np.asarray(_by_channel(arrays["scale"], channels) * (0.5 + 2.0**-9) + 2.0**-25)
+        step = _by_channel(arrays["scale"], channels).astype(np.float64)
+        rounded = np.abs(decode(arrays, channels)) * 2.0**-24 if "offset" in arrays else 0.0
+        return np.asarray(step * (0.5 + 2.0**-9) + 2.0**-25 + rounded)
     if values.dtype == np.float16:
         return np.asarray(np.abs(values.astype(np.float64)) * 2.0**-11 + 2.0**-25)
     return np.zeros(values.shape)

@@ -16,6 +16,7 @@ from olapipe.sample import Sampled, from_corpus, split
 from olaschema.basis import Basis
 from olaschema.manifest import Precision, TeacherRecord
 from olaschema.place import Place
+from olaschema.precision import is_centred
 from olaschema.store import FeatureStore
 
 LOG = "precision.jsonl"
@@ -33,7 +34,8 @@ class Tier:
     def settle(self, record: TeacherRecord) -> TeacherRecord:
         """Return a teacher's record with this precision."""
         basis = self.basis.record(self.images) if self.basis is not None else None
-        return record.model_copy(update={"precision": self.precision, "basis": basis})
+        centred = is_centred(record.fingerprint.shape, self.precision)
+        return record.model_copy(update={"precision": self.precision, "basis": basis, "centred": centred})
 
 
 def present(config: ExtractConfig, store: FeatureStore | None) -> dict[str, Tier]:

@@ -195,7 +195,8 @@ class _Verifier:
 
     def _documents(self, record: TeacherRecord, shards: int) -> dict[str, bytes]:
         """Return what the `zarr.json` of each array of a teacher must be, by the array's name."""
-        return array_documents(record.fingerprint, record.precision, self.store.rows_per_shard, shards)
+        rows = self.store.rows_per_shard
+        return array_documents(record.fingerprint, record.precision, rows, shards, centred=record.centred)
 
     def _array(self, name: str, array: str, document: bytes, record: TeacherRecord, plan: Plan | None) -> None:
         file = f"{name}/{array}/zarr.json"

@@ -168,11 +168,12 @@ def _check_values(
     channels = record.fingerprint.channels
     ok = np.asarray([row.stored for row in receipt.rows])
     first_row = shard * len(ok)
-    # only floats and scales can hold a NaN, and it is what they are filled with; integers cannot
-    main = next(file for file, (_, array) in arrays.items() if np.isnan(array.fill))
+    # only floats, scales and offsets can hold a NaN, and it is what they are filled with; integers cannot
+    floats = {name: file for file, (name, array) in arrays.items() if np.isnan(array.fill)}
     statistics = ChannelStatistics(channels)
     bounds = _Bounds(channels)
     wrong: dict[tuple[str, str], set[int]] = {}
+    infinite = "rows with a feature hold NaN or infinity"
     step = min(array.chunk_rows for _, array in arrays.values())
     for first in range(0, len(ok), step):
         present = ok[first : first + step]
@@ -188,8 +189,13 @@ def _check_values(
             wrong.setdefault((file, "rows without a feature hold one"), set()).update(full + first)
         features = decode({name: part[present] for name, part in parts.items()}, channels, basis)
         bad = ~np.isfinite(features).reshape(len(features), -1).all(axis=1) if len(features) else np.zeros(0, bool)
-        rows = np.flatnonzero(present)
-        wrong.setdefault((main, "rows with a feature hold NaN or infinity"), set()).update(rows[bad] + first)
+        rows = np.flatnonzero(present)[bad]
+        seen = np.zeros(len(rows), bool)
+        for name, file in floats.items():
+            hit = ~np.isfinite(parts[name][rows]).reshape(len(rows), math.prod(parts[name].shape[1:])).all(axis=1)
+            wrong.setdefault((file, infinite), set()).update(rows[hit] + first)
+            seen |= hit
+        wrong.setdefault((next(iter(floats.values())), infinite), set()).update(rows[~seen] + first)
         statistics.update(features[~bad])
         bound = error_bound({name: part[present][~bad] for name, part in parts.items()}, channels, basis)
         bounds.update(bound, features[~bad], whole=basis is not None)

@@ -161,13 +161,19 @@ class TeacherRecord(Frozen):
     """Versions that made the store: torch, transformers, pillow, zarr, numpy."""
     basis: BasisRecord | None = None
     """Only of the precision `klt`."""
+    centred: bool = False
+    """Whether integers are of what differs from the channel means of each image, which stand beside them (`offset`).
+
+    True for maps that are stored as `int8` or `int4` from now on, False in stores of earlier versions.
+    """
 
     @model_serializer(mode="wrap")
-    def _without_absent_basis(self, standard: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # records of the other precisions stay the bytes that they were before there was a basis
+    def _without_absent(self, standard: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # records without these stay the bytes that they were before there were a basis and offsets
         found: dict[str, Any] = standard(self)
-        if self.basis is None:
-            found.pop("basis", None)  # it is not there where other fields were asked for
+        for name in ("basis", "centred"):
+            if not getattr(self, name):
+                found.pop(name, None)  # it is not there where other fields were asked for
         return found
 
 

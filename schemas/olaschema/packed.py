@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from olaschema.errors import DamagedStoreError, StoreError
 from olaschema.manifest import ChannelStatistics, FileReceipt, RowReceipt, TeacherRecord
 from olaschema.place import Place, open_place
-from olaschema.precision import ArrayFormat, Stored, array_formats
+from olaschema.precision import ArrayFormat, Stored, formats_of
 from olaschema.store import read_document
 from olaschema.tarshard import (
     CONVERSATIONS,
@@ -78,8 +78,7 @@ class PackedSet:
         place.expect({tar_name(number): tar.tar for number, tar in enumerate(self.record.tars)})
         self._indices: OrderedDict[int, TarIndex] = OrderedDict()
         self._formats: dict[str, dict[str, ArrayFormat]] = {
-            name: array_formats(record.fingerprint.shape, record.precision)
-            for name, record in self.record.teachers.items()
+            name: formats_of(record) for name, record in self.record.teachers.items()
         }
 
     @classmethod

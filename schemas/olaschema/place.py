@@ -162,9 +162,13 @@ def open_place(where: str | Path) -> Place:
 
         if scheme in SCHEMES:
             return BucketPlace(text)
+        if scheme == "hf":
+            from olaschema.hub import HubPlace
+
+            return HubPlace(text)
         raise StoreError(
             f"{scheme}://…: no stores are read from such an address",
-            "Give a folder, or an address that begins with s3://, az:// or gs://.",
+            "Give a folder, or an address that begins with s3://, az://, gs:// or (only to read) hf://.",
         )
     return LocalPlace(Path(where))
 

@@ -18,7 +18,7 @@ from olaschema.basis import Basis
 from olaschema.errors import DamagedStoreError, StoreError
 from olaschema.layout import chunk_rows, shard_file
 from olaschema.manifest import Receipt, RowReceipt
-from olaschema.precision import ArrayFormat, Stored, array_formats, decode
+from olaschema.precision import ArrayFormat, Stored, decode, formats_of
 from olaschema.store import FeatureStore
 
 _INDEX_ENTRY = np.dtype([("offset", "<u8"), ("size", "<u8")])
@@ -57,7 +57,7 @@ class FeatureReader:
         self._teacher = teacher
         self._digest = self.fingerprint.digest()
         self._had_receipts = self._has_receipts()
-        formats = array_formats(self.fingerprint.shape, self.record.precision)
+        formats = formats_of(self.record)
         rows = chunk_rows(formats["values"].row_bytes, store.rows_per_shard)
         self._arrays = [_Array(name, found, rows, store.rows_per_shard // rows) for name, found in formats.items()]
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
@@ -74,7 +74,7 @@ class FeatureReader:
         return opened.receipt.rows[index] if opened else None
 
     def read(self, row: int) -> Stored:
-        """Return one row as it is stored: values, and beside integers their scale.
+        """Return one row as it is stored: values, and beside integers their scale and perhaps an offset.
 
         Raises StoreError if the row has no feature, DamagedStoreError if its bytes are not those committed.
         """

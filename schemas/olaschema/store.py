@@ -40,6 +40,7 @@ from olaschema.nesting import require_outside_stores
 from olaschema.place import LocalPlace, Place, open_place
 from olaschema.plantable import part_bytes, plan_table, rechunked, sample_rows
 from olaschema.precision import Stored
+from olaschema.replacing import drop_note, note_replacement
 
 DEFAULT_ROWS_PER_SHARD = 256
 _PART_ROWS = 1 << 16
@@ -282,7 +283,8 @@ class FeatureStore:
     def put_teacher(self, record: TeacherRecord, basis: Basis | None = None) -> None:
         """Make a teacher's group and arrays, or grow its arrays to the planned rows.
 
-        A new teacher of the precision klt comes with its `basis`; one that is there keeps its own.
+        A new teacher of the precision klt comes with its `basis`; one that is there keeps its own. One that is there
+        also stays with or without offsets (`TeacherRecord.centred`), whatever `record` says.
 
         Raises FingerprintError if the store holds features of another meaning, StoreError for another precision.
         """
@@ -300,13 +302,16 @@ class FeatureStore:
                     f"{self.url}: {name} is stored as {present.precision}, {record.precision} was asked for",
                     remedy,
                 )
+            record = record.model_copy(update={"centred": present.centred})
             if basis is not None and present.basis != record.basis:
                 raise StoreError(f"{self.url}: {name} is stored in another basis", "Another --out holds another basis.")
         elif (record.precision == "klt") != (basis is not None and record.basis is not None):
             raise StoreError(f"{name}: the precision klt, and no other, comes with a basis", "Fit one.")
         elif basis is not None:
             self._publish_unless_there(basis_file(name), basis.to_bytes())
-        documents = array_documents(record.fingerprint, record.precision, self.rows_per_shard, self.shard_count())
+        documents = array_documents(
+            record.fingerprint, record.precision, self.rows_per_shard, self.shard_count(), centred=record.centred
+        )
         for array, document in documents.items():
             self._publish_unless_there(array_document(name, array), document)
         if not self.place.exists(f"{name}/zarr.json"):
@@ -361,9 +366,9 @@ class FeatureStore:
 
         started = time.perf_counter()
         teacher = record.fingerprint.teacher
+        encoded = encode_shard(stored, record.fingerprint, record.precision, centred=record.centred)
         objects = {
-            shard_file(teacher, shard, stored.values.ndim, array): data
-            for array, data in encode_shard(stored, record.fingerprint, record.precision).items()
+            shard_file(teacher, shard, stored.arrays[array].ndim, array): data for array, data in encoded.items()
         }
         receipt = Receipt(
             teacher=teacher,
@@ -383,13 +388,17 @@ class FeatureStore:
             present = self.receipt(teacher, shard)
             if present is not None and not replace:
                 return present
-            if present is not None:  # never a receipt that promises bytes which are being replaced
+            if present is not None:
+                note_replacement(self.place, receipt, objects)
+                # never a receipt that promises bytes which are being replaced
                 self.place.remove(receipt_file(teacher, shard))
             for name, data in objects.items():
                 self._publish_unless_there(name, data)
             # a writer presumed dead may have come first after all; then its receipt stands, and what it promises
             if not self.place.publish_if_absent(receipt_file(teacher, shard), sealed(receipt)):
-                return read_document(Receipt, self.place, receipt_file(teacher, shard))
+                receipt = read_document(Receipt, self.place, receipt_file(teacher, shard))
+            if present is not None:
+                drop_note(self.place, teacher, shard)
         if timings is not None:
             timings["compress"] = timings.get("compress", 0.0) + compressed - started
             timings["write"] = timings.get("write", 0.0) + time.perf_counter() - compressed

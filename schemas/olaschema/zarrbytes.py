@@ -1,7 +1,7 @@
 """The Zarr layout as bytes: metadata documents and whole shards, made by zarr itself in memory.
 
 A Zarr shard's bytes do not depend on its place in the array, so a shard is encoded as an array of one shard
-and its single object is published as `values/c/SHARD/0/0/0` or `scale/c/SHARD/0/0/0`.
+and its single object is published as `values/c/SHARD/0/0/0`, `scale/c/SHARD/0/0/0` or `offset/c/SHARD/0`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def teacher_document(record: TeacherRecord) -> bytes:
 
 
 def array_documents(
-    fingerprint: Fingerprint, precision: Precision, rows_per_shard: int, shards: int
+    fingerprint: Fingerprint, precision: Precision, rows_per_shard: int, shards: int, *, centred: bool = False
 ) -> dict[str, bytes]:
     """`zarr.json` of each of a teacher's arrays by name, arrays of `shards * rows_per_shard` rows."""
     found = {}
-    formats = array_formats(fingerprint.shape, precision)
+    formats = array_formats(fingerprint.shape, precision, centred=centred)
     chunk = chunk_rows(formats["values"].row_bytes, rows_per_shard)
     for name, array in formats.items():
         store = MemoryStore()
@@ -50,12 +50,14 @@ def array_documents(
     return found
 
 
-def encode_shard(stored: Stored, fingerprint: Fingerprint, precision: Precision) -> dict[str, bytes]:
+def encode_shard(
+    stored: Stored, fingerprint: Fingerprint, precision: Precision, *, centred: bool = False
+) -> dict[str, bytes]:
     """Encode one shard's rows as the Zarr object of each array, by name.
 
     Raises StoreError unless the arrays are those of `precision`: zarr would convert others without a word.
     """
-    formats = array_formats(fingerprint.shape, precision)
+    formats = array_formats(fingerprint.shape, precision, centred=centred)
     rows = len(stored.values)
     given = {name: (array.shape, array.dtype) for name, array in stored.arrays.items()}
     wanted = {name: ((rows, *array.shape), array.dtype) for name, array in formats.items()}

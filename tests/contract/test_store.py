@@ -101,7 +101,7 @@ def test_rows_without_a_feature_are_nan_to_zarr_and_refused_by_us(tmp_path: Path
 def test_growth_starts_at_a_shard_boundary_and_rewrites_nothing(tmp_path: Path, precision: Precision) -> None:
     root = tmp_path / "s"
     store, teacher, _ = make_store(root, count=6, precision=precision)
-    arrays = ["scale", "values"] if precision.startswith("int") else ["values"]
+    arrays = ["offset", "scale", "values"] if precision.startswith("int") else ["values"]
     before = _files(root)
     store.add_generation(images(3, start=6))
     store.put_teacher(teacher)
@@ -109,7 +109,8 @@ def test_growth_starts_at_a_shard_boundary_and_rewrites_nothing(tmp_path: Path, 
     after = _files(root)
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {f"depth/{name}/zarr.json" for name in arrays}  # their shapes
-    assert [zarr.open_group(root, mode="r")[f"depth/{name}"].shape[:3] for name in arrays] == [(12, 3, 3)] * len(arrays)
+    shapes = {name: zarr.open_group(root, mode="r")[f"depth/{name}"].shape[:3] for name in arrays}
+    assert shapes == {name: (12, 5) if name == "offset" else (12, 3, 3) for name in arrays}
     assert [row.row for row in store.samples()] == [0, 1, 2, 3, 4, 5, 8, 9, 10]
     assert [row.key for row in store.shard_samples(2)] == ["0006.jpg", "0007.jpg", "0008.jpg"]
     assert [row.row for row in store.shard_samples(1)] == [4, 5]
@@ -220,11 +221,12 @@ def test_statistics_are_merged_over_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "array"), [("float16", "values"), ("int8", "values"), ("int8", "scale"), ("int4", "scale")]
+    ("precision", "array"),
+    [("float16", "values"), ("int8", "values"), ("int8", "scale"), ("int4", "scale"), ("int8", "offset")],
 )
 def test_every_flipped_bit_that_a_read_uses_is_found(tmp_path: Path, precision: Precision, array: str) -> None:
     store, _, _ = make_store(tmp_path / "s", channels=64, grid=(8, 8), precision=precision)
-    path = store.root / shard_file("depth", 0, 4, array)
+    path = store.root / shard_file("depth", 0, 2 if array == "offset" else 4, array)
     original = path.read_bytes()
     rng = np.random.default_rng(1)
     for offset in rng.integers(0, len(original), 150):
@@ -243,11 +245,11 @@ def test_every_flipped_bit_that_a_read_uses_is_found(tmp_path: Path, precision: 
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_the_receipt_promises_both_files(tmp_path: Path, precision: Precision) -> None:
+def test_the_receipt_promises_all_files(tmp_path: Path, precision: Precision) -> None:
     store, _, _ = make_store(tmp_path / "s", precision=precision)
     receipt = store.receipt("depth", 1)
     assert receipt is not None
-    assert list(receipt.files) == ["depth/scale/c/1/0/0/0", "depth/values/c/1/0/0/0"]
+    assert list(receipt.files) == ["depth/offset/c/1/0", "depth/scale/c/1/0/0/0", "depth/values/c/1/0/0/0"]
     for name, file in receipt.files.items():
         data = (store.root / name).read_bytes()
         assert (file.bytes, file.sha256) == (len(data), hashlib.sha256(data).hexdigest())
@@ -257,7 +259,12 @@ def test_arrays_of_another_precision_are_never_converted(tmp_path: Path) -> None
     store, teacher, _ = make_store(tmp_path / "s", precision="int8")
     rows = [RowReceipt(status="ok", sha256="f" * 64, width=1, height=1)] * 4
     features = np.ones((4, 3, 3, 5), np.float32)
-    for wrong in (Stored(features), encode(features, "int4"), encode(features[..., :4], "int8")):
+    for wrong in (
+        Stored(features),
+        encode(features, "int8"),  # without offsets, as earlier versions stored it
+        encode(features, "int4", centred=True),
+        encode(features[..., :4], "int8", centred=True),
+    ):
         with pytest.raises(StoreError, match="cannot be stored as int8"):
             store.commit_shard(teacher, 0, wrong, rows, ChannelStatistics(5), EXECUTION, replace=True)
 

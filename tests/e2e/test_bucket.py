@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import pytest
+from hub_support import REPOSITORY, on_the_hub
 from pipeline_support import depth_arguments, digests, olapipe, start_olapipe, write_images
 from place_support import BUCKET, kill, s3, s3_server
 from rich.console import Console
+from store_support import make_store as simple_store
 from trainer_support import Corpus, make_corpus, make_student, metrics, settings
 
 from olaschema.config import load_config
 from olaschema.errors import DamagedStoreError
 from olaschema.place import open_place
 from olaschema.reader import FeatureReader
+from olaschema.seal import seal
 from olaschema.store import FeatureStore
 from olatrain.config import TrainConfig
 from olatrain.train import train
@@ -35,6 +40,31 @@ def _copied(root: Path) -> str:
     for name in digests(root):
         place.publish(name, (root / name).read_bytes())
     return place.url
+
+
+def test_a_copy_to_a_bucket_and_back_is_the_same_bytes(tmp_path: Path, s3: str) -> None:
+    store, _, _ = simple_store(tmp_path / "a", precision="int8")
+    seal(store, store.teachers())
+    url = _address()
+    result = olapipe("copy", tmp_path / "a", url)
+    assert result.exit_code == 0, result.output
+    place, wanted = open_place(url), digests(tmp_path / "a")
+    assert sorted(place.walk()) == sorted(wanted)
+    assert {name: hashlib.sha256(place.read(name)).hexdigest() for name in place.walk()} == wanted
+    again = olapipe("copy", tmp_path / "a", url)
+    assert again.exit_code == 0 and f"{len(wanted)} of them were there already" in again.stdout
+    # stopped before the last objects: there is no store until a second call has put them
+    for name in ("zarr.json", "receipts/depth/00001.json"):
+        place.remove(name)
+    assert olapipe("verify", url).exit_code != 0
+    assert olapipe("copy", tmp_path / "a", url).exit_code == 0
+    assert olapipe("copy", url, tmp_path / "b").exit_code == 0
+    assert digests(tmp_path / "b") == wanted
+    # another store is not overwritten
+    other, _, _ = simple_store(tmp_path / "other", precision="int8", seed=1)
+    seal(other, other.teachers())
+    assert olapipe("copy", tmp_path / "other", url).exit_code == 1
+    assert {name: hashlib.sha256(place.read(name)).hexdigest() for name in place.walk()} == wanted
 
 
 def test_of_two_jobs_one_waits_and_goes_on_when_the_other_is_killed(tmp_path: Path, s3: str) -> None:
@@ -117,6 +147,20 @@ def test_training_from_a_bucket_is_training_from_a_folder(
     assert all(0 <= figure < 12 for figure in asked)
     assert sum(asked) > 0
     assert "requests_per_sample" not in here[0]
+
+
+def test_training_from_the_hub_is_training_from_a_folder(
+    corpus: Corpus, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(corpus.store, tmp_path / "repository" / "f.zarr")
+    address = f"hf://datasets/{REPOSITORY}/f.zarr"
+    with on_the_hub(tmp_path / "repository", monkeypatch):
+        for name, store in (("here", str(corpus.store)), ("there", address)):
+            chosen = settings(corpus, student, tmp_path / name, store=store, workers=1, steps=2)
+            train(load_config(TrainConfig, flags=chosen), Console(quiet=True))
+    here, there = metrics(tmp_path / "here"), metrics(tmp_path / "there")
+    np.testing.assert_array_equal([step["loss"] for step in here], [step["loss"] for step in there])
+    assert sum(step["requests_per_sample"] for step in there) > 0
 
 
 def test_training_finds_a_bit_that_flipped_in_the_bucket(

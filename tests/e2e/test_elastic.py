@@ -11,9 +11,11 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pipeline_support import olapipe
 from trainer_support import (
     Corpus,
     end_all,
@@ -27,7 +29,14 @@ from trainer_support import (
     start_ranks,
 )
 
+from olaschema.config import load_config
 from olatrain.checkpoint import latest_checkpoint
+from olatrain.compose import load_processor
+from olatrain.config import TrainConfig
+from olatrain.order import PositionSampler
+from olatrain.parallel import Ranks
+from olatrain.setup import set_up
+from olatrain.stream import Sample, make_loader
 
 SEED = int(os.environ.get("OLA_TEST_SEED", "6"))
 
@@ -42,6 +51,79 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return make_corpus(tmp_path_factory.mktemp("corpus"), images=24, texts=8)
 
 
+@pytest.fixture(scope="module")
+def packed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "set"
+    where = ("--conversations", corpus.conversations, "--images", corpus.images, "--out", out)
+    assert olapipe("pack", corpus.store, *where).exit_code == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("other"), images=7, texts=2, seed=9)
+
+
+LAYOUTS = ("store", "packed", "mixture")
+
+
+def layout(name: str, corpus: Corpus, packed: Path, other: Corpus) -> tuple[dict[str, Any], Counter[str]]:
+    """Settings that read a layout, and how often its conversation files say that an epoch has each answer."""
+    files = {"store": str(corpus.store), "conversations": str(corpus.conversations), "images": str(corpus.images)}
+    nothing: dict[str, Any] = dict.fromkeys(files)
+    alone = Counter(answers(corpus))
+    if name == "store":
+        return files, alone
+    if name == "packed":
+        return nothing | {"store": str(packed)}, alone
+    second = {"store": str(other.store), "conversations": str(other.conversations), "images": str(other.images)}
+    sources = [{"store": str(packed), "repeats": 2}, second | {"repeats": 3}]
+    expected = Counter({text: 2 * count for text, count in alone.items()})
+    expected.update({text: 3 * count for text, count in Counter(answers(other)).items()})
+    return nothing | {"sources": sources}, expected
+
+
+def answers(corpus: Corpus) -> list[str]:
+    """As the chat template writes them, trimmed."""
+    return [entry["conversations"][1]["value"].strip() for entry in json.loads(corpus.conversations.read_text())]
+
+
+def as_loaded(loaded: list[Sample]) -> list[Sample]:
+    return loaded
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than this machine has cores
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_any_stops_worlds_and_workers_load_each_sample_as_often_as_it_is_due(
+    name: str, corpus: Corpus, packed: Path, other: Corpus, student: Path, tmp_path: Path
+) -> None:
+    """What the loaders of all ranks give: three random ways through two epochs, none of them through a training."""
+    where, expected = layout(name, corpus, packed, other)
+    chosen = settings(corpus, student, tmp_path / "out", steps=None, epochs=2) | where
+    config = load_config(TrainConfig, flags={key: value for key, value in chosen.items() if value is not None})
+    run = set_up(config, Ranks(0, 1, torch.device("cpu")))
+    size = sum(expected.values())
+    assert run.end == 2 * size
+    tokenizer = load_processor(student).tokenizer
+    rng = random.Random(SEED)
+    for _ in range(3):
+        batch = rng.randrange(3, 8)
+        stops = sorted(rng.sample(range(1, run.end // batch), 3))
+        borders = [0, *(batch * stop for stop in stops), run.end]
+        said: dict[int, str] = {}
+        for world, start, end in zip((1, 2, 4, 1), borders[:-1], borders[1:], strict=True):
+            workers = rng.randrange(4)
+            for rank in range(world):
+                sampler = PositionSampler(start=start, end=end, batch=batch, rank=rank, world=world)
+                loader: Any = make_loader(run.stream, sampler, as_loaded, workers=workers, pin=False)  # type: ignore[arg-type]
+                for sample in (sample for found in loader for sample in found):
+                    assert sample.position not in said
+                    answer = [id_ for id_ in sample.labels if id_ != -100]
+                    said[sample.position] = tokenizer.decode(answer).removesuffix("<|eot|>")
+        for epoch in (0, 1):
+            assert Counter(said.get(position) for position in range(epoch * size, (epoch + 1) * size)) == expected
+
+
 def newest(out: Path) -> Path:
     latest = latest_checkpoint(out / "checkpoints")
     assert latest is not None
@@ -49,9 +131,12 @@ def newest(out: Path) -> Path:
 
 
 def test_an_epoch_has_each_sample_once_whatever_ranks_and_workers(
-    corpus: Corpus, student: Path, tmp_path: Path
+    corpus: Corpus, packed: Path, other: Corpus, student: Path, tmp_path: Path
 ) -> None:
-    """Worlds 1 → 2 → 4 → 1 with 0 to 3 workers, stopped at random steps; the language model split or whole."""
+    """Worlds 1 → 2 → 4 → 1 with 0 to 3 workers, stopped at random steps; the language model split or whole.
+
+    From the store and from the set that was packed of it, in turns.
+    """
     rng = random.Random(SEED)
     values = settings(
         corpus, student, tmp_path / "out", steps=None, epochs=2, batch=5, checkpoint_every=100,
@@ -59,8 +144,10 @@ def test_an_epoch_has_each_sample_once_whatever_ranks_and_workers(
     )  # fmt: skip
     total = -(-2 * 33 // 5)
     stops = [*sorted(rng.sample(range(1, total), 3)), None]
-    for world, workers, stop in zip((1, 2, 4, 1), (0, 3, 1, 2), stops, strict=True):
-        end_all(start_ranks(values | {"nproc": world, "workers": workers, "stop_after": stop}, world, record=tmp_path))
+    layouts = ("store", "packed", "store", "packed")
+    for world, workers, stop, name in zip((1, 2, 4, 1), (0, 3, 1, 2), stops, layouts, strict=True):
+        leg = values | {"nproc": world, "workers": workers, "stop_after": stop}
+        end_all(start_ranks(leg | layout(name, corpus, packed, other)[0], world, record=tmp_path))
     seen = [json.loads(line) for path in tmp_path.glob("seen-*") for line in path.read_text().splitlines()]
     assert Counter(position for position, _ in seen) == Counter(range(66))
     for epoch in (0, 1):

@@ -229,6 +229,16 @@ def test_a_checkpoint_of_the_wrong_model_or_place(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["_log"]
 
 
+def test_a_checkpoint_that_is_not_there_is_refused_before_workers_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("olapipe.extract.worker_pool", lambda *_: pytest.fail("workers were started"))
+    write_images(tmp_path / "c", "a.png")
+    base = ["extract", tmp_path / "c", "--out", tmp_path / "s", "--teacher", "depth"]
+    _refused(olapipe(*base, "--checkpoint", f"depth={tmp_path / 'none'}"), str(tmp_path / "none"), code=2)
+    assert not (tmp_path / "s").exists()
+
+
 def test_workers_and_clusters_that_are_not_there(tmp_path: Path) -> None:
     write_images(tmp_path / "c", "a.png")
     arguments = depth_arguments(tmp_path / "c", tmp_path / "s")

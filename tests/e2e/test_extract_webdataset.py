@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -143,7 +144,8 @@ def test_an_image_that_changes_meanwhile_stops_the_job(
     monkeypatch.setattr(pack, "read_rooted", lambda images, key: (root / "images/6.png").read_bytes())
     done = olapipe(*depth_arguments(root / "images", tmp_path / "p", *SMALL, *PACKED))
     assert done.exit_code == 1
-    assert "0.png: the image is not the one that the features of depth were made from" in done.output
+    # of whichever shard is done first
+    assert re.search(r"[024]\.png: the image is not the one that the features of depth were made from", done.output)
     monkeypatch.undo()
     assert not (tmp_path / "p/packed.json").exists()
     assert olapipe(*depth_arguments(root / "images", tmp_path / "p", *SMALL, *PACKED)).exit_code == 0

@@ -155,6 +155,10 @@ def test_conflicts_are_refused_by_name(tmp_path: Path) -> None:
         assert words in result.stderr
         assert not (tmp_path / "out" / "zarr.json").exists()
     assert olapipe("merge", tmp_path / "a", "--out", tmp_path / "out").exit_code == 2
+    _store(tmp_path / "new", _keys(0, 5), precision="int8")
+    _store(tmp_path / "old", _keys(5, 7), precision="int8", centred=False)
+    result = olapipe("merge", tmp_path / "new", tmp_path / "old", "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "not in all with offsets" in result.stderr
 
 
 @pytest.mark.parametrize("forgetful", ["a", "b"])

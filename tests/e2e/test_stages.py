@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from trainer_support import (
     Corpus,
@@ -20,17 +21,23 @@ from trainer_support import (
     settings,
     start_ranks,
 )
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, CLIPVisionModel
+from typer.testing import CliRunner
 
+import olatrain.step as step_module
 from olaschema.config import load_config
 from olaschema.errors import ConfigError
 from olatrain.checkpoint import latest_checkpoint
+from olatrain.cli import app
+from olatrain.compose import load_processor
 from olatrain.config import TrainConfig
 from olatrain.export import export
 from olatrain.parallel import Ranks
 from olatrain.resume import resume
 from olatrain.setup import Run, set_up
 from olatrain.step import run_batch
+from olatrain.tokens import TaskTokens
+from olatrain.tower import on_grid
 from olatrain.train import make_optimiser, train
 
 LLM = ["projector", "predictors", "task_tokens", "llm"]
@@ -140,6 +147,45 @@ def test_what_trains_is_exported_and_the_next_stage_starts_from_it(
     assert "olatrain export" in caught.value.remedy
 
 
+def test_every_vector_stays_frozen_in_the_sequence_of_the_next_stage(
+    chosen: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Exported as `emb`, tuned, exported: the rows hold the pretrained latents, with tied embeddings too."""
+    values = chosen(steps=2, student=str(make_student(tmp_path / "tied", tied=True)))
+    run(values)
+    arguments = ["export", values["out"], "--out", str(tmp_path / "first"), "--task-format", "emb"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    tokens = TaskTokens.load(tmp_path / "first")
+    assert {teacher: len(ids) for teacher, ids in tokens.ids.items()} == {"gen": 2, "depth": 4}
+    tune = {name: values[name] for name in ("conversations", "images", "device", "workers", "trackers")}
+    tune |= {"student": str(tmp_path / "first"), "out": str(tmp_path / "tuned"), "preset": "finetune", "steps": 2}
+    run(tune | {"batch": 4, "precision": "float32", "lr": 0.01})
+    latents = saved(newest(values["out"]), "trainable")
+    assert {name.split(".")[0] for name in moved(tune | {"batch": 4, "precision": "float32"})} == {"projector", "llm"}
+    export(tmp_path / "tuned", tmp_path / "second")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "second")
+    rows = model.get_input_embeddings().weight
+    output = model.get_output_embeddings().weight
+    for teacher, ids in tokens.ids.items():
+        assert torch.equal(rows[list(ids)], latents[f"latents.{teacher}"])
+        assert (rows[list(ids)] - output[list(ids)]).abs().max() > 0.1
+    processor = load_processor(tmp_path / "second")
+    text = processor.apply_chat_template([{"role": "user", "content": "<image>\nso?"}])
+    placed = processor(images=Image.new("RGB", (30, 20)), text=text, return_tensors="pt")
+    ids = placed["input_ids"][0].tolist()
+    start = ids.index(tokens.image_id)
+    assert ids[start : start + 4 + 6] == [tokens.image_id] * 4 + list(tokens.flat)
+    found = model.generate(**placed, max_new_tokens=4, min_new_tokens=4, do_sample=False)[0, len(ids) :]
+    assert not {*found.tolist()} & {*tokens.flat}
+    with pytest.raises(ConfigError, match="has seen every vector"):
+        export(tmp_path / "tuned", tmp_path / "third", task_format="expand_emb")
+    none = chosen(steps=1, student=str(make_student(tmp_path / "none", task_tokens=0)), out=str(tmp_path / "bare"))
+    run(none)
+    with pytest.raises(ConfigError, match="no task tokens to spread"):
+        export(tmp_path / "bare", tmp_path / "fourth", task_format="emb")
+
+
 def trained(values: dict[str, Any]) -> Run:
     """The trained model as training itself restores it."""
     ready = prepared(values)
@@ -206,6 +252,81 @@ def test_the_mean_control_trains_towards_the_mean_map(chosen: Callable[..., dict
             assert found["mean_map"]["smooth_l1"] == pytest.approx(0.0, abs=1e-7)
             assert found["mean_map"]["cosine"] == pytest.approx(1.0)
             assert all(layer["smooth_l1"] > 0.01 for layer in found["layers"].values())
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_the_self_control_learns_the_students_own_initial_tower(
+    chosen: Callable[..., dict[str, Any]], tmp_path: Path, vision: bool
+) -> None:
+    """Targets are the CLIP tower's states, taken here from the tower's own folder; they train, and stay as they were.
+
+    The map of the tower is 2 × 2 as the teacher's; the vector is its mean. Where the tower trains, targets do not.
+    """
+    groups = ["projector", "predictors", "task_tokens", *(["vision"] if vision else [])]
+    values = chosen(steps=30, target_control="self", train=groups, micro_batch=3, checkpoint_every=30, lr=0.03)
+    values |= {"contrastive": 0.0, "warmup": 0.0}
+    run(values)
+    lines = metrics(tmp_path / "out")
+    for teacher, layer in (("depth", "2"), ("gen", "1")):
+        curve = [line["teachers"][teacher]["layers"][layer]["smooth_l1"] for line in lines]
+        assert sum(curve[-4:]) < 0.9 * sum(curve[:4])
+    ready = trained(values)
+    batch = ready.collate([ready.stream[p] for p in range(6)])
+    tower = CLIPVisionModel.from_pretrained(Path(values["student"]).parent / "vision")
+    pixels = torch.cat([m.inputs["pixel_values"] for m in batch.micro])  # type: ignore[union-attr]
+    with torch.no_grad():
+        states = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    valid = batch.features["depth"].valid  # type: ignore[union-attr]
+    if vision:
+        moving = ready.learner.student.model.model.vision_tower  # type: ignore[union-attr]
+        now = moving(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        assert (now - states).abs().max() > 1e-2
+    found = targets_of(ready, batch)
+    torch.testing.assert_close(found["depth"][valid], states.reshape(-1, 2, 2, 16)[valid])
+    torch.testing.assert_close(found["gen"][valid], states.mean(dim=1)[valid])
+    images = torch.cat([
+        one.inputs["pixel_values"]
+        for n in range(9)
+        for p in range(len(ready.stream))
+        if (sample := ready.stream[p]).keys[:1] == (f"{n:02d}.png",)  # type: ignore[union-attr]
+        for one in sample.shown  # type: ignore[union-attr]
+    ])  # fmt: skip
+    images = images.unique(dim=0)
+    assert len(images) == 9
+    with torch.no_grad():
+        mean = tower(images, output_hidden_states=True).hidden_states[-2][:, 1:].mean(dim=0)
+    torch.testing.assert_close(ready.means["depth"], mean.reshape(2, 2, 16), rtol=1e-4, atol=1e-5)
+
+
+def targets_of(ready: Run, batch: Any) -> dict[str, torch.Tensor]:
+    """What a step compares predictions with, caught on its way into the loss."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    whole = step_module.compute_losses
+
+    def catching(*args: Any, targets: Any, **kwargs: Any) -> Any:
+        for name, target in targets.items():
+            seen.setdefault(name, []).append(target.values[target.own])
+        return whole(*args, targets=targets, **kwargs)
+
+    step_module.compute_losses = catching
+    try:
+        run_batch(ready.learner, batch, ready.ranks, ready.means, bf16=False)
+    finally:
+        step_module.compute_losses = whole
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def test_a_tower_is_averaged_onto_a_coarser_grid_and_interpolated_onto_a_finer_one() -> None:
+    maps = torch.arange(2 * 4 * 4 * 3, dtype=torch.float32).reshape(2, 4, 4, 3)
+    coarse = on_grid(maps, (2, 2, 7))
+    for y in range(2):
+        for x in range(2):
+            patch = maps[:, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean(dim=(1, 2))
+            torch.testing.assert_close(coarse[:, y, x], patch)
+    fine = on_grid(maps, (8, 8, 7))
+    # half-pixel centres: the second of eight lies at 0.25 of four
+    torch.testing.assert_close(fine[:, 0, 1], 0.75 * maps[:, 0, 0] + 0.25 * maps[:, 0, 1])
+    torch.testing.assert_close(on_grid(maps, (7,)), maps.mean(dim=(1, 2)))
 
 
 def test_tokens_without_a_loss_and_a_student_without_tokens(

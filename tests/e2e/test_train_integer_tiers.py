@@ -51,7 +51,7 @@ def decoded_copy(store: Path, tier: Precision, root: Path) -> Path:
     copy = FeatureStore.create(root, rows_per_shard=source.rows_per_shard)
     copy.add_generation(source.samples())
     for name, channels in CHANNELS.items():
-        made = source.teacher(name).model_copy(update={"precision": "float32"})
+        made = source.teacher(name).model_copy(update={"precision": "float32", "centred": False})
         copy.put_teacher(made)
         arrays = {key: array[:] for key, array in zarr.open_group(store, mode="r")[name].arrays()}
         features = decoding(DOCS, tier)(channels=channels, **arrays)
@@ -116,14 +116,14 @@ def test_what_is_moved_and_gathered_has_the_size_of_the_integers(
     run_batch(prepared.learner, batch, prepared.ranks, prepared.means, bf16=False)
     images = len(batch.rows)
     assert images >= 3
-    # a row: 4 tokens of 67 channels in 2 groups, and one vector of 131 in 3; int4 rounds odd channel counts up
+    # a row: 4 tokens of 67 channels in 2 groups and 67 offsets, one vector of 131 in 3; int4 rounds odd counts up
     integers = 4 * 67 + 131 if tier == "int8" else 4 * 34 + 66
     moved = [tensor for tensor in gathered if tensor.ndim > 1]
     assert {str(tensor.dtype) for tensor in moved} == {
         "torch.float16",
         "torch.int8" if tier == "int8" else "torch.uint8",
     }
-    assert sum(tensor.nbytes for tensor in moved) == images * (integers + 2 * (4 * 2 + 3))
+    assert sum(tensor.nbytes for tensor in moved) == images * (integers + 2 * (4 * 2 + 67 + 3))
 
 
 @TIERS
@@ -139,8 +139,9 @@ def test_a_missing_feature_is_masked_and_moved_as_zeros(tier: Precision, student
     depth = batch.features["depth"]
     assert depth.valid.tolist() == [place != failed for place in range(2)]
     assert depth.scale is not None
-    assert not depth.values[failed].any()
-    assert not depth.scale[failed].any()
+    assert depth.offset is not None
+    for array in (depth.values, depth.scale, depth.offset):
+        assert array[1 - failed].any() and not array[failed].any()
     assert np.isfinite(run_batch(prepared.learner, batch, prepared.ranks, prepared.means, bf16=False)["loss"])
 
 

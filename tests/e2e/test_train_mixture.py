@@ -11,6 +11,7 @@ import pytest
 import torch
 from pipeline_support import olapipe
 from rich.console import Console
+from store_support import make_store as simple_store
 from trainer_support import (
     Corpus,
     conversation,
@@ -28,13 +29,15 @@ from trainer_support import (
 )
 
 from olaschema.config import load_config
-from olaschema.errors import ConfigError, FingerprintError
+from olaschema.errors import ConfigError, FingerprintError, StoreError
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.checkpoint import latest_checkpoint
 from olatrain.config import TrainConfig
+from olatrain.mixeddata import MixedData
 from olatrain.parallel import open_ranks
 from olatrain.setup import set_up
+from olatrain.storedata import StoreData
 from olatrain.stream import Sample
 from olatrain.train import train
 
@@ -164,6 +167,16 @@ def test_features_of_two_meanings_are_not_mixed(root: Path, student: Path, tmp_p
     )
     with pytest.raises(FingerprintError, match=f"view(?s:.*)in {tmp_path}/store"):
         train(load_config(TrainConfig, flags=values), Console(quiet=True))
+
+
+def test_features_with_and_without_offsets_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("new", "old"):
+        simple_store(tmp_path / name, precision="int8", centred=name == "new")
+    parts = tuple(StoreData.at(str(tmp_path / name), ("depth",), tmp_path, tmp_path) for name in ("new", "old"))
+    assert MixedData(parts[:1], (1,)).teacher("depth").centred
+    with pytest.raises(StoreError, match="only one of them with offsets") as caught:
+        MixedData(parts, (1, 1)).teacher("depth")
+    assert str(tmp_path / "old") in caught.value.problem
 
 
 @pytest.mark.parametrize(

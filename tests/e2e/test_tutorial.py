@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from trainer_support import byte_tokenizer, conversation, metrics, write_json
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -51,7 +52,7 @@ def _toy(line: str) -> str:
 
 def test_every_block_is_a_command_a_setting_or_an_installation() -> None:
     languages = re.findall(r"^```(\w*)$", TEXT, flags=re.MULTILINE)
-    assert languages[::2] == ["", "bash", "bash", "bash", "bash", "yaml", "bash", "bash", "bash", "bash"]
+    assert languages[::2] == ["", "bash", "bash", "bash", "bash", "yaml", "bash", "bash", "bash", "bash", "bash"]
     assert all("pip install" in line for line in blocks("")[0].splitlines())
     assert {command[0] for command in commands()} == {"olapipe", "olatrain"}
     for verb in ("extract", "verify", "compose", "probe", "run", "preview", "export", "eval"):
@@ -71,6 +72,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(images / name)
         entries.append(conversation(f"00000/{name}", f"a picture, number {number}") | {"id": name})
     write_json(root / "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", entries)
+    tuning = root / "LLaVA-Instruct"
+    shutil.copytree(images, tuning / "images/coco")
+    mixed = [entry | {"image": entry["image"].replace("00000/", "coco/")} for entry in entries[:3]]
+    write_json(tuning / "llava_v1_5_mix665k.json", [*mixed, conversation(None, "a text alone")])
     models = root / "models"
     shutil.copytree(ROOT / "tests/golden/depth", models / "Depth-Anything-V2-Large-hf")
     shutil.copytree(ROOT / "tests/golden/gen", models / "stable-diffusion-2-1-unclip")
@@ -110,7 +115,7 @@ def test_a_newcomer_gets_through(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     """Through the commands' own functions, but for extraction, which starts Ray: start-up is most of the time."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
-    said = {}
+    said: dict[str, list[str]] = {}
     for command in commands():
         if command[1] == "extract":
             program = [sys.executable, "-m", *command]
@@ -119,12 +124,20 @@ def test_a_newcomer_gets_through(folder: Path, monkeypatch: pytest.MonkeyPatch) 
             continue
         result = CliRunner().invoke({"olapipe": olapipe, "olatrain": olatrain}[command[0]], command[1:])
         assert result.exit_code == 0, (shlex.join(command), result.output, result.exception)
-        said[" ".join(command[:2])] = result.output
+        said.setdefault(" ".join(command[:2]), []).append(result.output)
     for name in ("seen.png", "stored.png", "predicted.png", "model/README.md", "probes/after/probe.json"):
         assert (folder / name).stat().st_size > 100, name
     (line,) = metrics(folder / "runs/pretrain")
     assert line["teachers"]["depth"]["valid"] == IMAGES
     assert "18" in line["teachers"]["depth"]["layers"]
-    assert f"first batch: {IMAGES} samples" in said["olatrain run"]
+    assert f"first batch: {IMAGES} samples" in said["olatrain run"][0]
     assert json.loads((folder / "cv-bench.json").read_text())["questions"] == 3
-    assert "relative L2" in " ".join(said["olapipe preview"].split())
+    (line,) = metrics(folder / "runs/finetune")
+    assert line["samples"] == 4
+    assert "teachers" not in line or not line["teachers"]
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("model", "tuned"))
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    for part in ("language_model", "multi_modal_projector"):
+        assert any(part in name for name in moved)
+    assert not any("vision_tower" in name for name in moved)
+    assert "relative L2" in " ".join(said["olapipe preview"][-1].split())

@@ -42,8 +42,9 @@ def store(extracted: Path, tmp_path: Path) -> Path:
 
 
 def _verify(store: Path, corpus: Path, *more: object) -> tuple[int, str]:
-    given = ["verify", store, "--images", corpus, "--checkpoint", f"depth={DEPTH}", "--device", "cpu", "--workers", 1]
-    result = olapipe(*given, *more)
+    given = ["verify", store, "--images", corpus, "--checkpoint", f"depth={DEPTH}", "--device", "cpu"]
+    workers = ("--workers", 1) if "--repair" in more else ()
+    result = olapipe(*given, *more, *workers)
     return result.exit_code, result.output
 
 

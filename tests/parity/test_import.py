@@ -18,7 +18,15 @@ from store_support import fingerprint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from trainer_support import LLAMA, make_corpus, metrics
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from olaschema.config import load_config
@@ -132,6 +140,107 @@ def test_transformers_alone_sees_the_same_student(imported: tuple[Path, Path]) -
     assert student_view(processor).kind == "crop"
 
 
+# --- after instruction tuning
+
+
+def tuned(case: Path, target: Path, task_format: str | None, model_type: str) -> Path:
+    """The case's student as instruction tuning leaves it: its language model and vectors, no predictors."""
+    changes = {"model_type": model_type} | ({"task_token_format": task_format} if task_format else {})
+    folder = published(case, target, **changes)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if not name.startswith("image_") and "logit_scale" not in name}
+    save_file(kept, folder / "model.safetensors")
+    if task_format is None:
+        config = json.loads((folder / "config.json").read_text())
+        del config["task_token_format"]
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def vectors_in_sequence(weights: dict[str, Tensor], mode: str, task_format: str) -> Tensor:
+    """By hand, as the public code strings them together."""
+    found = []
+    for teacher in mode.split("-"):
+        vectors = weights[f"model.special_{teacher}_tokens"]
+        if teacher != "gen" and task_format == "expand_emb":
+            count = len(vectors) // 8
+            vectors = torch.stack([vectors[n * count : (n + 1) * count].mean(dim=0) for n in range(8)])
+        found.append(vectors)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(
+    ("case", "task_format", "count"),
+    [("e2e", "emb", (8, 16, 16)), ("e2e", "expand_emb", (8, 8, 8)), ("e2e_phi3", None, (8, 16, 16))],
+)
+def test_a_tuned_checkpoint_computes_what_its_language_model_does_with_its_vectors(
+    tmp_path: Path, case: str, task_format: str | None, count: tuple[int, ...]
+) -> None:
+    """Its own transformers language model, fed embeddings that are strung together here; `emb` is the default."""
+    source = HERE.parent / case
+    family = "phi3" if "phi3" in case else "llama"
+    folder = tuned(source, tmp_path / "published", task_format, f"llava_{family}")
+    tokens, _ = import_student(folder, tmp_path / "student")
+    settings = json.loads((folder / "config.json").read_text())
+    assert tuple(map(len, tokens.ids.values())) == count
+    weights = load_file(folder / "model.safetensors")
+    inner = {k: v for k, v in weights.items() if k.startswith(("model.layers", "model.norm", "model.embed", "lm_head"))}
+    made: Any = LlamaConfig if family == "llama" else Phi3Config
+    config = made(**{k: v for k, v in settings.items() if k in made().to_dict() and k not in ("model_type", "dtype")})
+    config.rope_parameters = {"rope_type": "default", "rope_theta": settings["rope_theta"]}
+    config.pad_token_id = 0
+    language = (LlamaForCausalLM if family == "llama" else Phi3ForCausalLM)(config)
+    language.load_state_dict(inner)
+    tower = CLIPVisionModel.from_pretrained(folder / settings["mm_vision_tower"])
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    pixels = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        patches = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        hidden = torch.nn.functional.linear(
+            patches, weights["model.mm_projector.0.weight"], weights["model.mm_projector.0.bias"]
+        )
+        hidden = torch.nn.functional.gelu(hidden)
+        image = torch.nn.functional.linear(
+            hidden, weights["model.mm_projector.2.weight"], weights["model.mm_projector.2.bias"]
+        )
+        text = weights["model.embed_tokens.weight"][ids]
+        vectors = vectors_in_sequence(weights, settings["aux_mode"], task_format or "emb")
+        whole = torch.cat((text[:, :3], image, vectors[None], text[:, 3:]), dim=1)
+        expected = language(inputs_embeds=whole).logits
+        model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "student").eval()
+        block = [tokens.image_id] * image.shape[1] + list(tokens.flat)
+        ours = model(input_ids=torch.tensor([[5, 6, 7, *block, 8, 9, 10]]), pixel_values=pixels).logits[
+            ..., : settings["vocab_size"]
+        ]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    processor = load_processor(tmp_path / "student")
+    text_ids = processor.tokenizer(processor.apply_chat_template([{"role": "user", "content": "<image>\nso?"}]))[
+        "input_ids"
+    ]
+    at = text_ids.index(tokens.image_id)
+    assert text_ids[at + 1 : at + 1 + sum(count)] == list(tokens.flat)
+    assert not reloaded(tmp_path / "student", store=None).bank.configs
+
+
+def test_a_pretrained_checkpoint_may_be_imported_with_every_vector(plain: Path, tmp_path: Path) -> None:
+    """Its predictors come along, and read the 16 places of a map where they read 8."""
+    folder = published(HERE, tmp_path / "published")
+    arguments = ["import-ola", str(folder), "--out", str(tmp_path / "student"), "--task-format", "emb"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "task tokens: 8 for gen, 16 for depth, 16 for seg" in result.output
+    learner = reloaded(tmp_path / "student")
+    rows = learner.student.model.get_input_embeddings().weight
+    for teacher, latents in learner.student.latents.items():
+        assert torch.equal(rows[list(learner.tokens.ids[teacher])], latents)
+    assert torch.equal(
+        learner.student.task_embeddings(), torch.cat([learner.student.latents[t] for t in ("gen", "depth", "seg")])
+    )
+    again = ["import-ola", str(folder), "--out", str(tmp_path / "other"), "--task-format", "expand_emb"]
+    assert CliRunner().invoke(app, again).exit_code == 0
+    assert (tmp_path / "other/model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+
+
 # --- layouts of published checkpoints
 
 
@@ -225,7 +334,7 @@ def heads_gone(folder: Path) -> None:
         ({}, lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
         ({}, lambda f: (f / "model.safetensors").unlink(), "neither it nor pytorch_model.bin is there"),
         ({}, outside, "names ../x.bin, a file outside the folder"),
-        ({}, heads_gone, "no predictors, as after instruction tuning"),
+        ({}, heads_gone, "no predictors, though its model_type is ola_llama"),
         ({}, many_tokens, "the tokenizer has 302 tokens, the model's vocabulary only 256"),
         ({}, image_token, "the tokenizer already has <image>"),
         ({"image_aspect_ratio": "anyres"}, lambda f: None, "image_aspect_ratio is anyres"),

@@ -1,10 +1,11 @@
-"""The demo's photographs and tiny checkpoints: the same bytes each time, an honest split, real layouts."""
+"""The demo's photographs, scenes, teachers and student: the same bytes each time, an honest split, real layouts."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,11 +34,14 @@ from transformers import (
 
 from olaschema.errors import CorpusError
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DEMO = EXAMPLES / "demo"
+TOYWORLD = EXAMPLES / "toyworld"
+TEACHERS = TOYWORLD / "teachers"
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, DEMO / f"{name}.py")
+def _load(name: str, folder: Path = DEMO) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -58,6 +62,12 @@ def checkpoints(photographs: ModuleType) -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def scenes() -> Iterator[ModuleType]:
+    yield _load("scenes", TOYWORLD)
+    sys.modules.pop("scenes", None)
+
+
+@pytest.fixture(scope="module")
 def corpus(photographs: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("corpus")
     photographs.write_corpus(out)
@@ -72,8 +82,7 @@ def built(checkpoints: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def _build_all(checkpoints: ModuleType, out: Path) -> None:
-    for name, build in checkpoints.BUILDERS.items():
-        build(out / name)
+    checkpoints.build_vision(out / "vision")
     checkpoints.build_llm(out / "llama")
     checkpoints.build_llm(out / "phi3", "phi3")
 
@@ -202,85 +211,137 @@ def test_checkpoints_are_the_same_bytes_each_time(checkpoints: ModuleType, built
 @pytest.mark.parametrize(
     ("folder", "model_class"),
     [
-        ("depth", DepthAnythingForDepthEstimation),
-        ("seg", OneFormerForUniversalSegmentation),
-        ("gen/image_encoder", CLIPVisionModelWithProjection),
         ("vision", CLIPVisionModel),
         ("llama", LlamaForCausalLM),
         ("phi3", Phi3ForCausalLM),
     ],
 )
 def test_every_checkpoint_loads_with_its_class_and_no_key_left_over(built: Path, folder: str, model_class: Any) -> None:
-    model, report = model_class.from_pretrained(built / folder, output_loading_info=True, local_files_only=True)
+    _opens_whole(model_class, built / folder)
+
+
+@pytest.mark.parametrize(
+    ("folder", "model_class"),
+    [
+        ("depth", DepthAnythingForDepthEstimation),
+        ("seg", OneFormerForUniversalSegmentation),
+        ("gen/image_encoder", CLIPVisionModelWithProjection),
+    ],
+)
+def test_every_trained_teacher_loads_with_its_class_in_float32(folder: str, model_class: Any) -> None:
+    """They are kept in float16, half the size."""
+    model = _opens_whole(model_class, TEACHERS / folder)
+    # OneFormer's loss has a scale of its own, which transformers makes in float64
+    used = {p.dtype for name, p in model.named_parameters() if not name.startswith("criterion.")}
+    assert used == {torch.float32}
+
+
+def _opens_whole(model_class: Any, folder: Path) -> Any:
+    model, report = model_class.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     assert type(model) is model_class
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model
+
+
+def test_trained_teachers_are_small_and_scored_beside_a_baseline() -> None:
+    scores = json.loads((TEACHERS / "scores.json").read_text(encoding="utf-8"))
+    assert set(scores) == {"depth", "seg", "gen"}
+    for name, entry in scores.items():
+        weights = [path.stat().st_size for path in (TEACHERS / name).rglob("*.safetensors")]
+        assert sum(weights) == entry["bytes of weights"]
+        assert max(weights) < 5_000_000
+        assert entry["licence"] and entry["date"] and entry["versions"]["torch"]
+    depth = scores["depth"]["scores"]
+    assert depth["test R²"] > max(0.9, depth["test R² of the mean map"])
+    assert depth["test R² on things"] > 0.8 > depth["test R² on things of the mean map"]
+    assert scores["gen"]["scores"]["test R²"] > scores["gen"]["scores"]["test R² of the mean thumbnail"]
+    assert (
+        scores["seg"]["scores"]["test mIoU"] > scores["seg"]["scores"]["test mIoU of the most frequent class by place"]
+    )
+
+
+def test_the_depth_teacher_tells_near_things_from_far_ones(scenes: ModuleType) -> None:
+    """On scenes it was not trained on, by transformers alone: Pearson's correlation over the things' pixels."""
+    model = _open(DepthAnythingForDepthEstimation, TEACHERS / "depth")
+    processor = DPTImageProcessorPil.from_pretrained(TEACHERS / "depth")
+    found, truth = [], []
+    for index in range(5000, 5012):
+        picture = scenes.render(scenes.make_scene("test", index))
+        with torch.inference_mode():
+            depth = model(processor(picture.image(), return_tensors="pt")["pixel_values"]).predicted_depth
+        sized = torch.nn.functional.interpolate(depth[None], picture.rgb.shape[:2], mode="bilinear")[0, 0].numpy()
+        found.append(sized[picture.segments > 1])
+        truth.append(1 / picture.distance[picture.segments > 1])
+    assert np.corrcoef(np.concatenate(found), np.concatenate(truth))[0, 1] > 0.85
+
+
+def test_scenes_of_the_demo_are_the_same_bytes_each_time_and_name_what_they_show(
+    scenes: ModuleType, tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        done = subprocess.run(
+            [sys.executable, TOYWORLD / "pictures.py", tmp_path / name, "--train", "3", "--heldout", "2"], check=False
+        )
+        assert done.returncode == 0
+    assert _digests(tmp_path / "first") == _digests(tmp_path / "second")
+    samples = _samples(tmp_path / "first", "scenes-heldout")
+    assert [sample["image"] for sample in samples] == ["scenes/test-000.png", "scenes/test-001.png"]
+    assert len(_samples(tmp_path / "first", "scenes-train")) == 3
+    for index, sample in enumerate(samples):
+        with Image.open(tmp_path / "first" / "images" / sample["image"]) as image:
+            assert np.array_equal(np.asarray(image), scenes.render(scenes.make_scene("test", index)).rgb)
+        said = sample["conversations"][1]["value"]
+        near_first = sorted(scenes.make_scene("test", index).things, key=lambda thing: thing.distance)
+        places = [said.index(f"a {thing.colour} {thing.shape}") for thing in near_first]
+        assert places == sorted(places)
 
 
 def test_image_processors_read_their_files(built: Path) -> None:
     image = Image.new("RGB", (300, 200), (200, 30, 30))
     clip = CLIPImageProcessorPil.from_pretrained(built / "vision")
     assert clip(image, return_tensors="np")["pixel_values"].shape == (1, 3, 336, 336)
-    gen = CLIPImageProcessorPil.from_pretrained(built / "gen" / "feature_extractor")
-    assert gen(image, return_tensors="np")["pixel_values"].shape == (1, 3, 224, 224)
-    depth = DPTImageProcessorPil.from_pretrained(built / "depth")
-    assert depth(image, return_tensors="np")["pixel_values"].shape == (
-        1,
-        3,
-        350,
-        518,
-    )  # 518 / 300 of 200 is 345, of 14 the nearest multiple is 350
+    gen = CLIPImageProcessorPil.from_pretrained(TEACHERS / "gen" / "feature_extractor")
+    assert gen(image, return_tensors="np")["pixel_values"].shape == (1, 3, 96, 96)
+    depth = DPTImageProcessorPil.from_pretrained(TEACHERS / "depth")
+    assert depth(image, return_tensors="np")["pixel_values"].shape == (1, 3, 96, 96)
     for folder, name in (
-        ("vision", "CLIPImageProcessor"),
-        ("gen/feature_extractor", "CLIPImageProcessor"),
-        ("depth", "DPTImageProcessor"),
-        ("seg", "OneFormerImageProcessor"),
+        (built / "vision", "CLIPImageProcessor"),
+        (TEACHERS / "gen" / "feature_extractor", "CLIPImageProcessor"),
+        (TEACHERS / "depth", "DPTImageProcessor"),
+        (TEACHERS / "seg", "OneFormerImageProcessor"),
     ):
-        config = json.loads((built / folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         assert config["image_processor_type"] == name
 
 
-def test_the_segmenter_runs_whole_from_its_folder(built: Path) -> None:
+def test_the_segmenter_runs_whole_from_its_folder() -> None:
+    folder = TEACHERS / "seg"
     images = OneFormerImageProcessorPil.from_pretrained(
-        built / "seg", repo_path=str(built / "seg"), size={"height": 64, "width": 64}
+        folder, repo_path=str(folder), size={"height": 192, "width": 192}
     )
-    tokenizer = CLIPTokenizer.from_pretrained(built / "seg")
-    words = tokenizer.convert_ids_to_tokens(tokenizer("the task is panoptic").input_ids)
-    assert words == ["<|startoftext|>", "the</w>", "task</w>", "is</w>", "panoptic</w>", "<|endoftext|>"]
-    processor = OneFormerProcessor(images, tokenizer)
+    processor = OneFormerProcessor(images, CLIPTokenizer.from_pretrained(folder))
     inputs = processor(Image.new("RGB", (64, 64), (9, 99, 9)), task_inputs=["panoptic"], return_tensors="pt")
-    model = _open(OneFormerForUniversalSegmentation, built / "seg")
+    model = _open(OneFormerForUniversalSegmentation, folder)
     with torch.inference_mode():
         out = model(pixel_values=inputs["pixel_values"], task_inputs=inputs["task_inputs"])
-        taps = model.model.pixel_level_module.encoder(torch.zeros(1, 3, 64, 64)).feature_maps
-    assert out.class_queries_logits.shape == (1, 10, 7)  # six classes and "no object"
-    assert [tap.shape[1] for tap in taps] == [12, 24, 48, 96]
+        taps = model.model.pixel_level_module.encoder(torch.zeros(1, 3, 192, 192)).feature_maps
+    assert out.class_queries_logits.shape == (1, 14, 7)  # six classes and "no object"
+    assert [tuple(tap.shape[1:]) for tap in taps] == [(16, 48, 48), (32, 24, 24), (64, 12, 12), (128, 6, 6)]
 
 
-def test_teachers_and_tower_tell_images_apart(built: Path, corpus: Path) -> None:
-    """At least a fifth of the energy of each feature lies in what differs from the mean map over images."""
+def test_the_tower_tells_images_apart(built: Path, corpus: Path) -> None:
+    """At least a fifth of the energy of its features lies in what differs from the mean map over images."""
     pixels = []
     for name in ("astronaut", "chelsea", "rocket", "tissue", "moon", "retina"):
         with Image.open(corpus / "images" / f"{name}.png") as image:
             square = image.convert("RGB").resize((336, 336))
         pixels.append(torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1)
-    batch = torch.stack(pixels)
-    small = torch.nn.functional.interpolate(batch, (224, 224), mode="area")
     with torch.inference_mode():
-        depth = _open(DepthAnythingForDepthEstimation, built / "depth").backbone(batch).feature_maps
-        segmenter = _open(OneFormerForUniversalSegmentation, built / "seg")
-        tower = _open(CLIPVisionModel, built / "vision")(batch, output_hidden_states=True)
-        features = {
-            "depth": torch.stack([tap[:, 1:] for tap in depth]).mean(0),
-            "seg": segmenter.model.pixel_level_module.encoder(batch).feature_maps[-1],
-            "gen": _open(CLIPVisionModelWithProjection, built / "gen" / "image_encoder")(small).image_embeds,
-            "vision": tower.hidden_states[-2][:, 1:],
-        }
-    assert features["depth"].shape == (6, 576, 48)
-    assert features["vision"].shape == (6, 576, 48)
-    assert features["gen"].shape == (6, 32)
-    for name, values in features.items():
-        share = (values - values.mean(0)).square().sum() / values.square().sum()
-        assert 0.2 < share.item() < 1, name
+        tower = _open(CLIPVisionModel, built / "vision")(torch.stack(pixels), output_hidden_states=True)
+    values = tower.hidden_states[-2][:, 1:]
+    assert values.shape == (6, 576, 48)
+    share = (values - values.mean(0)).square().sum() / values.square().sum()
+    assert 0.2 < share.item() < 1
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
@@ -320,6 +381,6 @@ def test_the_checkpoints_command_builds_the_family_asked_for(
     checkpoints: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert checkpoints.main([str(tmp_path), "--llm", "phi3"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"depth", "seg", "gen", "vision", "llm"}
+    assert {path.name for path in tmp_path.iterdir()} == {"vision", "llm"}
     assert json.loads((tmp_path / "llm" / "config.json").read_text(encoding="utf-8"))["model_type"] == "phi3"
-    assert str(tmp_path / "seg") in capsys.readouterr().out
+    assert str(tmp_path / "vision") in capsys.readouterr().out

@@ -55,14 +55,14 @@ def test_json_tells_coverage_bytes_and_channels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "dtype", "width"), [("int8", "int8", 130), ("int4", "uint8", 65)])
-def test_both_arrays_of_integers_are_described(tmp_path: Path, precision: Precision, dtype: str, width: int) -> None:
+def test_all_arrays_of_integers_are_described(tmp_path: Path, precision: Precision, dtype: str, width: int) -> None:
     root = tmp_path / "s"
     _, _, features = make_store(root, count=6, rows_per_shard=4, precision=precision, channels=130)
     found = _inspect(root)["teachers"]["depth"]  # type: ignore[index]
     assert found["precision"] == precision
     stored = {
         name: sum(path.stat().st_size for path in (root / "depth" / name / "c").rglob("*") if path.is_file())
-        for name in ("values", "scale")
+        for name in ("values", "scale", "offset")
     }
     assert found["arrays"] == {
         "values": {
@@ -73,12 +73,16 @@ def test_both_arrays_of_integers_are_described(tmp_path: Path, precision: Precis
             "path": "depth/scale", "shape": [8, 3, 3, 3], "dtype": "float16", "shard": [4, 3, 3, 3],
             "bytes": stored["scale"],
         },
+        "offset": {
+            "path": "depth/offset", "shape": [8, 130], "dtype": "float16", "shard": [4, 130],
+            "bytes": stored["offset"],
+        },
     }  # fmt: skip
-    total = stored["values"] + stored["scale"]
+    total = sum(stored.values())
     assert found["bytes"] == {"stored": total, "float32": 6 * 9 * 130 * 4, "ratio": 6 * 9 * 130 * 4 / total}
     shown = olapipe("inspect", root).stdout
     assert f"{dtype} + float16" in shown
-    assert size(stored["scale"]) in shown
+    assert size(stored["scale"]) in shown and size(stored["offset"]) in shown
     image = _inspect(root, "0005.jpg")["teachers"]["depth"]["features"]  # type: ignore[index]
     assert image["mean"] == pytest.approx(float(features[5].astype(np.float64).mean()))
     assert image["minimum"] == pytest.approx(float(features[5].min()))
@@ -155,9 +159,9 @@ def _pictured(root: Path, precision: Precision = "float32") -> Path:
     for name, shape in (("depth", (3, 3)), ("gen", None)):
         teacher = record(precision, teacher=name, grid=shape)
         store.put_teacher(teacher)
-        stored = blank(2, teacher.fingerprint.shape, precision)
+        stored = blank(2, teacher.fingerprint.shape, precision, centred=teacher.centred)
         feature = np.random.default_rng(1).normal(size=teacher.fingerprint.shape).astype(np.float32)
-        stored[0] = encode(feature, precision)
+        stored[0] = encode(feature, precision, centred=teacher.centred)
         row = RowReceipt(status="ok", sha256=hashlib.sha256(data).hexdigest(), width=40, height=20)
         statistics = ChannelStatistics(5)
         statistics.update(feature[None])

@@ -85,12 +85,14 @@ def test_the_busiest_stage_is_named_with_the_decoding_threads_taken_together() -
     assert bottleneck({}, 10.0, 1, 2) is None
 
 
-@pytest.mark.parametrize(("given", "most"), [("12", 12), ("5%", 10), ("0", 0), ("2.5%", 5), ("0%", 0), (7, 7)])
+@pytest.mark.parametrize(
+    ("given", "most"), [("12", 12), ("5%", 10), ("0", 0), ("2.5%", 5), ("0%", 0), ("100%", 200), (7, 7)]
+)
 def test_max_failures_is_a_number_or_a_share(given: object, most: int) -> None:
     assert _config(given).most_failures(200) == most
 
 
-@pytest.mark.parametrize("given", ["-1", "5 %", "many", "%", "1.5"])
+@pytest.mark.parametrize("given", ["-1", "5 %", "many", "%", "1.5", "100.1%", "200%"])
 def test_other_limits_are_refused(given: str) -> None:
     with pytest.raises(ValidationError, match="max_failures"):
         _config(given)

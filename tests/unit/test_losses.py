@@ -13,12 +13,14 @@ from olatrain.losses import (
     Counts,
     LossConfig,
     LossReport,
+    Regression,
     Targets,
     alignment,
     compute_losses,
     count,
     info_nce_loss,
     next_token_loss,
+    regression_loss,
     smooth_l1_loss,
     supervised_positions,
 )
@@ -253,6 +255,16 @@ def test_a_masked_item_is_as_if_it_were_left_out(rubbish: float) -> None:
     assert prediction.grad is not None
     assert (prediction.grad[2] == 0).all()
     torch.testing.assert_close(prediction.grad[valid], without.grad)
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "mse", "cosine"])
+def test_no_distance_is_counted_of_a_masked_item(kind: Regression) -> None:
+    """The cosine of two zeroed vectors is 0, so its distance is not: there the mask alone keeps it out."""
+    valid = torch.tensor([True, True, False, True, False])
+    left = Targets.local(VALUES[valid], torch.ones(3, dtype=torch.bool), ROWS[valid])
+    got, expected = regression_loss(kind, PREDICTED, targets(valid)), regression_loss(kind, PREDICTED[valid], left)
+    assert got.total.item() == pytest.approx(expected.total.item(), rel=1e-6)
+    assert got.count == expected.count == 3
 
 
 @pytest.mark.parametrize("items", [5, 0])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pipeline_support import olapipe
 from store_support import fill_shard, images, make_store
 
 from olapipe import planning
@@ -221,6 +222,7 @@ def test_a_ledger_counts_what_the_receipts_say(tmp_path: Path) -> None:
         bad = [place for place, row in enumerate(rows) if row.status == "failed"]
         assert bad == [13, 15, 16]
         assert found.mendable().tolist() == [3, 4]
+        assert found.failed_rows().keys() == {"truncated"}
         assert sorted(np.concatenate([*found.failed_rows().values(), np.zeros(0)]).tolist()) == bad
         folder = tmp_path / "s" / name
         on_disk = {
@@ -234,6 +236,21 @@ def test_a_ledger_counts_what_the_receipts_say(tmp_path: Path) -> None:
         assert [failure.row for failure in whole.failures] == bad
         keys = {sample.row: sample.key for sample in store.samples()}
         assert all(keys[failure.row] == failure.key for failure in whole.failures)
+
+
+def test_a_shard_whose_failed_rows_are_all_forgotten_is_not_to_be_mended(tmp_path: Path) -> None:
+    store, teacher, _ = make_store(tmp_path / "s", count=9)
+    store.add_generation(images(4, start=9))
+    store.put_teacher(teacher)
+    fill_shard(store, teacher, 3, np.ones((4, *teacher.fingerprint.shape), np.float32), failed=(1,))
+    for key in ("0005.jpg", "0011.jpg"):  # in a shard without failures, and in the one with
+        assert olapipe("forget", tmp_path / "s", key, "--yes").exit_code == 0
+    found = ledger.read_ledger(store, "depth")
+    assert {reason: rows.tolist() for reason, rows in found.failed_rows().items()} == {
+        "forgotten": [5, 14],
+        "truncated": [13],
+    }
+    assert found.mendable().tolist() == [3]
 
 
 def test_the_spool_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

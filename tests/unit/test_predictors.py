@@ -107,6 +107,22 @@ def test_predictions_equal_the_arithmetic_written_out(context: str) -> None:
             torch.testing.assert_close(predicted[item].reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_predictors_read_every_task_token_of_their_own_in_the_format_emb() -> None:
+    """A map's four vectors stand in the sequence; the vector's queries are the mean of its two states, no more."""
+    every = TaskTokens.model_validate(
+        TOKENS.model_dump() | {"task_format": "emb", "ids": {"gen": (60, 61), "depth": (62, 63, 64, 65)}}
+    )
+    made = bank(every)
+    items = layout([5, *IMAGE, *every.flat, 7], tokens=every)
+    taps = states(1, 12)
+    for (teacher, layer), predicted in made(taps, items, LATENTS).items():
+        state = taps[layer][0]
+        seen = state[[0, 1, 2, 3, 4, *((5, 6) if teacher == "gen" else (7, 8, 9, 10)), 11]]
+        queries = LATENTS["depth"] if teacher == "depth" else state[[5, 6]].mean(0, keepdim=True)
+        expected = by_hand(made.head(teacher, layer), seen, queries, made.configs[teacher])
+        torch.testing.assert_close(predicted[0].reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+
+
 def changed(made: PredictorBank, items: Items, position: int) -> set[str]:
     """Teachers whose prediction of item 0 notices another state at `position`."""
     taps = states(2, 13)

@@ -64,6 +64,7 @@ def test_a_stage_of_text_alone_needs_no_store() -> None:
         ({"train": ["llm", "llm"]}, "names a group twice"),
         ({"train": ["decoder"]}, "train"),
         ({"teachers": None, "store": None, "target_control": "mean"}, "no teacher is named"),
+        ({"target_control": "self", "normalise": "channel"}, "statistics and probes are not of a tower's features"),
         ({"negatives": "host"}, "negatives"),
     ],
 )

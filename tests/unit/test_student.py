@@ -277,6 +277,54 @@ def test_the_number_of_images_is_checked() -> None:
         locate(TOKENS, *batch_of(ids(IMAGE, GEN, DEPTH)), images=[2])
 
 
+EVERY = TaskTokens(
+    teachers=("gen", "depth"),
+    tokens_per_teacher=2,
+    task_format="emb",
+    ids={"gen": (60, 61), "depth": (62, 63, 64, 65, 66, 67)},
+    image_id=IMAGE_ID,
+    image_length=4,
+    never_predicted=(),
+)
+
+
+def test_every_latent_stands_for_itself_in_the_format_emb() -> None:
+    bare = twin(build())
+    made = Student(build(), EVERY, latents=LATENTS, taps=(2,), seed=3)
+    batch = inputs("llava-llama", EVERY)
+    with torch.no_grad():
+        rows = bare.get_input_embeddings().weight  # type: ignore[operator]
+        rows[[60, 61]], rows[list(range(62, 68))] = made.latents["gen"], made.latents["depth"]
+        expected = bare(**batch, use_cache=False).logits
+    output = made(batch)
+    torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-5)
+    output.logits.square().sum().backward()
+    depth = made.latents["depth"].grad
+    assert depth is not None
+    assert not torch.allclose(depth[0], depth[1])  # no longer a group's common gradient
+
+
+def test_positions_where_teachers_have_different_numbers_of_tokens() -> None:
+    depth = list(EVERY.ids["depth"])
+    items = locate(EVERY, *batch_of(ids(5, IMAGE, GEN, depth, 7), ids(IMAGE, GEN, depth, IMAGE, GEN, depth)))
+    assert items.task[0].tolist() == [[5, 6, 6, 6, 6, 6], [7, 8, 9, 10, 11, 12]]
+    assert items.task[2, 1].tolist() == [18, 19, 20, 21, 22, 23]
+    assert places(items.context(0, "image")[0]) == [1, 2, 3, 4, 5, 6]
+    assert places(items.context(1, "image")[0]) == [1, 2, 3, 4, 7, 8, 9, 10, 11, 12]
+    assert places(items.context(1, "all")[0]) == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13]
+    with pytest.raises(ConfigError, match="depth at position 6 are not a whole group"):
+        locate(EVERY, *batch_of(ids(IMAGE, GEN, depth[:2])))
+
+
+def test_the_format_emb_wants_an_id_for_each_latent() -> None:
+    with pytest.raises(ConfigError, match="depth: 12 latents are to be learned, the student's prompts hold 6"):
+        Student(build(), EVERY, latents={"gen": 2, "depth": 12}, taps=(1,), seed=0)
+    with pytest.raises(ValueError, match="depth has 6 ids, tokens_per_teacher is 2"):
+        TaskTokens.model_validate(EVERY.model_dump() | {"task_format": "expand_emb"})
+    with pytest.raises(ValueError, match="gen has 2 ids, tokens_per_teacher is 4"):
+        TaskTokens.model_validate(EVERY.model_dump() | {"tokens_per_teacher": 4})
+
+
 def test_the_record_survives_its_file_and_refuses_nonsense(tmp_path: Path) -> None:
     TOKENS.save(tmp_path)
     assert TaskTokens.load(tmp_path) == TOKENS

@@ -68,9 +68,9 @@ def test_cells_are_arithmetic_on_grid_and_channels() -> None:
     cells = dict(zip(TEACHER_COLUMNS, teacher_cells(registry.available()["depth"]), strict=True))
     assert cells["float32 per image"] == "2.2 MiB"  # 24 · 24 · 1024 · 4 = 2 359 296 bytes
     assert cells["float16 per image"] == "1.1 MiB"
-    # 24 · 24 tokens of 1024 bytes or 512 bytes, and 16 float16 scales each
-    assert cells["int8 per image"] == "594.0 KiB"
-    assert cells["int4 per image"] == "306.0 KiB"
+    # 24 · 24 tokens of 1024 bytes or 512 bytes, and 16 float16 scales each; 1024 float16 offsets
+    assert cells["int8 per image"] == "596.0 KiB"
+    assert cells["int4 per image"] == "308.0 KiB"
     assert cells["licence"] == "CC-BY-NC-4.0"
     vector = dict(zip(TEACHER_COLUMNS, teacher_cells(registry.available()["gen"]), strict=True))
     assert (vector["grid"], vector["float16 per image"]) == ("one vector", "2.0 KiB")

@@ -46,7 +46,7 @@ def test_the_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
         ({"batch": 2, "nproc": 3}, "batch of 2 cannot be split over 3 ranks"),
         ({"steps": 2, "stop_after": 3}, "beyond the 2 steps"),
         ({"compat": "ola", "context": "image"}, "only there the public code lets padding in"),
-        ({"fingerprints": {"seg": fingerprint("seg").model_dump(mode="json")}}, "seg, which teachers does not"),
+        ({"fingerprints": {"seg": fingerprint("seg").model_dump(mode="json")}}, "seg, which teachers and feed do not"),
         ({"warmup": 1.0}, "warmup"),
         ({"precision": "fp16"}, "precision"),
     ],

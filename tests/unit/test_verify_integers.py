@@ -74,14 +74,15 @@ def test_an_intact_store_has_no_problem(root: Path) -> None:
     assert (found.shards, found.rows) == (4, 16)
 
 
-def test_a_flipped_bit_in_any_file_of_either_array_is_found_in_that_file(root: Path) -> None:
+def test_a_flipped_bit_in_any_file_of_any_array_is_found_in_that_file(root: Path) -> None:
     rng = random.Random(3)
     for teacher in ("depth", "gen"):
         files = sorted(path for path in (root / teacher).rglob("*") if path.is_file())
-        assert len(files) == 7  # two shards of two arrays, and three documents
+        # two shards of two arrays, of three for the map, with a document each, and that of the teacher
+        assert len(files) == {"depth": 10, "gen": 7}[teacher]
         for file in files:
             original = file.read_bytes()
-            for _ in range(12):
+            for _ in range(8):
                 damaged = bytearray(original)
                 damaged[rng.randrange(len(original))] ^= 1 << rng.randrange(8)
                 file.write_bytes(damaged)
@@ -105,17 +106,20 @@ def _read_all(root: Path, teacher: str) -> None:
         reader.read(row)
 
 
-def test_a_scale_of_nan_in_a_row_with_a_feature_is_found_in_the_scales(root: Path) -> None:
+@pytest.mark.parametrize(("array", "places"), [("scale", (2, 1, 0, 1)), ("offset", (2, 5))])
+def test_a_nan_in_a_row_with_a_feature_is_found_in_the_array_that_holds_it(
+    root: Path, array: str, places: tuple[int, ...]
+) -> None:
     store = FeatureStore.open(root)
     receipt = store.receipt("depth", 0)
     assert receipt is not None
     arrays = {name: array[:4] for name, array in _arrays(root, "depth").items()}
-    arrays["scale"][2, 1, 0, 1] = np.nan
+    arrays[array][places] = np.nan
     statistics = ChannelStatistics.from_json(receipt.statistics, CHANNELS)
     told = store.teacher("depth")
     store.commit_shard(told, 0, Stored(**arrays), list(receipt.rows), statistics, receipt.execution, replace=True)
     found = [(problem.file, problem.rows) for problem in _problems(root) if "NaN" in problem.text]
-    assert found == [("depth/scale/c/0/0/0/0", (2,))]
+    assert found == [(f"depth/{array}/c/0" + "/0" * (len(places) - 1), (2,))]
 
 
 def test_an_array_that_the_precision_does_not_have_is_a_stray(tmp_path: Path, root: Path) -> None:
@@ -131,21 +135,23 @@ def test_an_array_that_the_precision_does_not_have_is_a_stray(tmp_path: Path, ro
     assert strays == {f"depth/scale/{name}" for name in ("zarr.json", "c/0/0/0/0", "c/1/0/0/0")}
 
 
-def test_forget_blanks_the_row_in_both_arrays_and_no_other(root: Path) -> None:
+def test_forget_blanks_the_row_in_all_arrays_and_no_other(root: Path) -> None:
     before = {name: (_arrays(root, name), _decoded(root, name)) for name in ("depth", "gen")}
     forget(FeatureStore.open(root), "0005.jpg")
     for name, (arrays, features) in before.items():
         now = _arrays(root, name)
-        assert now.keys() == {"values", "scale"}
-        assert (arrays["values"][ROW] != 0).any() and np.isfinite(arrays["scale"][ROW]).all()
+        beside = {"depth": {"scale", "offset"}, "gen": {"scale"}}[name]
+        assert now.keys() == {"values", *beside}
+        assert (arrays["values"][ROW] != 0).any()
         assert (now["values"][ROW] == 0).all()
-        assert np.isnan(now["scale"][ROW]).all()
-        for array in ("values", "scale"):
+        for array in beside:
+            assert np.isfinite(arrays[array][ROW]).all() and np.isnan(now[array][ROW]).all()
+        for array in now:
             np.testing.assert_array_equal(np.delete(now[array], ROW, 0), np.delete(arrays[array], ROW, 0))
         store = FeatureStore.open(root)
         receipt = store.receipt(name, 1)
         assert receipt is not None
-        assert (receipt.rows[1].reason, receipt.revision, len(receipt.files)) == ("forgotten", 1, 2)
+        assert (receipt.rows[1].reason, receipt.revision, len(receipt.files)) == ("forgotten", 1, len(now))
         kept = features[[4, 6]].reshape(-1, CHANNELS).astype(np.float64)
         told = ChannelStatistics.from_json(receipt.statistics, CHANNELS)
         assert told.count == len(kept)

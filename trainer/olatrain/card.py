@@ -42,35 +42,43 @@ def model_card(
         f"A {type(model).__name__} {_how(config)}. "
         f"It started from the student `{base}`{f', {origin},' if origin else ''} and trained "
         f"{', '.join(config.train)} for {step} steps of {config.batch} samples. Weights are {dtype}.",
-        _use(tokens),
+        _use(tokens, config.feed),
         _data(config, samples, figures.get("start")),
         _teachers(config, teachers, earlier),
         _results(figures),
         "## Settings\n\n```json\n" + _settings(config) + "\n```",
-        f"## Files\n\n`{SIDECAR_NAME}` holds latents, predictors and logit scales, `ola.json` the ids of the task "
-        "tokens. transformers reads neither; `olatrain run --student` goes on from them.",
+        f"## Files\n\n`{SIDECAR_NAME}` holds latents, predictors, logit scales and what projects fed features, "
+        "`ola.json` the ids of the task tokens. transformers reads neither; `olatrain run --student` goes on from "
+        "them.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _how(config: TrainConfig) -> str:
+    fed = f"that is fed features of {', '.join(config.feed)} " if config.feed else ""
     if not config.teachers:
-        return "that trained on the next token alone"
+        return f"{fed}{'and ' if fed else 'that '}trained on the next token alone"
     teachers = ", ".join(config.teachers)
     return (
-        f"whose hidden states were supervised with features of {teachers} while it trained (the method of OLA-VLM, "
-        "arXiv 2412.09585)"
+        f"{fed}{'and ' if fed else ''}whose hidden states were supervised with features of {teachers} while it trained "
+        "(the method of OLA-VLM, arXiv 2412.09585)"
     )
 
 
-def _use(tokens: TaskTokens) -> str:
+def _use(tokens: TaskTokens, feed: Sequence[str]) -> str:
     what = (
-        f"Behind each image the chat template puts {tokens.tokens_per_teacher} task tokens for each of "
-        f"{', '.join(tokens.teachers)}, for structured content and for strings that hold `<image>` alike. "
+        f"Behind each image the chat template puts {tokens.say()}; for structured content and for strings that hold "
+        "`<image>` alike. "
         "Their ids are suppressed in generation."
         if tokens.flat
         else "It has no task tokens."
     )
+    if feed:
+        what += (
+            f"\n\n**It needs features of {', '.join(feed)} of each image, which transformers does not give it.** The "
+            "code above runs it as if each image had none, with vectors that only images without features have "
+            f"trained. `olatrain eval --store` feeds it; the projectors are in `{SIDECAR_NAME}`.\n\n"
+        )
     return f"""## Use
 
 ```python
@@ -101,8 +109,9 @@ def _data(config: TrainConfig, samples: str, start: dict[str, Any] | None) -> st
             f" An epoch has {start['samples']} samples, {start['text_only']} of them text alone; "
             f"{start['left_out']} entries were not usable."
         )
-        for teacher, found in start["targets"].items():
-            text += f" {teacher}: {found['valid']} samples have a target, {sum(found['missing'].values())} have none."
+        for teacher, found in (start["targets"] | start.get("fed", {})).items():
+            what = "are fed" if teacher in config.feed else "have a target"
+            text += f" {teacher}: {found['valid']} samples {what}, {sum(found['missing'].values())} without a feature."
     return f"## Data\n\n{text}"
 
 
@@ -115,9 +124,10 @@ def _source(source: SourceSettings) -> str:
 
 def _teachers(config: TrainConfig, teachers: Sequence[TeacherRecord], earlier: Sequence[TeacherRecord]) -> str:
     rows = []
-    for name, record in zip(config.teachers, teachers, strict=True):
+    for name, record in zip(config.teachers, teachers, strict=False):  # fed ones follow
         trained = config.teachers[name]
         rows.append([*_licence(record), ", ".join(map(str, trained.layers)), f"{trained.weight:g}"])
+    rows += [[*_licence(record), "fed", ""] for record in teachers[len(config.teachers) :]]
     rows += [[*_licence(record), "before this run", ""] for record in earlier]
     table = _table(["teacher", "source", "licence", "fingerprint", "layers", "weight"], rows)
     return (

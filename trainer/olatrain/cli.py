@@ -42,6 +42,21 @@ class PresetName(enum.StrEnum):
     finetune = "finetune"
 
 
+class TaskFormatName(enum.StrEnum):
+    """What stands in the sequence for a teacher's map."""
+
+    emb = "emb"
+    expand_emb = "expand_emb"
+
+
+class ControlName(enum.StrEnum):
+    """What stands in place of an image's own targets."""
+
+    shuffle = "shuffle"
+    mean = "mean"
+    self = "self"
+
+
 class DtypeName(enum.StrEnum):
     """Type of exported weights."""
 
@@ -70,8 +85,7 @@ def compose(
     tokens = run_compose(
         llm, vision, out, teachers=teachers, tokens_per_teacher=task_tokens, view=view.value, seed=seed
     )
-    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
-    typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {view.value}")
+    typer.echo(f"{out}: LLaVA with {tokens.say()}, {tokens.image_length} tokens per image, view {view.value}")
 
 
 @app.command()
@@ -88,8 +102,7 @@ def prepare(
     from olatrain.prepare import prepare as run_prepare
 
     tokens = run_prepare(model, out, teachers=tuple(teacher or ("gen", "depth", "seg")), tokens_per_teacher=task_tokens)
-    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
-    typer.echo(f"{out}: {tokens.family} with {count}")
+    typer.echo(f"{out}: {tokens.family} with {tokens.say()}")
 
 
 @app.command("import-ola")
@@ -103,14 +116,20 @@ def import_ola(
     system: Annotated[
         str | None, typer.Option(help="System message it was trained with, for conversations without one.")
     ] = None,
+    task_format: Annotated[
+        TaskFormatName | None,
+        typer.Option(help="emb: each latent in the sequence; expand_emb: means. [as it was trained]"),
+    ] = None,
 ) -> None:
     """Turn a published OLA-VLM checkpoint into a student that `run` starts from."""
     _quiet()
     from olatrain.importing import SETTINGS_NAME, import_student
 
-    tokens, chosen = import_student(checkpoint, out, vision=vision, view=view.value if view else None, system=system)
-    count = f"{tokens.tokens_per_teacher} task tokens for each of {', '.join(tokens.teachers)}"
-    typer.echo(f"{out}: LLaVA with {count}, {tokens.image_length} tokens per image, view {chosen}")
+    tokens, chosen = import_student(
+        checkpoint, out, vision=vision, view=view.value if view else None, system=system,
+        task_format=task_format.value if task_format else None,
+    )  # fmt: skip
+    typer.echo(f"{out}: LLaVA with {tokens.say()}, {tokens.image_length} tokens per image, view {chosen}")
     if tokens.chat_template == "plain":
         typer.echo("its tokenizer has no chat template: a plain USER: … ASSISTANT: … was written")
     typer.echo(f"the settings it was trained with: olatrain run --student {out} --config {out / SETTINGS_NAME}")
@@ -133,6 +152,13 @@ def run(
     layers: Annotated[
         list[str] | None,
         typer.Option(metavar="TEACHER=N,N", help="Teacher to learn from and its layers, counted from 1; repeat."),
+    ] = None,
+    feed: Annotated[
+        str | None,
+        typer.Option(metavar="TEACHER,TEACHER", help="Teachers whose features are inputs: the multi-encoder baseline."),
+    ] = None,
+    target_control: Annotated[
+        ControlName | None, typer.Option(help="Control arm: other targets than the image's own. [none]")
     ] = None,
     heldout: Annotated[Path | None, typer.Option(help="Conversations to evaluate on.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs to train. [1]")] = None,
@@ -164,6 +190,7 @@ def run(
         "conversations": conversations, "evaluation.conversations": heldout, "epochs": epochs, "steps": steps,
         "batch": batch, "lr": lr, "precision": precision, "nproc": nproc, "workers": workers,
         "checkpoint_every": checkpoint_every, "seed": seed, "allow_view_mismatch": allow_view_mismatch,
+        "feed": feed, "target_control": target_control.value if target_control else None,
         **_layers(layers or []),
     }  # fmt: skip
     from olaschema.config import load_config
@@ -186,12 +213,19 @@ def export(
     dtype: Annotated[DtypeName, typer.Option(help="Type of the weights; the run computes in float32.")] = (
         DtypeName.float32
     ),
+    task_format: Annotated[
+        TaskFormatName | None,
+        typer.Option(help="emb: each latent in the sequence from here on, for the next stage. [as it is]"),
+    ] = None,
 ) -> None:
     """Write a run's newest checkpoint as a model that transformers loads without this package."""
     _quiet()
     from olatrain.export import export as run_export
 
-    trained = run_export(run, out, student=student, dtype=dtype.value)
+    trained = run_export(
+        run, out, student=student, dtype=dtype.value,
+        task_format=task_format.value if task_format else None,
+    )  # fmt: skip
     typer.echo(f"{out}: step {trained.step} of {run}, {dtype.value}")
     for record in trained.all_teachers:
         typer.echo(f"learned from {record.fingerprint.teacher} ({record.source}), licence {record.licence}")
@@ -238,7 +272,7 @@ def probe(
 
     from olaschema.config import load_config
     from olatrain.config import TrainConfig
-    from olatrain.probe import count_layers, run_probe
+    from olatrain.probe import count_layers, fed_teachers, run_probe
 
     if published:
         context = context or ContextName.all
@@ -249,7 +283,7 @@ def probe(
         "teachers": {name: {"layers": layers, "weight": 1.0} for name in teacher}, "train": ["predictors"],
         "contrastive": 0.0, "context": (context or ContextName.image).value, "probe.held_out": held_out,
         "epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "workers": workers, "seed": seed,
-        "allow_view_mismatch": allow_view_mismatch,
+        "allow_view_mismatch": allow_view_mismatch, "feed": fed_teachers(student),
     }  # fmt: skip
     settings = load_config(TrainConfig, flags=flags, overrides=set_ or [])
     settings.require_inputs()
@@ -272,13 +306,17 @@ def eval_command(
     ] = MethodName.generate,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file for scores and answers.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="Feature store of the benchmark's images, for a student that is fed features (run --feed)."),
+    ] = None,
 ) -> None:
     """Score a student on CV-Bench: count, relation, depth and distance, averaged by source."""
     _quiet()
     import torch
     from rich.console import Console
 
-    from olatrain.evaluate import evaluate_cv_bench, table, unreadable
+    from olatrain.evaluate import evaluate_cv_bench, remarks, table
 
     if not cv_bench.is_dir():
         raise ConfigError(f"--cv-bench {cv_bench}: no such folder", "Give a local copy of nyu-visionx/CV-Bench.")
@@ -287,11 +325,11 @@ def eval_command(
     console = Console(highlight=False)
     with console.status("asking") as status:
         result = evaluate_cv_bench(
-            student, cv_bench, method=method.value, device=torch.device(device), out=out,
+            student, cv_bench, method=method.value, device=torch.device(device), out=out, store=store,
             tick=lambda count: status.update(f"{count} questions answered"),
         )  # fmt: skip
     console.print(table(result))
-    for line in unreadable(result):
+    for line in remarks(result):
         console.print(line, markup=False)
 
 

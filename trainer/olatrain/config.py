@@ -17,7 +17,8 @@ from olatrain.presets import Preset, with_preset
 from olatrain.tokens import Context
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
-Group = Literal["projector", "predictors", "task_tokens", "llm", "vision"]
+Group = Literal["projector", "predictors", "task_tokens", "llm", "vision", "feed"]
+_TRAINED: tuple[Group, ...] = ("projector", "predictors", "task_tokens")
 
 _CACHE_LIMIT = 64 << 30
 
@@ -142,6 +143,9 @@ class TrainConfig(Frozen):
     out: Path
     teachers: dict[str, TeacherTraining] = Field(default_factory=dict)
     """Teachers whose features are losses; none in a stage of next tokens alone, whose predictors are left out."""
+    feed: tuple[str, ...] = ()
+    """Teachers whose features are inputs at the places of their task tokens (`olatrain.feed`): the multi-encoder
+    baseline, which needs features where it is used, too."""
     fingerprints: dict[str, Fingerprint] = Field(default_factory=dict)
     """What the features must mean. Filled in from the store at the first start and saved with the run."""
 
@@ -182,16 +186,18 @@ class TrainConfig(Frozen):
     embedding_end: float = Field(default=0.0, ge=0.0)
     normalise: Literal["none", "channel"] = "none"
     """`channel`: targets minus the store's mean of each channel, over its deviation; saved with the predictors."""
-    train: tuple[Group, ...] = Field(default=("projector", "predictors", "task_tokens"), min_length=1)
-    """What is trained. With `lora`, `llm` stands for its adapters."""
+    train: tuple[Group, ...] = Field(default=_TRAINED, min_length=1)
+    """What is trained. With `lora`, `llm` stands for its adapters. Where teachers are fed, `feed` is part of the
+    default and of the presets'."""
     lora: Lora | None = None
     context: Context = "all"
     """What the predictors may read: the image, the prompt before it as well, or all (the published setting)."""
     compat: Literal["none", "ola"] = "none"
     """`ola` lets padding into the predictors, as the public OLA-VLM code does."""
-    target_control: Literal["none", "shuffle", "mean"] = "none"
+    target_control: Literal["none", "shuffle", "mean", "self"] = "none"
     """Control arms of an experiment, while training: every image gets another image's features (`shuffle`), or the
-    mean of the training images' (`mean`), from which nothing about an image can be learned."""
+    mean of the training images' (`mean`), from which nothing about an image can be learned; or what the student's own
+    initial vision tower gives for it (`self`, in evaluations too; `olatrain.tower`), which it sees already."""
     order: Literal["mixed", "grouped"] = "mixed"
     """`grouped`: a batch is of text alone or of images alone, but for those at an epoch's ends and at most one more."""
     allow_view_mismatch: bool = False
@@ -233,7 +239,12 @@ class TrainConfig(Frozen):
     def _published(cls, data: Any) -> Any:
         """Fill in the preset, and the published layers for a teacher that is named without any."""
         if isinstance(data, dict):
+            chosen = "train" in data
             data = with_preset(data)
+            if isinstance(data.get("feed"), str):
+                data = {**data, "feed": [name.strip() for name in data["feed"].split(",")]}
+            if data.get("feed") and not chosen:
+                data = {**data, "train": [*data.get("train", _TRAINED), "feed"]}
         if not isinstance(data, dict) or not isinstance(data.get("teachers"), dict):
             return data
         teachers = {}
@@ -252,9 +263,9 @@ class TrainConfig(Frozen):
             raise ValueError(f"a batch of {self.batch} cannot be split over {self.nproc} ranks")
         if self.stop_after is not None and self.steps is not None and self.stop_after > self.steps:
             raise ValueError(f"stop_after = {self.stop_after} lies beyond the {self.steps} steps of the run")
-        unknown = sorted(self.fingerprints.keys() - self.teachers.keys())
+        unknown = sorted(self.fingerprints.keys() - set(self.reads))
         if unknown:
-            raise ValueError(f"fingerprints name {', '.join(unknown)}, which teachers does not")
+            raise ValueError(f"fingerprints name {', '.join(unknown)}, which teachers and feed do not")
         self._consistent_stage()
         if self.probe is not None and self.normalise != "none":
             raise ValueError("probes are scored on the features as they are: leave normalise at none")
@@ -270,13 +281,14 @@ class TrainConfig(Frozen):
         """Refuse what contradicts itself about losses and groups of parameters."""
         if self.sources:
             self._consistent_sources()
-        elif self.teachers and self.store is None:
+        elif self.reads and self.store is None:
             raise ValueError("teachers are named, but the setting store is missing")
+        self._consistent_feed()
         if (self.conversations is None) != (self.images is None):
             raise ValueError("conversations and images go together: one of them is missing")
         if self.conversations is None and self.store is None and not self.sources:
             raise ValueError("conversations and images are missing, or a packed training set as store")
-        if self.store is not None and self.conversations is not None and not self.teachers:
+        if self.store is not None and self.conversations is not None and not self.reads:
             raise ValueError("a store is given, but teachers names none to learn from")
         if not self.text and not any(teacher.trains for teacher in self.teachers.values()):
             raise ValueError("text is 0 and no teacher has a weight: there is no loss")
@@ -298,16 +310,32 @@ class TrainConfig(Frozen):
             raise ValueError("lora is given, but train does not name llm")
         if self.target_control != "none" and not self.teachers:
             raise ValueError("target_control changes targets, and no teacher is named")
+        if self.target_control == "self" and (self.normalise != "none" or self.probe is not None):
+            raise ValueError("target_control = self: a store's statistics and probes are not of a tower's features")
+
+    def _consistent_feed(self) -> None:
+        if len(set(self.feed)) != len(self.feed):
+            raise ValueError("feed names a teacher twice")
+        both = sorted(set(self.feed) & set(self.teachers))
+        if both and self.probe is None:
+            raise ValueError(f"{', '.join(both)} is fed and predicted: the answer would stand in the question")
+        if "feed" in self.train and not self.feed:
+            raise ValueError("train names feed, but no teacher is fed")
 
     def _consistent_sources(self) -> None:
         if self.store is not None or self.conversations is not None or self.images is not None:
             raise ValueError("sources stand in place of store, conversations and images: give one or the other")
-        if self.teachers and any(source.store is None for source in self.sources):
+        if self.reads and any(source.store is None for source in self.sources):
             raise ValueError("teachers are named, but a source has no store")
-        if not self.teachers and any(source.store and source.conversations for source in self.sources):
+        if not self.reads and any(source.store and source.conversations for source in self.sources):
             raise ValueError("a source has a feature store, but teachers names none to learn from")
         if self.evaluation is not None and self.evaluation.store is None:
             raise ValueError("evaluation beside sources takes a packed set as evaluation.store")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Teachers whose features are read: those that are losses, then those that are only inputs."""
+        return (*self.teachers, *(name for name in self.feed if name not in self.teachers))
 
     @property
     def cache(self) -> CacheSettings | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,14 +22,18 @@ from olaschema.errors import ConfigError
 from olatrain.losses import LossConfig
 from olatrain.predictors import PredictorBank, PredictorConfig
 from olatrain.student import Student
-from olatrain.tokens import TaskTokens
+from olatrain.tokens import TaskFormat, TaskTokens
 from olatrain.weights import read_json, read_weights
 
 # Public section and layer keys of each teacher; the public code calls the layers of `gen` "img".
 _SECTIONS = {"depth": ("image_depth", "depth"), "seg": ("image_seg", "seg"), "gen": ("image_gen", "img")}
 # Parts of frozen teachers that a published checkpoint may carry along; training needs none of them.
 _TEACHER_PARTS = ("da_v2_head.", "dav2_backbone.", "oneformer.", "pipe.")
-_LANGUAGE_CONFIGS = {"ola_llama": LlamaConfig, "ola_phi3": Phi3Config}
+# by model_type: the first two with predictors, as pretrained; the others without, as instruction-tuned
+_LANGUAGE_CONFIGS = {
+    "ola_llama": LlamaConfig, "ola_phi3": Phi3Config, "llava_llama": LlamaConfig, "llava_phi3": Phi3Config
+}  # fmt: skip
+_TUNED = ("llava_llama", "llava_phi3")
 _NEEDED = ("model_type", "vocab_size", "hidden_size", "num_task_tokens", "aux_mode", "mm_projector_type")
 _NEEDED_OF_A_TEACHER = ("output_dim", "num_tokens", "num_heads", "dim_head", "ff_mult", "depth")
 _OLD_VISION = "model.vision_tower.vision_tower.vision_model."
@@ -43,6 +47,8 @@ class ImportedOla:
     bank: PredictorBank
     tokens: TaskTokens
     losses: LossConfig
+    trained_format: TaskFormat | None
+    """What stood in the sequence when it was trained; None where that was the record's own format."""
     pad_id: int
     """A token whose embedding is 0, which is what the public code pads with."""
 
@@ -69,20 +75,21 @@ def import_ola(
     weights = read_weights(folder, skip=_TEACHER_PARTS)
     tokens, pad_id = _new_tokens(settings)
     model = _build_model(settings, tower, tokens, pad_id, _dtype(weights, folder))
-    configs = _predictor_configs(settings, tokens)
+    tuned = settings["model_type"] in _TUNED
+    configs = {} if tuned else _predictor_configs(settings, tokens)
     hidden = int(settings["hidden_size"])
     student = Student(
         model,
         tokens,
-        latents={t: c.latents(tokens.tokens_per_teacher) for t, c in configs.items() if tokens.tokens_per_teacher},
+        latents=_latents(tokens, weights, folder) if tuned else _latents_of(configs, tokens),
         taps=[layer for c in configs.values() for layer in c.layers],
         seed=0,
     )
     context: Literal["all", "prompt"] = "all" if settings.get("pass_text_to_aux", True) else "prompt"
     bank = PredictorBank(configs, tokens, hidden_size=hidden, seed=0, context=context, compat=compat)
-    if not any(name.startswith("image_") for name in weights):
+    if not tuned and not any(name.startswith("image_") for name in weights):
         raise ConfigError(
-            f"{folder}: the checkpoint has no predictors, as after instruction tuning",
+            f"{folder}: the checkpoint has no predictors, though its model_type is {settings['model_type']}",
             "Import the checkpoint of the pretraining stage, which holds them.",
         )
     _load(student, bank, weights, folder, _tower_weights(tower, weights))
@@ -90,7 +97,11 @@ def import_ola(
         contrastive=settings.get("contrastive_loss_weight", 0.3) if settings.get("use_contrastive", True) else 0.0,
         teachers={t: float(settings[_SECTIONS[t][0]][f"{_SECTIONS[t][1]}_loss_weight"]) for t in configs},
     )
-    return ImportedOla(student, bank, tokens, losses, pad_id)
+    # pretraining puts the means there whatever its config says
+    trained: TaskFormat | None = settings.get("task_token_format", "emb") if tuned and tokens.flat else None
+    if trained not in (None, *get_args(TaskFormat)):
+        raise ConfigError(f"task_token_format is {trained}", "emb and expand_emb are supported.")
+    return ImportedOla(student, bank, tokens, losses, trained, pad_id)
 
 
 def tower_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
@@ -206,6 +217,21 @@ def _predictor_configs(settings: Mapping[str, Any], tokens: TaskTokens) -> dict[
             blocks=int(public["depth"]),
         )
     return configs
+
+
+def _latents_of(configs: Mapping[str, PredictorConfig], tokens: TaskTokens) -> dict[str, int]:
+    return {t: c.latents(tokens.tokens_per_teacher) for t, c in configs.items() if tokens.flat}
+
+
+def _latents(tokens: TaskTokens, weights: Mapping[str, Tensor], folder: Path) -> dict[str, int]:
+    """Number of vectors that the checkpoint holds for each teacher."""
+    counts = {}
+    for teacher in tokens.teachers if tokens.flat else ():
+        name = f"model.special_{teacher}_tokens"
+        if name not in weights:
+            raise ConfigError(f"{folder}: the checkpoint has no tensor {name}", "Is the checkpoint complete?")
+        counts[teacher] = len(weights[name])
+    return counts
 
 
 def _require(settings: Mapping[str, Any], names: Sequence[str], where: str) -> None:

@@ -17,6 +17,7 @@ from olatrain.compose import load_processor
 from olatrain.conversations import IMAGE_MARK, parse_conversation
 from olatrain.cvbench import SUFFIX, Answer, Question, parse_letter, read_questions, score
 from olatrain.families import Vision, open_vision
+from olatrain.feedstore import open_feeds
 from olatrain.learner import load_student
 from olatrain.prompts import PromptBuilder
 from olatrain.tokens import TaskTokens
@@ -26,9 +27,14 @@ _MOST_TOKENS = 16
 
 
 class Examinee:
-    """A student that is asked questions; its task tokens are read from the embedding rows, as exported."""
+    """A student that is asked questions; its task tokens are read from the embedding rows, as exported.
 
-    def __init__(self, student: Path, device: torch.device, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+    One that is fed features takes them from `store`, by the bytes of each image (`olatrain.feedstore`).
+    """
+
+    def __init__(
+        self, student: Path, device: torch.device, *, store: str | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+    ) -> None:
         self._tokens = TaskTokens.load(student)
         processor = load_processor(student)
         self._tokenizer = processor.tokenizer
@@ -36,6 +42,8 @@ class Examinee:
         self._prompts = PromptBuilder(self._tokenizer, self._tokens, max_length=1 << 20, template=template)
         self._vision: Vision = open_vision(processor, self._tokens)
         self._model = load_student(student).to(device).eval()
+        self._feeds, self._features = open_feeds(student, self._tokens, self._model, store)
+        self._feeds.to(device)
         self._device = device
         self._max_pixels = max_pixels
 
@@ -43,15 +51,23 @@ class Examinee:
     def answer(self, question: Question, method: Method) -> Answer:
         """Answer greedily in words, from which the letter is read, or with the likeliest of the letters."""
         inputs = self._inputs(question)
+        with self._feeds.given(self._features.find(question.image, self._device)):
+            if method == "generate":
+                out = self._model.generate(**inputs, do_sample=False, max_new_tokens=_MOST_TOKENS)
+            else:
+                logits = self._model(**inputs, use_cache=False).logits[0, -1].float().log_softmax(dim=0)
         if method == "generate":
-            out = self._model.generate(**inputs, do_sample=False, max_new_tokens=_MOST_TOKENS)
             said = self._tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             return Answer(question, said, parse_letter(said, question.choices))
         letters = [chr(ord("A") + n) for n in range(len(question.choices))]
-        logits = self._model(**inputs, use_cache=False).logits[0, -1].float().log_softmax(dim=0)
         scores = [max(float(logits[id_]) for id_ in self._first_ids(letter)) for letter in letters]
         chosen = letters[scores.index(max(scores))]
         return Answer(question, chosen, chosen)
+
+    @property
+    def fed(self) -> dict[str, dict[str, int]]:
+        """By fed teacher, questions whose image had a feature and questions whose had none; empty without any."""
+        return self._features.counts
 
     def _first_ids(self, letter: str) -> set[int]:
         """Ids that an answer of that letter may be, after a space or not."""
@@ -70,22 +86,32 @@ class Examinee:
 
 
 def evaluate_cv_bench(
-    student: Path, folder: Path, *, method: Method, device: torch.device, out: Path | None, tick: Any = None
+    student: Path,
+    folder: Path,
+    *,
+    method: Method,
+    device: torch.device,
+    out: Path | None,
+    store: str | None = None,
+    tick: Any = None,
 ) -> dict[str, Any]:
     """Score a student on CV-Bench (`cvbench.score`); with `out`, result and every answer are written there as JSON.
 
-    `tick` is called after each question. Raises CorpusError for a folder that is not CV-Bench, ImageError naming an
+    `store` holds features of the questions' images for a student that is fed some, and is for no other. `tick` is
+    called after each question. Raises CorpusError for a folder that is not CV-Bench, ImageError naming an
     image that cannot be decoded, ConfigError for a student that cannot be loaded.
     """
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--out {out} cannot be written", "Give a file in a folder that exists.")
-    examinee = Examinee(student, device)
+    examinee = Examinee(student, device, store=store)
     answers: list[Answer] = []
     for question in read_questions(folder):
         answers.append(examinee.answer(question, method))
         if tick is not None:
             tick(len(answers))
     result = {"benchmark": "CV-Bench", "student": student.resolve().name, "method": method, **score(answers)}
+    if examinee.fed:
+        result["fed"] = examinee.fed
     if out is not None:
         out.write_bytes(canonical_json({**result, "answers": [_record(answer) for answer in answers]}))
     return result
@@ -115,7 +141,10 @@ def _record(answer: Answer) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def unreadable(result: dict[str, Any]) -> Sequence[str]:
-    """One line where answers held no letter; none where all did."""
+def remarks(result: dict[str, Any]) -> Sequence[str]:
+    """What to know beside the scores: answers without a letter, and for how many questions there were features."""
     count = result["unreadable"]
-    return [f"{count} of {result['questions']} answers name no choice; they count as wrong"] if count else []
+    lines = [f"{count} of {result['questions']} answers name no choice; they count as wrong"] if count else []
+    for teacher, found in result.get("fed", {}).items():
+        lines.append(f"fed features of {teacher} for {found['images']} questions, none for {found['missing']}")
+    return lines

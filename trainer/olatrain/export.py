@@ -25,7 +25,8 @@ from olatrain.lora import merge_adapters
 from olatrain.predictors import Standard
 from olatrain.setup import student_digest
 from olatrain.sidecar import Sidecar
-from olatrain.tokens import TaskTokens
+from olatrain.tokenformat import in_format
+from olatrain.tokens import TaskFormat, TaskTokens
 from olatrain.watch import last_events
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -42,7 +43,7 @@ class Trained:
     samples: str
     """Digest of the samples."""
     teachers: tuple[TeacherRecord, ...]
-    """Of this run, in the order of its settings."""
+    """Of this run: those that were losses, then those that were fed, in the order of its settings."""
     start: Sidecar | None
     learner: Learner
 
@@ -54,13 +55,22 @@ class Trained:
         return (*self.teachers, *(record for record in before if record.fingerprint.digest() not in own))
 
 
-def export(run: Path, out: Path, *, student: Path | None = None, dtype: Dtype = "float32") -> Trained:
+def export(
+    run: Path,
+    out: Path,
+    *,
+    student: Path | None = None,
+    dtype: Dtype = "float32",
+    task_format: TaskFormat | None = None,
+) -> Trained:
     """Write a run's student as a plain checkpoint: model, processor, chat template, model card, sidecar.
 
     The group means of the latents become the embedding rows of the task tokens. Tied embeddings are untied for that:
-    a mean must not become an output row. The ids that are no answer are suppressed in generation. In `dtype` float32
-    the model computes what the trained one does; the sidecar always is float32. `student` is the folder that the run
-    started from, where it has moved.
+    a mean must not become an output row. Features that a student is fed cannot be in it: the rows of their tokens stand
+    for an image without a feature, and the sidecar holds what projects features. The ids that are no answer are
+    suppressed in generation. In `dtype` float32 the model computes what the trained one does; the sidecar always is
+    float32. `student` is the folder that the run started from, where it has moved. `task_format` `emb` puts every
+    latent into the sequence from here on, for the next stage; the model then is another one than was trained.
 
     Raises CheckpointError where the run has no checkpoint, or the student is not the one it was made with; ConfigError
     for what cannot be loaded or written.
@@ -69,18 +79,22 @@ def export(run: Path, out: Path, *, student: Path | None = None, dtype: Dtype = 
     trained = load_trained(run, student=student)
     processor = load_processor(trained.config.student)
     tokens = trained.learner.tokens
-    require_prompts(processor, tokens)
     model: Any = trained.learner.student.model
     if tokens.flat:
         untie(model)
     trained.learner.student.store_task_embeddings()
+    tokens = in_format(task_format, model, processor, tokens, trained.learner.student.latents)
+    require_prompts(processor, tokens)
     suppressed = model.generation_config.suppress_tokens or ()
     model.generation_config.suppress_tokens = sorted({*suppressed, *tokens.never_predicted})
+    control = trained.config.target_control
+    arm = f", the control arm target_control = {control}" if control != "none" else ""
     sidecar = Sidecar.of(
         trained.learner.student,
         trained.learner.bank,
-        origin=f"exported from the run {run.resolve().name} at step {trained.step}",
+        origin=f"exported from the run {run.resolve().name} at step {trained.step}{arm}",
         teachers=trained.all_teachers,
+        feeds={name: trained.config.fingerprints[name] for name in trained.config.feed},
     )
     card = model_card(
         name=out.resolve().name,
@@ -144,7 +158,7 @@ def load_trained(run: Path, *, student: Path | None = None) -> Trained:
 def _read_state(state: dict[str, Any], folder: Path) -> tuple[TrainConfig, tuple[TeacherRecord, ...]]:
     try:
         config = TrainConfig.model_validate(state["config"])
-        teachers = tuple(TeacherRecord.model_validate(state["teachers"][name]) for name in config.teachers)
+        teachers = tuple(TeacherRecord.model_validate(state["teachers"][name]) for name in config.reads)
     except (KeyError, ValidationError) as error:
         raise CheckpointError(
             f"{folder}: its settings or its teachers' licences are not readable: {error}",

@@ -47,6 +47,7 @@ def choose_trainable(student: Student, bank: nn.Module, config: TrainConfig) -> 
                 chosen = is_adapter(name)
             parameter.requires_grad_(chosen)
     student.latents.requires_grad_("task_tokens" in config.train)
+    student.feeds.requires_grad_("feed" in config.train)
     if "predictors" not in config.train:
         bank.requires_grad_(False)
 
@@ -54,7 +55,8 @@ def choose_trainable(student: Student, bank: nn.Module, config: TrainConfig) -> 
 def by_group(trainable: Mapping[str, nn.Parameter]) -> dict[Group, Parameters]:
     """Sort the parameters that train, named as in a checkpoint, into their groups."""
     parts: dict[str, Group] = {
-        "projector": "projector", "latents": "task_tokens", "predictors": "predictors", "llm": "llm", "vision": "vision"
+        "projector": "projector", "latents": "task_tokens", "predictors": "predictors", "llm": "llm",
+        "vision": "vision", "feeds": "feed",
     }  # fmt: skip
     found: dict[Group, Parameters] = {}
     for name, parameter in trainable.items():

@@ -15,7 +15,8 @@ from olatrain.compose import load_tokenizer, make_processor, own_template, task_
 from olatrain.convert import ImportedOla, import_ola, tower_folder
 from olatrain.folder import publish_folder, require_new
 from olatrain.sidecar import Sidecar
-from olatrain.tokens import TaskTokens
+from olatrain.tokenformat import in_format
+from olatrain.tokens import TaskFormat, TaskTokens
 from olatrain.weights import read_json
 
 SETTINGS_NAME = "published.json"
@@ -25,14 +26,21 @@ ViewName = Literal["squash", "crop", "pad"]
 
 
 def import_student(
-    folder: Path, out: Path, *, vision: Path | None = None, view: ViewName | None = None, system: str | None = None
+    folder: Path,
+    out: Path,
+    *,
+    vision: Path | None = None,
+    view: ViewName | None = None,
+    system: str | None = None,
+    task_format: TaskFormat | None = None,
 ) -> tuple[TaskTokens, ViewName]:
     """Turn a published checkpoint with its tokenizer into a student's folder that `olatrain run` starts from.
 
     `out` becomes a LLaVA with processor and `ola.json` as `olatrain compose` writes, `ola.safetensors` with latents,
     predictors and logit scales, and `published.json` with the layers, weights and context the checkpoint was trained
     with, for `olatrain run --config`. `vision` is the tower's folder where it is not inside `folder`; `view` is taken
-    from the checkpoint's `image_aspect_ratio` where it is None; `system` is the system message it was trained with.
+    from the checkpoint's `image_aspect_ratio` where it is None; `system` is the system message it was trained with;
+    `task_format` what stands in the sequence, by default what did when the checkpoint was trained.
     The new ids follow the model's vocabulary, so that the published softmax stays whole; vocabulary rows without a
     token get names that stand for nothing.
 
@@ -69,6 +77,7 @@ def import_student(
         _require_said(processor, system)
     ours.student.store_task_embeddings()
     model.generation_config = _generation(folder, model, tokens, ours.pad_id)
+    tokens = in_format(task_format or ours.trained_format, model, processor, tokens, ours.student.latents)
     sidecar = Sidecar.of(ours.student, ours.bank, origin=f"imported from the OLA-VLM checkpoint {folder.name}")
     with publish_folder(out) as made:
         model.save_pretrained(made)

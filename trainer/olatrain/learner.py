@@ -21,6 +21,7 @@ from olatrain.sharding import shard_language_model
 from olatrain.sidecar import Sidecar
 from olatrain.student import Student
 from olatrain.tokens import TaskTokens
+from olatrain.tower import Tower
 
 
 class Learner(nn.Module):
@@ -33,6 +34,8 @@ class Learner(nn.Module):
         self.losses = losses
         self.bases = nn.ModuleDict()
         """By teacher what decodes targets that are stored as klt (`olatrain.scaling.StoredBasis`)."""
+        self.tower: Tower | None = None
+        """What gives the targets in place of the store, under `target_control = self`."""
 
     @property
     def tokens(self) -> TaskTokens:
@@ -60,7 +63,12 @@ class Learner(nn.Module):
         return found | self._of_model()
 
     def _parts(self) -> dict[str, nn.Module]:
-        return {"projector": self.student.projector, "latents": self.student.latents, "predictors": self.bank}
+        return {
+            "projector": self.student.projector,
+            "latents": self.student.latents,
+            "predictors": self.bank,
+            "feeds": self.student.feeds.projectors,
+        }
 
     def _of_model(self) -> dict[str, nn.Parameter]:
         groups = model_groups(self.student)
@@ -91,8 +99,12 @@ def build_learner(
     """
     student_model = load_model(config)
     hidden = int(student_model.get_input_embeddings().weight.shape[1])
+    tower = None
+    if config.target_control == "self":
+        tower = Tower(student_model, tokens, frozen_copy="vision" in config.train)
+    shapes = {name: tower.shape(fingerprints[name]) if tower else fingerprints[name].shape for name in config.teachers}
     predictors = {
-        name: _predictor(name, fingerprints[name].shape, teacher.layers, hidden, tokens, start)
+        name: _predictor(name, shapes[name], teacher.layers, hidden, tokens, start)
         for name, teacher in config.teachers.items()
     }
     bank = PredictorBank(
@@ -106,16 +118,21 @@ def build_learner(
     )
     latents = {}
     if tokens.tokens_per_teacher:
-        latents = {teacher: _latents(teacher, predictors, tokens, start) for teacher in tokens.teachers}
-    student = Student(student_model, tokens, latents=latents, taps=bank.taps, seed=config.seed + 1)
+        learned = [teacher for teacher in tokens.teachers if teacher not in config.feed]
+        latents = {teacher: _latents(teacher, predictors, tokens, start) for teacher in learned}
+    feeds = {name: fingerprints[name].shape for name in config.feed}
+    student = Student(student_model, tokens, latents=latents, taps=bank.taps, seed=config.seed + 1, feeds=feeds)
     if start is not None:
+        start.require_feeds({name: fingerprints[name] for name in config.feed})
         start.fill(student, bank)
     if config.lora is not None:
         add_adapters(student, config.lora, seed=config.seed + 2)
     choose_trainable(student, bank, config)
     if world > 1 and "llm" in config.train:
         shard_language_model(student, device, world)
-    learner = Learner(student, bank, _losses(config)).to(device).eval()
+    learner = Learner(student, bank, _losses(config))
+    learner.tower = tower
+    learner.to(device).eval()
     if config.gradient_checkpointing:
         student.checkpoint_gradients()
     return learner
@@ -157,7 +174,7 @@ def _latents(teacher: str, predictors: Mapping[str, PredictorConfig], tokens: Ta
         return predictors[teacher].latents(tokens.tokens_per_teacher)
     # not supervised here: as many as it was trained with before, else one vector for each of its task tokens
     trained = start.latents(teacher) if start is not None else None
-    return tokens.tokens_per_teacher if trained is None else len(trained)
+    return tokens.count(teacher) if trained is None else len(trained)
 
 
 def load_model(config: TrainConfig) -> Any:

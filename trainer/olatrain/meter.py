@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,20 @@ class Meter:
     """Named float64 sums; the names are the same on every rank, so that the sums can be added in one go."""
 
     def __init__(
-        self, bank: PredictorBank, losses: LossConfig, means: Mapping[str, Tensor], device: torch.device
+        self,
+        bank: PredictorBank,
+        losses: LossConfig,
+        means: Mapping[str, Tensor],
+        device: torch.device,
+        *,
+        fed: Sequence[str] = (),
     ) -> None:
         self._means = means
         self._losses = losses
         self._layers = {teacher: config.layers for teacher, config in bank.configs.items()}
         self.sums: dict[str, Tensor] = {}
         names = ["loss", "text", "tokens", "samples", "skipped", "cut", "requests", "stop"]
+        names += [f"{teacher}.{name}" for teacher in fed for name in ("fed", "unfed")]
         for teacher, layers in self._layers.items():
             names += [f"{teacher}.{name}" for name in ("valid", "energy", *_MEASURES)]
             for layer in layers:

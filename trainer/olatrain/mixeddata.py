@@ -54,6 +54,12 @@ class MixedData:
                 raise StoreError(
                     f"{name} is stored as {record.precision} in {first.url}, as {other.precision} in {part.url}", remedy
                 )
+            if other.centred != record.centred:
+                raise StoreError(
+                    f"{name} is stored as {record.precision} in {first.url} and in {part.url}, "
+                    "but in only one of them with offsets; the other is of an earlier version",
+                    "Extract the older one again.",
+                )
             if other.basis != record.basis:
                 raise StoreError(
                     f"{name} is stored in one basis in {first.url}, in another in {part.url}",

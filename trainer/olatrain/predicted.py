@@ -18,7 +18,7 @@ from olaschema.store import FeatureStore
 from olatrain.folder import publish_folder
 from olatrain.predictors import Standard
 from olatrain.setup import Run
-from olatrain.step import in_step
+from olatrain.step import fed_features, in_step
 from olatrain.stream import Batch, Sample
 
 FOLDER = "predictions"
@@ -32,8 +32,8 @@ def keep_predictions(run: Run, step: int) -> Path | None:
     float32, in the teacher's own units, under the teacher's fingerprint. Returns the folder; None where no image of
     the first samples can be shown.
     """
-    if run.config.store is None:
-        return None
+    if run.config.store is None or not run.config.teachers or run.learner.tower is not None:
+        return None  # a tower's features are no teacher's, whatever the fingerprint would say
     samples = _handful(run)
     found = _predict(run, samples)
     if not samples:
@@ -82,11 +82,15 @@ def _predict(run: Run, samples: list[Sample]) -> dict[tuple[str, int], Tensor]:
     if not isinstance(batch, Batch):
         raise batch.error
     parts: dict[tuple[str, int], list[Tensor]] = {}
+    fed = fed_features(learner, batch, device)
+    first = 0
     for micro in in_step(learner, batch.micro, run.ranks):
         inputs = {name: value.to(device) for name, value in micro.inputs.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.config.precision == "bf16"):
-            output = learner.student(inputs, keep=torch.zeros(1, dtype=torch.int64, device=device))
+            given = {teacher: found.part(first, len(micro.items)) for teacher, found in fed.items()}
+            output = learner.student(inputs, keep=torch.zeros(1, dtype=torch.int64, device=device), fed=given)
             predictions = learner.bank(output.taps, micro.items.to(device), learner.student.latents)
+        first += len(micro.items)
         for (teacher, layer), values in predictions.items():
             standard = dict(learner.bank.standards.items()).get(teacher)
             values = standard.invert(values) if isinstance(standard, Standard) else values
@@ -103,8 +107,9 @@ def _write(
     values: Tensor,
     rows: list[tuple[int, int]],
 ) -> None:
+    exact = {"precision": "float32", "basis": None, "centred": False}
     record = run.teachers[teacher].model_copy(
-        update={"precision": "float32", "source": f"predicted from layer {layer} at step {step}", "libraries": {}}
+        update=exact | {"source": f"predicted from layer {layer} at step {step}", "libraries": {}}
     )
     store.put_teacher(record)
     opened = (run.heldout or run.stream).data.open()

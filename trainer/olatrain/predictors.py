@@ -288,5 +288,5 @@ class PredictorBank(nn.Module):
             return None
         if self.configs[teacher].spatial:
             return latents[teacher].unsqueeze(0).to(states.dtype)
-        places = items.task[:, self.tokens.teachers.index(teacher)]
+        places = items.task[:, self.tokens.teachers.index(teacher), : self.tokens.count(teacher)]
         return states[items.sample.unsqueeze(1), places].mean(dim=1, keepdim=True)

@@ -16,6 +16,7 @@ from olaschema.errors import ConfigError
 from olaschema.manifest import Frozen, canonical_json
 from olatrain.config import TrainConfig
 from olatrain.launch import under_launcher
+from olatrain.sidecar import Sidecar
 from olatrain.tokens import Context
 from olatrain.train import train
 from olatrain.watch import last_events
@@ -70,6 +71,12 @@ def count_layers(student: Path) -> int:
             f"{student} cannot be loaded as a student: {error}", "Give a student's folder (--student)."
         ) from error
     return int(config.get_text_config().num_hidden_layers)
+
+
+def fed_teachers(student: Path) -> list[str]:
+    """Return the teachers whose features a student takes as inputs; raises ConfigError for a damaged sidecar."""
+    sidecar = Sidecar.load(student)
+    return list(sidecar.record.feeds) if sidecar is not None else []
 
 
 def run_probe(config: TrainConfig, console: Console, *, compare: Sequence[Path] = ()) -> ProbeResult:

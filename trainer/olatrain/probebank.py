@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olaschema.errors import CorpusError
+from olaschema.errors import ConfigError, CorpusError
 from olaschema.manifest import Fingerprint
 from olatrain.config import TrainConfig
 from olatrain.join import Listing
 from olatrain.learner import Learner, load_model
 from olatrain.losses import LossConfig
 from olatrain.predictors import Predictions, PredictorBank, PredictorConfig
+from olatrain.sidecar import Sidecar
 from olatrain.student import Student
 from olatrain.tokens import Items, TaskTokens
 
@@ -51,12 +52,27 @@ class ProbeBank(PredictorBank):
 def build_probe(
     config: TrainConfig, fingerprints: Mapping[str, Fingerprint], tokens: TaskTokens, device: torch.device
 ) -> Learner:
-    """Load the student as it is, frozen, with its task tokens from their embedding rows, and fresh probes beside it."""
+    """Load the student as it is, frozen, with its task tokens from their embedding rows, and fresh probes beside it.
+
+    A student that is fed features goes on being fed: raises ConfigError where `config.feed` leaves a teacher out, or
+    names one that the student does not know.
+    """
     model = load_model(config)
     embeddings = model.get_input_embeddings().weight
     bank = ProbeBank(config, fingerprints, int(embeddings.shape[1]))
-    counts = dict.fromkeys(tokens.teachers, tokens.tokens_per_teacher) if tokens.flat else {}
-    student = Student(model, tokens, latents=counts, taps=bank.taps, seed=0)
+    learned = [teacher for teacher in tokens.teachers if teacher not in config.feed]
+    counts = {teacher: tokens.count(teacher) for teacher in learned} if tokens.flat else {}
+    feeds = {name: fingerprints[name].shape for name in config.feed}
+    student = Student(model, tokens, latents=counts, taps=bank.taps, seed=0, feeds=feeds)
+    sidecar = Sidecar.load(config.student)
+    unknown = sorted(set(config.feed) - set(sidecar.record.feeds if sidecar is not None else ()))
+    if unknown:
+        raise ConfigError(
+            f"the student was never fed features of {', '.join(unknown)}", "Probe it as it is: leave feed out."
+        )
+    if sidecar is not None:
+        sidecar.require_feeds({name: fingerprints[name] for name in config.feed})
+        sidecar.fill_feeds(student.feeds)
     with torch.no_grad():
         for teacher, latents in student.latents.items():
             latents.copy_(embeddings[list(tokens.ids[teacher])])

@@ -24,11 +24,18 @@ class StoredBasis(nn.Module):
         return (places.t() @ tokens @ channels + mean).reshape(coefficients.shape)
 
 
-def decode(values: Tensor, scale: Tensor | None, channels: int, basis: nn.Module | None = None) -> Tensor:
+def decode(
+    values: Tensor,
+    scale: Tensor | None,
+    channels: int,
+    basis: nn.Module | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
     """Return features `(..., channels)`: float values as they are stored, integers times their scale as float32.
 
-    `values` and `scale` are as in `olaschema.precision.Stored`. Bit for bit what numpy gives, as the product is exact;
-    with a `basis`, whose coefficients they then are, up to the order of sums.
+    `values`, `scale` and `offset` are as in `olaschema.precision.Stored`. Bit for bit what numpy gives, as the product
+    is exact, also where a device multiplies and adds in one step; with a `basis`, whose coefficients they then are, up
+    to the order of sums.
     """
     if scale is None:
         return values
@@ -37,6 +44,8 @@ def decode(values: Tensor, scale: Tensor | None, channels: int, basis: nn.Module
     # group by group in place: a scale spread over all channels would take the memory of the features once more
     for group, part in enumerate(torch.split(features, GROUP, dim=-1)):
         part.mul_(factors[..., group, None])
+    if offset is not None:
+        features += offset.to(torch.float32)[..., None, None, :]
     if basis is not None:
         features = basis(features)
     return features

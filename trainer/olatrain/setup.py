@@ -18,7 +18,7 @@ from torch import Tensor
 from olaschema.errors import ConfigError
 from olaschema.manifest import Fingerprint, TeacherRecord
 from olaschema.packed import is_packed
-from olaschema.precision import array_formats
+from olaschema.precision import formats_of
 from olatrain.compose import load_processor, student_view
 from olatrain.config import Evaluation, TrainConfig
 from olatrain.conversations import Conversations
@@ -40,7 +40,8 @@ from olatrain.source import Data, require_features
 from olatrain.storedata import StoreData
 from olatrain.stream import Collator, SampleStream, Source
 from olatrain.tokens import RECORD_NAME, TaskTokens
-from olatrain.views import require_views, student_exif
+from olatrain.tower import tower_means
+from olatrain.views import require_fed_views, require_views, student_exif
 
 _LOCK_WAIT_S = 20.0
 
@@ -88,14 +89,16 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     Raises the errors of the parts: ConfigError, CorpusError, StoreError, FingerprintError, ViewError.
     """
     data = open_data(config)
-    records = {name: data.teacher(name) for name in config.teachers}
+    records = {name: data.teacher(name) for name in config.reads}
     config = _pin(config, records, data.url)
     tokens = TaskTokens.load(config.student)
     processor = load_processor(config.student)
     found = {name: record.fingerprint for name, record in records.items()}
+    view, exif = student_view(processor), student_exif(found.values())
+    require_fed_views([found[name] for name in config.feed], view, exif=exif)
     notes = [
         f"view mismatch, allowed: {mismatch}"
-        for mismatch in require_views(found.values(), student_view(processor), allow=config.allow_view_mismatch)
+        for mismatch in require_views(found.values(), view, allow=config.allow_view_mismatch)
     ]
     listing = data.listing(data.conversations())
     data.require_images(listing)
@@ -112,22 +115,24 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     counts: dict[str, Any] = {}
     if ranks.first:
         notes += data.notes()
-        coverages = {name: data.coverage(listing, name) for name in config.teachers}
+        coverages = {name: data.coverage(listing, name) for name in config.reads}
         require_features(coverages, data.url)
-        counts = _counts(listing, coverages)
+        counts = _counts(config, listing, coverages)
         if heldout is not None and config.evaluation is not None:
-            aside = {name: unseen_data.coverage(heldout, name) for name in config.teachers}
+            aside = {name: unseen_data.coverage(heldout, name) for name in config.reads}
             require_features(aside, unseen_data.url)
             notes += [f"held out: {found.valid} samples have a target of {name}" for name, found in aside.items()]
         if heldout is not None:
             counts["held_out"] = {"images": len(heldout), "digest": heldout.digest}
-        notes += _describe(listing, heldout, coverages)
+        notes += _describe(config, listing, heldout, coverages)
     start = load_start(config) if config.probe is None else None
     if start is not None:
         notes += start.describe({name: teacher.layers for name, teacher in config.teachers.items()})
     source = _source(config, data, tokens, processor, found)
     learner = _learner(config, data, found, tokens, ranks, start)
     notes.append(describe(learner.trainable(), config))
+    if learner.tower is not None:
+        notes.append("target_control = self: targets are of the student's own vision tower; no predictions are kept")
     grouped = config.batch if config.order == "grouped" else None
     return Run(
         config=config,
@@ -146,11 +151,9 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
             vision=source.vision,
             pad_id=int(processor.tokenizer.pad_token_id),
             micro_batch=config.micro_batch,
-            formats={
-                name: array_formats(record.fingerprint.shape, record.precision) for name, record in records.items()
-            },
+            formats={name: formats_of(record) for name, record in records.items()},
         ),
-        means=_means(config, data, records, coverages, ranks),
+        means=_means(config, data, coverages, ranks, learner, SampleStream(source, listing, seed=None)),
         teachers=records,
         identity={"samples": listing.digest, "student": student_digest(config.student)},
         samples=len(listing),
@@ -184,7 +187,7 @@ def _one_source(config: TrainConfig, store: str | None, conversations: Path | No
             f"store = {store} is no packed training set, and conversations and images are missing",
             "Give both (--conversations, --images), or a folder that `olapipe pack` wrote.",
         )
-    return StoreData.at(store, tuple(config.teachers), conversations, images, cache=cache)
+    return StoreData.at(store, config.reads, conversations, images, cache=cache)
 
 
 def _evaluation(config: TrainConfig, evaluation: Evaluation, data: Data) -> tuple[Data, Conversations]:
@@ -193,7 +196,7 @@ def _evaluation(config: TrainConfig, evaluation: Evaluation, data: Data) -> tupl
         return data, Conversations.read(evaluation.conversations)
     where = str(evaluation.store)
     aside = PackedData(where, cache=config.cache if "://" in where else None)
-    _pin(config, {name: aside.teacher(name) for name in config.teachers}, aside.url)
+    _pin(config, {name: aside.teacher(name) for name in config.reads}, aside.url)
     return aside, aside.conversations()
 
 
@@ -234,7 +237,8 @@ def _standards(config: TrainConfig, data: Data, found: dict[str, Fingerprint], r
     if config.normalise == "none":
         return {}
     standards = {}
-    for name, fingerprint in found.items():
+    for name in config.teachers:
+        fingerprint = found[name]
         figures = torch.zeros(2, fingerprint.channels, dtype=torch.float64)
         if ranks.first:
             statistics = data.statistics(name)
@@ -269,7 +273,7 @@ def _source(
     template = processor.chat_template if isinstance(processor.chat_template, str) else None
     return Source(
         data=data,
-        teachers=tuple(config.teachers),
+        teachers=config.reads,
         prompts=PromptBuilder(processor.tokenizer, tokens, max_length=config.max_length, template=template),
         vision=open_vision(processor, tokens),
         exif=student_exif(fingerprints.values()),
@@ -278,26 +282,39 @@ def _source(
 
 
 def _means(
-    config: TrainConfig, data: Data, records: dict[str, TeacherRecord], coverages: dict[str, Coverage], ranks: Ranks
+    config: TrainConfig,
+    data: Data,
+    coverages: dict[str, Coverage],
+    ranks: Ranks,
+    learner: Learner,
+    stream: SampleStream,
 ) -> dict[str, Tensor]:
-    if ranks.first:
-        means = mean_maps(data, coverages, most=config.mean_map_rows)
+    shapes = {name: predictor.shape for name, predictor in learner.bank.configs.items()}
+    if not ranks.first:
+        means = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    elif learner.tower is not None:
+        means = tower_means(learner.tower, stream, shapes, most=config.mean_map_rows, device=ranks.device)
     else:
-        means = {name: torch.zeros(record.fingerprint.shape) for name, record in records.items()}
+        means = mean_maps(data, {name: coverages[name] for name in shapes}, most=config.mean_map_rows)
     return {name: ranks.sum(mean.to(ranks.device)) for name, mean in means.items()}
 
 
-def _counts(listing: Listing, coverages: dict[str, Coverage]) -> dict[str, Any]:
+def _counts(config: TrainConfig, listing: Listing, coverages: dict[str, Coverage]) -> dict[str, Any]:
+    counted = {name: {"valid": found.valid, "missing": found.missing} for name, found in coverages.items()}
+    fed = {name: counted[name] for name in config.feed}
     return {
         "samples": len(listing),
         "text_only": sum(not keys for keys in listing.conversations.keys),
         "images": len(listing.image_rows),
         "left_out": len(listing.conversations.bad),
-        "targets": {name: {"valid": found.valid, "missing": found.missing} for name, found in coverages.items()},
+        "targets": {name: counted[name] for name in config.teachers},
+        **({"fed": fed} if fed else {}),
     }
 
 
-def _describe(listing: Listing, heldout: Listing | None, coverages: dict[str, Coverage]) -> list[str]:
+def _describe(
+    config: TrainConfig, listing: Listing, heldout: Listing | None, coverages: dict[str, Coverage]
+) -> list[str]:
     images = len(listing.image_rows)
     texts = sum(not keys for keys in listing.conversations.keys)
     notes = [f"{len(listing)} samples: {len(listing) - texts} with an image, {texts} text only"]
@@ -305,7 +322,8 @@ def _describe(listing: Listing, heldout: Listing | None, coverages: dict[str, Co
         notes.append(f"they show {images} images: each has its own targets and predictions")
     for name, found in coverages.items():
         missing = ", ".join(f"{count} {reason}" for reason, count in found.missing.items())
-        notes.append(f"{name}: {found.valid} of {images} have a target" + (f" (without: {missing})" if missing else ""))
+        what = "are fed" if name in config.feed else "have a target"
+        notes.append(f"{name}: {found.valid} of {images} {what}" + (f" (without: {missing})" if missing else ""))
     for part in (listing, heldout):
         if part is not None and part.conversations.bad:
             notes.append(part.conversations.problems())

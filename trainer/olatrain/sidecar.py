@@ -1,7 +1,8 @@
 """The sidecar `ola.safetensors` of a student's folder: what the method learned that no plain checkpoint has room for.
 
-Latents, predictors and logit scales, named as in a run's checkpoint; the settings that give them a meaning are in the
-file's own header. `olatrain import-ola` and `olatrain export` write it, `olatrain run` starts from it.
+Latents, predictors, logit scales and projectors of fed features, named as in a run's checkpoint; the settings that give
+them a meaning are in the file's own header. `olatrain import-ola` and `olatrain export` write it, `olatrain run` starts
+from it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from olaschema.errors import ConfigError
-from olaschema.manifest import Frozen, TeacherRecord, canonical_json
+from olaschema.manifest import Fingerprint, Frozen, TeacherRecord, canonical_json
+from olatrain.feed import Feeds
 from olatrain.predictors import PredictorBank, PredictorConfig
 from olatrain.student import Student
 from olatrain.tokens import Context
@@ -39,12 +41,14 @@ class SidecarRecord(Frozen):
     """Where the tensors come from, in words; no paths."""
     teachers: tuple[TeacherRecord, ...] = ()
     """Every teacher whose features shaped the student so far, with its licence."""
+    feeds: dict[str, Fingerprint] = Field(default_factory=dict)
+    """Teachers whose features the student takes as inputs, and what they mean."""
 
 
 @dataclass(frozen=True)
 class Sidecar:
     """A sidecar in memory. Tensors are float32: `latents.TEACHER`, `predictors.heads.TEACHER.LAYER.…`,
-    `predictors.logit_scales.TEACHER`.
+    `predictors.logit_scales.TEACHER`, `feeds.TEACHER.…`.
     """  # fmt: skip
 
     record: SidecarRecord
@@ -52,16 +56,32 @@ class Sidecar:
 
     @classmethod
     def of(
-        cls, student: Student, bank: PredictorBank, *, origin: str, teachers: Sequence[TeacherRecord] = ()
+        cls,
+        student: Student,
+        bank: PredictorBank,
+        *,
+        origin: str,
+        teachers: Sequence[TeacherRecord] = (),
+        feeds: Mapping[str, Fingerprint] | None = None,
     ) -> Sidecar:
-        """Gather what a student and its predictors have learned; copies."""
-        parts = {"latents": student.latents.state_dict(), "predictors": bank.state_dict()}
+        """Gather what a student and its predictors have learned; copies. `feeds` says what is fed to it."""
+        parts = {
+            "latents": student.latents.state_dict(),
+            "predictors": bank.state_dict(),
+            "feeds": student.feeds.projectors.state_dict(),
+        }
         tensors = {
             f"{part}.{name}": value.detach().to("cpu", torch.float32, copy=True).contiguous()
             for part, state in parts.items()
             for name, value in state.items()
         }
-        record = SidecarRecord(predictors=bank.configs, context=bank.context, origin=origin, teachers=tuple(teachers))
+        record = SidecarRecord(
+            predictors=bank.configs,
+            context=bank.context,
+            origin=origin,
+            teachers=tuple(teachers),
+            feeds=dict(feeds or {}),
+        )
         return cls(record, tensors)
 
     @classmethod
@@ -127,6 +147,31 @@ class Sidecar:
             found = self.tensors.get(f"predictors.{name}")
             if found is not None:
                 self._copy(value, found, f"predictors.{name}")
+        self.fill_feeds(student.feeds)
+
+    def require_feeds(self, fed: Mapping[str, Fingerprint]) -> None:
+        """Raise ConfigError where the student is fed a teacher that `fed` lacks, FingerprintError where it differs."""
+        lacking = sorted(self.record.feeds.keys() - fed.keys())
+        if lacking:
+            raise ConfigError(
+                f"the student is fed features of {', '.join(lacking)}, and this run does not feed them",
+                f"Feed them (--feed {','.join(self.record.feeds)}), or start without what it learned (init = fresh).",
+            )
+        for teacher, fingerprint in self.record.feeds.items():
+            fingerprint.require_equal(
+                fed[teacher],
+                mine=f"in the student's {SIDECAR_NAME}",
+                theirs="in the store",
+                remedy="Extract with the settings of the store that it was trained from.",
+            )
+
+    @torch.no_grad()
+    def fill_feeds(self, feeds: Feeds) -> None:
+        """Put the projectors of fed features that the sidecar holds into fresh ones."""
+        for name, value in feeds.projectors.state_dict().items():
+            found = self.tensors.get(f"feeds.{name}")
+            if found is not None:
+                self._copy(value, found, f"feeds.{name}")
 
     def describe(self, layers: Mapping[str, Sequence[int]]) -> list[str]:
         """Say for each teacher and its layers what starts from the sidecar and what starts fresh."""

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from olatrain.feed import Fed
 from olatrain.insight import Insight
 from olatrain.learner import Learner
 from olatrain.losses import IGNORED, Counts, LossConfig, Targets, compute_losses, count, supervised_positions
@@ -17,6 +18,7 @@ from olatrain.scaling import decode
 from olatrain.sharding import is_sharded
 from olatrain.stream import Batch, MicroBatch
 from olatrain.tokens import TaskTokens, locate
+from olatrain.tower import on_grid
 
 
 @dataclass(frozen=True)
@@ -51,25 +53,29 @@ def run_batch(
     """
     losses = losses or learner.losses
     device = ranks.device
-    gathered = _gather(batch, ranks, learner)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        maps = _tower_maps(learner, batch, device)
+    gathered = _gather(batch, ranks, learner, maps)
     floors = {name: learner.bank.standardise(name, mean) for name, mean in means.items()}
     if mean_targets:
         gathered = {n: replace(g, values=floors[n].expand(len(g.rows), *floors[n].shape)) for n, g in gathered.items()}
     micros = in_step(learner, batch.micro, ranks)
-    pieces = []
+    fed = fed_features(learner, batch, device)
+    pieces, fed_pieces = [], []
     first = 0
     for micro in micros:
+        fed_pieces.append({teacher: found.part(first, len(micro.items)) for teacher, found in fed.items()})
         pieces.append({teacher: _piece(found, first, len(micro.items)) for teacher, found in gathered.items()})
         first += len(micro.items)
     counts = _global_counts(learner, micros, pieces, ranks)
-    meter = Meter(learner.bank, losses, floors, device)
+    meter = Meter(learner.bank, losses, floors, device, fed=tuple(fed))
     scales = dict(learner.bank.logit_scales.items())
-    for micro, targets in zip(micros, pieces, strict=True):
+    for micro, targets, given in zip(micros, pieces, fed_pieces, strict=True):
         inputs = {name: value.to(device, non_blocking=True) for name, value in micro.inputs.items()}
         labels = micro.labels.to(device, non_blocking=True)
         keep = supervised_positions(labels)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            output = learner.student(inputs, keep=keep)
+            output = learner.student(inputs, keep=keep, fed=given)
             predictions = learner.bank(output.taps, micro.items.to(device), learner.student.latents)
         report = compute_losses(
             losses,
@@ -88,6 +94,9 @@ def run_batch(
         if report.loss.requires_grad:
             torch.autograd.backward(report.loss)
         meter.add_report(report, predictions, targets, scales)
+    for teacher, found in fed.items():
+        meter.add(f"{teacher}.fed", found.valid.sum())
+        meter.add(f"{teacher}.unfed", (~found.valid).sum())
     meter.add("samples", batch.samples)
     meter.add("skipped", len(batch.skipped))
     meter.add("cut", batch.cut)
@@ -109,8 +118,40 @@ def in_step(learner: Learner, micros: Sequence[MicroBatch], ranks: Ranks) -> lis
     return [*micros, *[_nothing(learner.tokens)] * more]
 
 
-def _gather(batch: Batch, ranks: Ranks, learner: Learner) -> dict[str, Global]:
-    """Each teacher's features from this rank's peers, once, as they carry no gradient; they travel as stored."""
+def fed_features(learner: Learner, batch: Batch, device: torch.device) -> dict[str, Fed]:
+    """Return the features that this rank's images are fed with, decoded on `device`, by fed teacher."""
+    found = {}
+    for teacher in learner.student.feeds.teachers:
+        features = batch.features[teacher]
+        scale, offset = (
+            None if part is None else part.to(device, non_blocking=True) for part in (features.scale, features.offset)
+        )
+        channels = learner.student.feeds.projector(teacher).shape[-1]
+        values = features.values.to(device, non_blocking=True)
+        values = decode(values, scale, channels, _basis(learner, teacher), offset)
+        found[teacher] = Fed(values, features.valid.to(device, non_blocking=True))
+    return found
+
+
+def _basis(learner: Learner, teacher: str) -> nn.Module | None:
+    return learner.bases[teacher] if teacher in learner.bases else None  # noqa: SIM401 - a ModuleDict has no get
+
+
+def _tower_maps(learner: Learner, batch: Batch, device: torch.device) -> Tensor | None:
+    """What the student's tower gives for this rank's images, where that is the target: (I, h, w, C)."""
+    if learner.tower is None:
+        return None
+    pixels = [micro.inputs["pixel_values"] for micro in batch.micro if len(micro.items)]
+    if not pixels:
+        return torch.zeros(0, 1, 1, learner.tower.channels, device=device)
+    return torch.cat([learner.tower(one.to(device, non_blocking=True)) for one in pixels])
+
+
+def _gather(batch: Batch, ranks: Ranks, learner: Learner, maps: Tensor | None) -> dict[str, Global]:
+    """Each teacher's features from this rank's peers, once, as they carry no gradient; they travel as stored.
+
+    With `maps` of the student's tower, these are the targets of the images that have a feature.
+    """
     rows = ranks.gather_targets(batch.rows.to(ranks.device))
     first = sum(len(part) for part in rows[: ranks.place])
 
@@ -118,10 +159,14 @@ def _gather(batch: Batch, ranks: Ranks, learner: Learner) -> dict[str, Global]:
         return torch.cat(ranks.gather_targets(own.to(ranks.device, non_blocking=True)))
 
     found = {}
-    for teacher, features in batch.features.items():
-        scale = None if features.scale is None else everyones(features.scale)
-        basis = learner.bases[teacher] if teacher in learner.bases else None  # noqa: SIM401 - a ModuleDict has no get
-        values = decode(everyones(features.values), scale, learner.bank.configs[teacher].channels, basis)
+    for teacher, config in learner.bank.configs.items():
+        features = batch.features[teacher]
+        if maps is not None:
+            own = on_grid(maps, config.shape) if len(maps) else maps.new_zeros(0, *config.shape)
+            found[teacher] = Global(everyones(own), everyones(features.valid), torch.cat(rows), first)
+            continue
+        scale, offset = (None if part is None else everyones(part) for part in (features.scale, features.offset))
+        values = decode(everyones(features.values), scale, config.channels, _basis(learner, teacher), offset)
         values = learner.bank.standardise(teacher, values)
         found[teacher] = Global(values, everyones(features.valid), torch.cat(rows), first)
     return found

@@ -96,11 +96,13 @@ class Features:
     """(I,) bool."""
     scale: Tensor | None = None
     """(I, ..., groups) float16 beside integers; zeros where not valid."""
+    offset: Tensor | None = None
+    """(I, C) float16 beside the integers of centred maps; zeros where not valid."""
 
     def pin_memory(self) -> Features:
         """Return the features in page-locked memory."""
-        scale = None if self.scale is None else self.scale.pin_memory()
-        return Features(self.values.pin_memory(), self.valid.pin_memory(), scale)
+        scale, offset = (None if part is None else part.pin_memory() for part in (self.scale, self.offset))
+        return Features(self.values.pin_memory(), self.valid.pin_memory(), scale, offset)
 
 
 @dataclass(frozen=True)

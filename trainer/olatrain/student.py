@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from olaschema.errors import ConfigError
+from olatrain.feed import Fed, Feeds
 from olatrain.tokens import TaskTokens
 
 _PROJECTORS = ("multi_modal_projector", "connector", "merger")
@@ -48,13 +49,22 @@ class Student(nn.Module):
     """Wraps a model so that its task tokens are learned and its layers can be supervised.
 
     At each task token's id the embedding layer gives the mean of a group of the teacher's latents: a teacher with
-    N latents and K tokens has K consecutive groups of N/K. Latents are float32 parameters (N, D), from a standard
-    normal. Hooks stay on the model, so `student.model.generate` sees the task tokens too; taps are kept only in the
-    output of `forward`.
+    N latents and K tokens has K consecutive groups of N/K, which in the format `emb` are of one latent each. Latents
+    are float32 parameters (N, D), from a standard normal. Hooks stay on the model, so `student.model.generate` sees
+    the task tokens too; taps are kept only in the output of `forward`. Teachers in `feeds`, by the shape of their
+    features, have no latents: their tokens hold the features given to `forward`, or inside `feeds.given`
+    (`olatrain.feed`).
     """
 
     def __init__(
-        self, model: nn.Module, tokens: TaskTokens, *, latents: Mapping[str, int], taps: Iterable[int], seed: int
+        self,
+        model: nn.Module,
+        tokens: TaskTokens,
+        *,
+        latents: Mapping[str, int],
+        taps: Iterable[int],
+        seed: int,
+        feeds: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__()
         self.tokens = tokens
@@ -63,16 +73,18 @@ class Student(nn.Module):
         self.hidden_size = int(embeddings.weight.shape[1])
         self.decoder, self.layers, self.norm = _decoder(model, embeddings)
         self.taps = _checked_taps(taps, len(self.layers))
-        self.latents = _make_latents(tokens, latents, self.hidden_size, seed)
+        self.feeds = Feeds(feeds or {}, tokens, embeddings, seed=seed)
+        self.learned = tuple(teacher for teacher in tokens.teachers if teacher not in self.feeds.teachers)
+        self.latents = _make_latents(tokens, self.learned, latents, self.hidden_size, seed)
         if tokens.flat and max(tokens.flat) >= embeddings.weight.shape[0]:
             raise ConfigError(
                 f"task token id {max(tokens.flat)} is outside the model's {embeddings.weight.shape[0]} embedding rows",
                 "The folder's ola.json belongs to another model: make the folder again with `olatrain compose`.",
             )
         slots = torch.full((embeddings.weight.shape[0],), -1, dtype=torch.int64)
-        slots[list(tokens.flat)] = torch.arange(len(tokens.flat))
+        slots[self._learned_ids] = torch.arange(len(self._learned_ids))
         self.register_buffer("_slots", slots, persistent=False)
-        if tokens.flat:
+        if self._learned_ids:
             embeddings.register_forward_hook(self._write_means)
         self.layers[0].register_forward_pre_hook(self._record_entry)
         for layer in self.taps:
@@ -114,30 +126,41 @@ class Student(nn.Module):
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             block.training = True
 
+    @property
+    def _learned_ids(self) -> list[int]:
+        return [id_ for teacher in self.learned for id_ in self.tokens.ids[teacher]]
+
     def task_embeddings(self) -> Tensor:
-        """Means of the latents' groups, (T·K, D) float32, in the order of `tokens.flat`."""
-        size = self.tokens.tokens_per_teacher
-        means = [self.latents[t].unflatten(0, (size, -1)).mean(dim=1) for t in self.tokens.teachers]
-        return torch.cat(means)
+        """Means of the latents' groups, one for each id of the teachers `learned`, in order: (ids, D) float32."""
+        return group_means(self.tokens, self.latents)
 
     @torch.no_grad()
     def store_task_embeddings(self) -> None:
-        """Write the means into the embedding rows of the task tokens, so that the bare model computes the same."""
-        if self.tokens.flat:
-            weight = self.embeddings.weight
-            weight[list(self.tokens.flat)] = self.task_embeddings().to(weight)
+        """Write the means into the embedding rows of the task tokens, so that the bare model computes the same.
 
-    def forward(self, inputs: Mapping[str, Any], *, keep: Tensor | None = None) -> StudentOutput:
+        Rows of a fed teacher get what stands for an image without a feature.
+        """
+        if self._learned_ids:
+            weight = self.embeddings.weight
+            weight[self._learned_ids] = self.task_embeddings().to(weight)
+        self.feeds.store_missing(self.embeddings)
+
+    def forward(
+        self, inputs: Mapping[str, Any], *, keep: Tensor | None = None, fed: Mapping[str, Fed] | None = None
+    ) -> StudentOutput:
         """Run the model on `inputs`, its own keyword arguments (`input_ids` (B, L), `pixel_values` …).
 
-        `keep` (P,) int64 names the sequence positions whose logits are wanted; the others are never computed.
-        Raises ConfigError where a tapped layer did not run, or ran where its gradient is out of reach.
+        `keep` (P,) int64 names the sequence positions whose logits are wanted; the others are never computed. `fed`
+        are the features of all images by fed teacher, in order of sample and of appearance.
+        Raises ConfigError where a tapped layer did not run, or ran where its gradient is out of reach, or where
+        features are missing or left over.
         """
         call = _Call(self, torch.is_grad_enabled())
         token = _CALL.set(call)
         try:
             extra = {} if keep is None else {"logits_to_keep": keep}
-            output = self.model(**inputs, **extra, use_cache=False, return_dict=True)
+            with self.feeds.given(fed or {}):
+                output = self.model(**inputs, **extra, use_cache=False, return_dict=True)
         finally:
             _CALL.reset(token)
         missing = [layer for layer in self.taps if layer not in call.taps]
@@ -177,6 +200,15 @@ class Student(nn.Module):
         return record
 
 
+def group_means(tokens: TaskTokens, latents: nn.ParameterDict) -> Tensor:
+    """Return what stands at each id of the teachers that have latents (N, D), in the record's order: (ids, D)."""
+    means = []
+    for teacher in (name for name in tokens.teachers if name in latents):
+        vectors: Tensor = latents[teacher]
+        means.append(vectors.reshape(tokens.count(teacher), -1, vectors.shape[1]).mean(dim=1))
+    return torch.cat(means)
+
+
 def _embeddings(model: nn.Module) -> nn.Embedding:
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     if not isinstance(embeddings, nn.Embedding):
@@ -212,8 +244,10 @@ def _checked_taps(taps: Iterable[int], layers: int) -> tuple[int, ...]:
     return wanted
 
 
-def _make_latents(tokens: TaskTokens, latents: Mapping[str, int], hidden: int, seed: int) -> nn.ParameterDict:
-    expected = set(tokens.teachers) if tokens.tokens_per_teacher else set()
+def _make_latents(
+    tokens: TaskTokens, learned: Iterable[str], latents: Mapping[str, int], hidden: int, seed: int
+) -> nn.ParameterDict:
+    expected = set(learned) if tokens.tokens_per_teacher else set()
     if set(latents) != expected:
         raise ConfigError(
             f"latents are given for {sorted(latents)}; the student's task tokens are of {sorted(expected)}",
@@ -222,10 +256,15 @@ def _make_latents(tokens: TaskTokens, latents: Mapping[str, int], hidden: int, s
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for teacher in sorted(expected):
-        count = latents[teacher]
-        if count <= 0 or count % tokens.tokens_per_teacher:
+        count, own = latents[teacher], tokens.count(teacher)
+        if tokens.task_format == "emb" and count != own:
             raise ConfigError(
-                f"{teacher}: {count} latents cannot be split into {tokens.tokens_per_teacher} equal groups",
+                f"{teacher}: {count} latents are to be learned, the student's prompts hold {own}, each for itself",
+                "Supervise it with features of the shape it was trained with.",
+            )
+        if count <= 0 or count % own:
+            raise ConfigError(
+                f"{teacher}: {count} latents cannot be split into {own} equal groups",
                 f"Compose the student with a number of task tokens that divides {count}.",
             )
         made[teacher] = nn.Parameter(torch.randn(count, hidden, generator=generator))

@@ -22,6 +22,7 @@ RECORD_NAME = "ola.json"
 
 Context = Literal["image", "prompt", "all"]
 Family = Literal["llava", "llava_next", "idefics3", "qwen2_5_vl"]
+TaskFormat = Literal["expand_emb", "emb"]
 
 
 class TaskTokens(Frozen):
@@ -31,6 +32,9 @@ class TaskTokens(Frozen):
     teachers: tuple[str, ...]
     """In the order of their tokens in the prompt."""
     tokens_per_teacher: int = Field(ge=0)
+    """Groups that a teacher's latents are averaged in: its task tokens, but for a map's in the format `emb`."""
+    task_format: TaskFormat = "expand_emb"
+    """What stands in the sequence: the means of groups of latents, or (`emb`) each latent for itself."""
     ids: dict[str, tuple[int, ...]]
     """For each teacher its ids, in the order of their place in the prompt."""
     family: Family = "llava"
@@ -56,9 +60,11 @@ class TaskTokens(Frozen):
             raise ValueError(f"ids name {sorted(self.ids)}, teachers name {sorted(self.teachers)}")
         if len(set(self.teachers)) != len(self.teachers):
             raise ValueError(f"a teacher is named twice: {', '.join(self.teachers)}")
+        size, every = self.tokens_per_teacher, self.task_format == "emb"
         for teacher, ids in self.ids.items():
-            if len(ids) != self.tokens_per_teacher:
-                raise ValueError(f"{teacher} has {len(ids)} ids, tokens_per_teacher is {self.tokens_per_teacher}")
+            whole = bool(size and ids) and len(ids) % size == 0 if every else len(ids) == size
+            if not whole:
+                raise ValueError(f"{teacher} has {len(ids)} ids, tokens_per_teacher is {size}")
         if (self.base_view == "all") != (self.base_length is None):
             raise ValueError("base_length belongs to a base_view that is first or last")
         flat = (*self.flat, self.image_id)
@@ -70,6 +76,16 @@ class TaskTokens(Frozen):
     def flat(self) -> tuple[int, ...]:
         """Ids of all task tokens, teachers in order."""
         return tuple(i for teacher in self.teachers for i in self.ids[teacher])
+
+    def count(self, teacher: str) -> int:
+        """Return how many task tokens of a teacher follow each image."""
+        return len(self.ids[teacher])
+
+    def say(self) -> str:
+        """Return how many task tokens follow each image, in words."""
+        if len(set(map(self.count, self.teachers))) > 1:
+            return "task tokens: " + ", ".join(f"{self.count(teacher)} for {teacher}" for teacher in self.teachers)
+        return f"{self.tokens_per_teacher} task tokens for each of {', '.join(self.teachers)}"
 
     @classmethod
     def load(cls, folder: Path) -> TaskTokens:
@@ -102,7 +118,7 @@ class TaskTokens(Frozen):
 class Items:
     """Where the images of a batch are: I items, one per image, in order of sample and of appearance.
 
-    L is the batch's sequence length, T the number of teachers, K the number of task tokens of each.
+    L is the batch's sequence length, T the number of teachers, K the largest number of task tokens of one.
     """
 
     sample: Tensor
@@ -114,7 +130,8 @@ class Items:
     after: Tensor
     """(I, L) bool: text after the image, the answer included."""
     task: Tensor
-    """(I, T, K) int64: positions of the image's task tokens, teachers in the record's order."""
+    """(I, T, K) int64: positions of the image's task tokens, teachers in the record's order; where a teacher has fewer
+    than the K of another, its last position is repeated."""
     padding: Tensor
     """(B, L) bool: positions that hold no token."""
 
@@ -202,8 +219,9 @@ def locate(
             )
         before[item, :first] = text[sample, :first]
         after[item, last:] = text[sample, last:]
-    task = torch.tensor([groups for *_, groups in found], dtype=torch.int64)
-    task = task.reshape(len(found), width, tokens.tokens_per_teacher)
+    most = max(map(tokens.count, tokens.teachers), default=0)
+    task = torch.tensor([[g + g[-1:] * (most - len(g)) for g in groups] for *_, groups in found], dtype=torch.int64)
+    task = task.reshape(len(found), width, most)
     sample_index = torch.tensor([sample for sample, *_ in found], dtype=torch.int64)
     # an image's span may enclose task tokens in an unusual layout: those are never part of the image
     image &= ~torch.isin(ids, task_ids)[sample_index]
@@ -212,12 +230,11 @@ def locate(
 
 def _groups(tokens: TaskTokens, row: list[int], sample: int) -> list[list[list[int]]]:
     """Positions of the task tokens as [image][teacher][token]."""
-    size = tokens.tokens_per_teacher
     if not tokens.flat:
         return []
     by_teacher: list[list[list[int]]] = []
     for teacher in tokens.teachers:
-        wanted = tokens.ids[teacher]
+        wanted, size = tokens.ids[teacher], tokens.count(teacher)
         members = set(wanted)
         places = [p for p, token in enumerate(row) if token in members]
         chunks = [places[n : n + size] for n in range(0, len(places), size)]

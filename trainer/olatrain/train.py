@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -223,6 +224,8 @@ def _record(
     for name in run.config.teachers:
         scale = float(run.learner.bank.logit_scales[name].detach())
         found["teachers"][name] |= {"logit_scale": scale, "temperature": min(math.exp(scale), MAX_TEMPERATURE)}
+    if run.config.feed:
+        found["fed"] = fed_counts(run.config, totals)
     if run.stream.remote:
         found["requests_per_sample"] = totals["requests"] / max(totals["samples"], 1)
     return {
@@ -244,9 +247,20 @@ def _first_batch(run: Run, totals: dict[str, float], watch: Watch) -> None:
     """Say what the first step learns from, before it changes anything."""
     valid = {name: int(totals[f"{name}.valid"]) for name in run.config.teachers}
     tokens, samples = int(totals["tokens"]), int(totals["samples"])
-    watch.event("first_batch", 0, {"samples": samples, "supervised_tokens": tokens, "valid_targets": valid})
+    fed = fed_counts(run.config, totals)
+    event = {"samples": samples, "supervised_tokens": tokens, "valid_targets": valid}
+    watch.event("first_batch", 0, event | ({"fed": fed} if fed else {}))
     targets = ", ".join(f"{count} of {name}" for name, count in valid.items())
-    watch.say(f"first batch: {samples} samples, {tokens} supervised tokens, valid targets: {targets}")
+    inputs = ", ".join(f"{name} to {found['images']} of {sum(found.values())} images" for name, found in fed.items())
+    more = f", fed: {inputs}" if fed else ""
+    watch.say(f"first batch: {samples} samples, {tokens} supervised tokens, valid targets: {targets or 'none'}{more}")
+
+
+def fed_counts(config: TrainConfig, totals: Mapping[str, float]) -> dict[str, dict[str, int]]:
+    """By fed teacher, images that got a feature and images for which there was none (`missing`)."""
+    return {
+        name: {"images": int(totals[f"{name}.fed"]), "missing": int(totals[f"{name}.unfed"])} for name in config.feed
+    }
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -37,6 +37,26 @@ def require_views(fingerprints: Iterable[Fingerprint], student: View, *, allow: 
     return found
 
 
+def require_fed_views(fed: Iterable[Fingerprint], student: View, *, exif: bool) -> None:
+    """Raise ViewError unless the fed features show what the student sees: the same picture, or a vector of a part.
+
+    `exif` says whether the student turns images upright. No flag allows another view: the student would be given what
+    is not in its image, and a comparison with it would say nothing.
+    """
+    found = view_mismatches(fed, student)
+    found += [
+        f"{fingerprint.teacher} saw images {'upright' if fingerprint.preprocessing.exif else 'as stored'}, the student "
+        "does not"
+        for fingerprint in fed
+        if fingerprint.preprocessing.exif is not exif
+    ]
+    if found:
+        raise ViewError(
+            f"features to feed are not of the student's own view: {'; '.join(found)}",
+            "Compose the student with the teachers' view (`olatrain compose --view`), or extract with the student's.",
+        )
+
+
 def student_exif(fingerprints: Iterable[Fingerprint]) -> bool:
     """Whether the student turns images upright by their EXIF data: as the teachers did, yes where they disagree."""
     return any(fingerprint.preprocessing.exif for fingerprint in fingerprints)

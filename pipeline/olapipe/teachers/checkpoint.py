@@ -50,6 +50,14 @@ def locate(teacher: str, checkpoint: str, *, subfolder: str = "", extra: tuple[s
     `subfolder` holds config and weights, `extra` are further files needed, both relative to the checkpoint.
     Raises TeacherError where there is no such path or id, or it cannot be fetched.
     """
+    path = local_path(teacher, checkpoint)
+    if path is not None:
+        return Checkpoint(teacher, path, path.resolve().name)
+    return Checkpoint(teacher, _fetch(teacher, checkpoint, subfolder, extra), checkpoint)
+
+
+def local_path(teacher: str, checkpoint: str) -> Path | None:
+    """Return the path where it exists here, or None for a hub id; raises TeacherError for what is neither."""
     try:
         path = Path(checkpoint).expanduser()
     except RuntimeError as error:  # pathlib's answer to ~NAME where there is no such user
@@ -58,13 +66,13 @@ def locate(teacher: str, checkpoint: str, *, subfolder: str = "", extra: tuple[s
             f"Pass an existing folder: --checkpoint {teacher}=FOLDER",
         ) from error
     if path.exists():
-        return Checkpoint(teacher, path, path.resolve().name)
+        return path
     if not _HUB_ID.fullmatch(checkpoint):
         raise TeacherError(
             f"{teacher}: there is no folder {checkpoint}, and it is no hub id (OWNER/NAME) either",
             f"Pass an existing folder: --checkpoint {teacher}=FOLDER",
         )
-    return Checkpoint(teacher, _fetch(teacher, checkpoint, subfolder, extra), checkpoint)
+    return None
 
 
 def _fetch(teacher: str, hub_id: str, subfolder: str, extra: tuple[str, ...]) -> Path:

@@ -1,0 +1,112 @@
+"""The toy world as data sets: pictures, LLaVA-style conversations, and questions to score in CV-Bench's layout.
+
+Pictures of captions, of questions to train on and of questions to be scored are different scenes: the first two of
+the split `train`, the last of `test` and of `ood`, in which the apparent size tells no distance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import language
+import numpy as np
+from scenes import Picture, Scene, Split, make_scene, render
+
+FIRST_CAPTIONED, FIRST_ASKED = 0, 100_000
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of the world is drawn."""
+
+    captions: int
+    """Pictures to pretrain on."""
+    budgets: tuple[int, ...]
+    """Numbers of questions to fine-tune on; a smaller set is the beginning of a larger one."""
+    tests: int
+    """Pictures that questions are scored on, of all kinds."""
+    ood: int
+    """Pictures without the cue of size, depth questions alone."""
+
+
+def write(out: Path, size: Size, *, seed: int = 0) -> None:
+    """Write `images/`, `captions.jsonl`, `captions-oracle.jsonl`, `questions-N.jsonl`, `bench/` and `bench-ood/`."""
+    images = out / "images"
+    captions, oracle = [], []
+    for scene, picture in _drawn("train", FIRST_CAPTIONED, size.captions):
+        if language.shown(scene, picture):
+            _save(picture, images / scene.key)
+            captions.append(language.caption_conversation(scene, picture))
+            oracle.append(language.caption_conversation(scene, picture, distances=True))
+    _write_lines(out / "captions.jsonl", captions)
+    _write_lines(out / "captions-oracle.jsonl", oracle)
+    asked, total = [], 0
+    for scene, picture, found in _questions("train", FIRST_ASKED, None, seed=seed + 1):
+        _save(picture, images / scene.key)
+        asked.append((language.question_conversation(scene, found), len(found)))
+        total += len(found)
+        if total >= max(size.budgets):
+            break
+    for budget in size.budgets:
+        _write_lines(out / f"questions-{budget}.jsonl", _first(asked, budget))
+    _write_bench(out / "bench", "test", size.tests, language.KINDS, seed=seed + 2)
+    _write_bench(out / "bench-ood", "ood", size.ood, ("depth",), seed=seed + 3)
+
+
+def _drawn(split: Split, first: int, count: int | None) -> Iterator[tuple[Scene, Picture]]:
+    index = first
+    while count is None or index < first + count:
+        scene = make_scene(split, index)
+        yield scene, render(scene)
+        index += 1
+
+
+def _questions(
+    split: Split, first: int, count: int | None, *, seed: int
+) -> Iterator[tuple[Scene, Picture, list[language.Question]]]:
+    rng = np.random.default_rng(seed)
+    balance = language.Balance()
+    for scene, picture in _drawn(split, first, count):
+        found = language.questions(scene, picture, rng, balance)
+        if found:
+            yield scene, picture, found
+
+
+def _first(asked: Sequence[tuple[dict[str, Any], int]], budget: int) -> list[dict[str, Any]]:
+    """Conversations from the beginning that hold `budget` questions, the last one cut."""
+    chosen, left = [], budget
+    for conversation, count in asked:
+        if left <= 0:
+            break
+        turns = conversation["conversations"][: 2 * min(count, left)]
+        chosen.append({**conversation, "conversations": turns})
+        left -= count
+    return chosen
+
+
+def _write_bench(out: Path, split: Split, count: int, kinds: Sequence[language.Kind], *, seed: int) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {"2D": [], "3D": []}
+    for scene, picture, found in _questions(split, 0, count, seed=seed):
+        chosen = [question for question in found if question.kind in kinds]
+        if chosen:
+            _save(picture, out / "img" / scene.key)
+        for question in chosen:
+            row = language.bench_row(scene, question)
+            rows[row["type"]].append(row)
+    for kind, found_rows in rows.items():
+        if found_rows:
+            _write_lines(out / f"test_{kind.lower()}.jsonl", found_rows)
+
+
+def _save(picture: Picture, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.image().save(path)
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")

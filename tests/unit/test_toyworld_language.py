@@ -1,0 +1,196 @@
+"""What is said about the toy world, held against the truth of its scenes computed here from pixels and numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+TOYWORLD = Path(__file__).parents[2] / "examples" / "toyworld"
+_NAMES = ("scenes", "language", "corpus", "significance", "student", "fitting")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_path() -> Iterator[None]:
+    sys.path.insert(0, str(TOYWORLD))
+    yield
+    sys.path.remove(str(TOYWORLD))
+    for name in _NAMES:
+        sys.modules.pop(name, None)
+
+
+def load(name: str) -> ModuleType:
+    return __import__(name)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[tuple[Any, Any]]:
+    scenes = load("scenes")
+    made = [scenes.make_scene("test", index) for index in range(160)]
+    return [(scene, scenes.render(scene)) for scene in made]
+
+
+@pytest.fixture(scope="module")
+def asked(drawn: list[tuple[Any, Any]]) -> list[tuple[Any, Any, Any]]:
+    language = load("language")
+    rng, balance = np.random.default_rng(3), language.Balance()
+    return [(s, p, q) for s, p in drawn for q in language.questions(s, p, rng, balance)]
+
+
+def things_by_name(scene: Any, picture: Any) -> dict[str, dict[str, Any]]:
+    """Of each thing what the pixels say: the distance drawn, how much shows; and where the scene puts it."""
+    found = {}
+    for number, thing in enumerate(scene.things):
+        mask = picture.segments == 2 + number
+        found[f"{thing.colour} {thing.shape}"] = {
+            "distance": float(np.median(picture.distance[mask])) if mask.any() else None,
+            "share": mask.sum() / mask.size,
+            "x": thing.x,
+            "foot": thing.foot,
+            "colour": thing.colour,
+            "shape": thing.shape,
+        }
+    return found
+
+
+def test_right_answers_follow_from_pixels(asked: list[tuple[Any, Any, Any]]) -> None:
+    kinds = Counter()
+    for scene, picture, question in asked:
+        kinds[question.kind] += 1
+        world = things_by_name(scene, picture)
+        right = question.choices["ABCD".index(question.letter)]
+        wrong = [choice for choice in question.choices if choice != right]
+        if question.kind == "depth":
+            assert world[right]["distance"] * 1.35 <= world[wrong[0]]["distance"] * (1 + 1e-6)
+        elif question.kind == "relation":
+            subject, other = re.findall(r"the (\w+ \w+)", question.text)
+            assert (right == "left") == (world[subject]["x"] < world[other]["x"])
+        elif question.kind == "count":
+            # what can be counted in the picture: segments that are no sky and no ground
+            assert int(right) == len(set(np.unique(picture.segments)) - {0, 1})
+        elif question.kind == "colour":
+            shape = question.text.split()[-2]
+            of_shape = [thing["colour"] for thing in world.values() if thing["shape"] == shape]
+            assert of_shape == [right]
+            assert wrong[0] in {thing["colour"] for thing in world.values()}
+        else:
+            middle = world[re.findall(r"the (\w+ \w+)", question.text)[0]]
+
+            def place(thing: dict[str, Any]) -> tuple[float, float, float]:
+                z = thing["distance"]
+                return (thing["x"] - 0.5) * z, (thing["foot"] - 0.38) * z, z
+
+            def apart(name: str, middle: dict[str, Any] = middle, world: dict[str, Any] = world) -> float:
+                return sum((a - b) ** 2 for a, b in zip(place(world[name]), place(middle), strict=True)) ** 0.5
+
+            assert apart(right) * 1.8 <= apart(wrong[0]) * (1 + 1e-5)
+        for choice in question.choices:  # nothing is asked about what hardly shows
+            assert choice not in world or world[choice]["share"] >= 0.005
+    assert set(kinds) == {"relation", "count", "depth", "distance", "colour"}
+    assert min(kinds.values()) >= 4
+
+
+def test_letters_are_balanced_within_each_kind(asked: list[tuple[Any, Any, Any]]) -> None:
+    letters: dict[str, Counter[str]] = defaultdict(Counter)
+    choices: dict[str, set[int]] = defaultdict(set)
+    for _, _, question in asked:
+        letters[question.kind][question.letter] += 1
+        choices[question.kind].add(len(question.choices))
+    for kind, found in letters.items():
+        assert choices[kind] == {4 if kind == "count" else 2}
+        assert len(found) == max(choices[kind])
+        assert max(found.values()) - min(found.values()) <= 1
+
+
+def test_words_about_a_scene_say_what_shows_and_no_more(drawn: list[tuple[Any, Any]]) -> None:
+    language = load("language")
+    known = set(language.vocabulary())
+    for scene, picture in drawn:
+        world = {name: t for name, t in things_by_name(scene, picture).items() if t["share"] >= 0.005}
+        said = language.caption(scene, picture).removesuffix(" .")
+        assert [name for name in said.split(" ; ") if name] == sorted(world, key=lambda name: world[name]["x"])
+        assert not re.search(r"\d|near|far|clos", said)  # a caption tells no distance
+        words = language.written(scene, picture).split()
+        assert len(words) == 36
+        assert set(words) <= known
+        shown = {tuple(word.rsplit("-", 1)) for word in words if "-" in word}
+        level = {name: min(7, int(8 * np.log(t["distance"]) / np.log(8.0))) for name, t in world.items()}
+        assert shown == {(name.replace(" ", "-"), str(level[name])) for name in world}
+
+
+def test_the_data_sets_hold_what_is_asked_and_share_no_scene(tmp_path: Path) -> None:
+    corpus, scenes = load("corpus"), load("scenes")
+    corpus.write(tmp_path, corpus.Size(captions=12, budgets=(7, 20), tests=8, ood=8))
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    small, large = lines("questions-7.jsonl"), lines("questions-20.jsonl")
+    count = [sum(len(row["conversations"]) for row in rows) // 2 for rows in (small, large)]
+    assert count == [7, 20]
+    for row, same in zip(small, large, strict=False):
+        assert row["conversations"] == same["conversations"][: len(row["conversations"])]
+        assert [turn["value"].count("<image>") for turn in row["conversations"][::2]] == [
+            1, *[0] * (len(row["conversations"]) // 2 - 1)
+        ]  # fmt: skip
+    captioned = {row["image"] for row in lines("captions.jsonl")}
+    trained = {row["image"] for row in large}
+    tested = {row["filename"] for name in ("test_2d", "test_3d") for row in lines(f"bench/{name}.jsonl")}
+    other = {row["filename"] for row in lines("bench-ood/test_3d.jsonl")}
+    sets = (captioned, trained, tested, other)
+    assert sum(map(len, sets)) == len(set.union(*sets))
+    assert {key.split("/")[0] for key in tested} == {"test"}
+    assert {key.split("/")[0] for key in other} == {"ood"}
+    for key in captioned | trained:
+        split, number = key.removesuffix(".png").split("/")
+        drawn = np.asarray(scenes.Image.open(tmp_path / "images" / key))
+        assert (drawn == scenes.render(scenes.make_scene(split, int(number))).rgb).all()
+
+
+def test_the_bench_is_read_as_cv_bench(tmp_path: Path) -> None:
+    from olatrain.cvbench import read_questions
+
+    corpus = load("corpus")
+    corpus.write(tmp_path, corpus.Size(captions=1, budgets=(1,), tests=6, ood=1))
+    found = list(read_questions(tmp_path / "bench"))
+    assert {question.task for question in found} >= {"Depth", "Relation"}
+    assert all(question.image.startswith(b"\x89PNG") for question in found)
+
+
+def test_the_tokenizer_knows_every_word(asked: list[tuple[Any, Any, Any]]) -> None:
+    language, student = load("language"), load("student")
+    tokenizer = student.make_tokenizer()
+    scene, picture, question = asked[0]
+    text = f"USER: {language.written(scene, picture)} .\n{question.prompt}{language.SUFFIX} ASSISTANT: A</s>"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer("red disc red-disc-3 disc")["input_ids"] == [
+        tokenizer.convert_tokens_to_ids(word) for word in ("red disc", "red-disc-3", "disc")
+    ]
+    assert tokenizer(language.SUFFIX.strip())["input_ids"] == [tokenizer.convert_tokens_to_ids(language.SUFFIX.strip())]
+
+
+def test_intervals_cover_and_p_values_are_corrected() -> None:
+    significance = load("significance")
+    assert significance.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert significance.seeds_needed(7.5, 8.0) == 9  # (2.8016 * 8 / 7.5)² = 8.93
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 2)
+    covered = 0
+    for trial in range(40):
+        # of seeds, images and answers, each with a spread of its own; the true mean is 0.2
+        values = 0.2 + rng.normal(0, 0.1, (8, 1)) + np.repeat(rng.normal(0, 0.2, (1, 40)), 2, axis=1)
+        found = significance.hierarchical(values + rng.normal(0, 0.2, (8, 80)), groups, seed=trial)
+        covered += found.low <= 20.0 <= found.high
+    assert 33 <= covered <= 40
+    sure = significance.hierarchical(np.full((5, 6), 0.3), np.arange(6))
+    assert (sure.value, sure.low, sure.high) == pytest.approx((30.0, 30.0, 30.0))
+    assert sure.p < 0.001
