@@ -40,7 +40,7 @@ PLUGINS = Path(__file__).parents[1] / "tests" / "plugins"
 SHARD, BATCH, IN_FLIGHT = 16, 8, 2
 
 
-def rate(store: Path) -> dict[str, float]:
+def rate(store: Path, shard_size: int = SHARD) -> dict[str, float]:
     """Return images per second in the steady state."""
     lines = [json.loads(line) for line in (store / "_log" / "timings.jsonl").read_text().splitlines()]
     workers: dict[tuple[str, int], list[float]] = {}
@@ -50,7 +50,7 @@ def rate(store: Path) -> dict[str, float]:
     for times in workers.values():
         times.sort()
         after = times[IN_FLIGHT - 1 :]  # those that began together at the start end together too
-        steady += SHARD * (len(after) - 1) / (after[-1] - after[0])
+        steady += shard_size * (len(after) - 1) / (after[-1] - after[0])
     return {"images_per_second": round(steady, 3), "workers": len(workers)}
 
 

@@ -2,8 +2,9 @@
 
 The pictures are drawn by numpy, 5 sizes from 128 × 96 to 1280 × 960; the checkpoint is any that --checkpoint names (the
 tests' tiny one by default, so reading and writing weigh more than with a published one). The prediction of the job's
-seconds is compared with images over the rate that the run reports, start-up left out of both. The trivial baseline is
-the bare sum of the stages of one worker over the workers, as if they shared no cores.
+seconds is compared with images over the steady rate of the run (from its `_log/timings.jsonl`, as in extract.py), so
+start-up and the last shards, when a worker has run out of work, are left out of both. The trivial baseline is the bare
+sum of the stages of one worker over the workers, as if they shared no cores.
 Run `python benchmarks/plan.py`; it writes benchmarks/results/plan.json and prints the table.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from extract import rate
 from PIL import Image
 
 from olapipe.config import ExtractConfig
@@ -52,8 +54,9 @@ def measure(size: tuple[int, int], arguments: argparse.Namespace, work: Path) ->
     )  # fmt: skip
     with open(os.devnull, "w") as nowhere:
         plan = make_plan(config, Assumptions(seconds=arguments.seconds))
-        run = extract(config, LineReporter(nowhere))
-    predicted, taken = plan.hours * 3600, arguments.images / run.rates["depth"]
+        extract(config, LineReporter(nowhere))
+    predicted = plan.hours * 3600
+    taken = arguments.images / rate(work / f"{size[0]}.zarr", arguments.shard_size)["images_per_second"]
     bare = arguments.images * sum(plan.measured.stages.values()) / plan.measured.workers
     return {
         "size": list(size),

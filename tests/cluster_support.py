@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from place_support import free_port
 from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
 
 PLUGINS = Path(__file__).parent / "plugins"
 _PATH = os.pathsep.join([str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])])
-_SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 8}
+_SOON = {
+    "metrics_report_interval_ms": 1000,
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 8,
+}
 
 
 @contextmanager
@@ -33,12 +39,14 @@ class Nodes:
     """A head without CPUs and `count` nodes of one CPU each; nodes that were killed are started again."""
 
     def __init__(self, count: int = 2) -> None:
+        self.metrics_port = free_port()
         with _environment():
             self.cluster = Cluster(
                 initialize_head=True,
                 head_node_args={
                     "num_cpus": 0,
                     "include_dashboard": False,
+                    "metrics_export_port": self.metrics_port,
                     "_system_config": _SOON,
                 },
             )

@@ -26,6 +26,8 @@ from olaschema.place import Place
 Result = TypeVar("Result")
 SCHEMES = ("s3", "az", "gs")
 _CREATES = 5
+_LISTINGS = 5
+_CUT_SHORT = "response body"
 _NOT_LOGS = {"tmp", "locks", "leases", "withdrawn"}
 _WITHDRAWN = "_log/withdrawn"
 _used_by: int | None = None
@@ -277,15 +279,21 @@ class BucketPlace(Place):
 
     def _call(self, kind: str, name: str, act: Callable[[Any], Result]) -> Result:
         store = self._store()
-        self.requests[kind] += 1
-        try:
-            return act(store)
-        except FileNotFoundError as error:
-            if _no_bucket(error):
-                raise self._explain(name, error) from None
-            raise
-        except (self._errors.BaseError, OSError) as error:
-            raise self._explain(name, error) from None
+        tries = 0
+        while True:
+            tries += 1
+            self.requests[kind] += 1
+            try:
+                return act(store)
+            except FileNotFoundError as error:
+                if _no_bucket(error):
+                    raise self._explain(name, error) from None
+                raise
+            except (self._errors.BaseError, OSError) as error:
+                # the library tries requests again, but not a listing of which only a part arrived
+                if kind != "list" or _CUT_SHORT not in str(error) or tries == _LISTINGS:
+                    raise self._explain(name, error) from None
+                time.sleep(0.1 * 2**tries)
 
     def _missing_is_none(self, kind: str, name: str, act: Callable[[Any], Result]) -> Result | None:
         try:
@@ -334,7 +342,9 @@ class BucketPlace(Place):
                 f"{where}: access was refused",
                 f"Check that {_VARIABLES[self._scheme]} are right and may read and write this bucket.",
             )
-        if "error sending request" in text or "timed out" in text or "error decoding response" in text:
+        if any(
+            words in text for words in ("error sending request", "timed out", "error decoding response", _CUT_SHORT)
+        ):
             host = re.search(r"https?://[^/\s)]+", text)
             return StoreError(
                 f"{where}: the connection to {host[0] if host else 'the endpoint'} fails or stalls",

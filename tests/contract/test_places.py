@@ -381,6 +381,16 @@ class TestBrokenConnections:
         assert place.read("x") == data
         broken.fault = first(1, fault, lambda request: request.method == "GET")
         assert place.read_range("x", 10, 50_000) == data[10:50_010]
+        for listing in (lambda: place.names(""), lambda: list(place.stamps("")), lambda: list(place.walk())):
+            broken.fault = first(1, fault, lambda request: request.method == "GET")
+            assert listing() == ["x"]
+
+    def test_a_listing_that_never_comes_whole_is_an_error(self, broken: Proxy) -> None:
+        place = self._place()
+        place.publish("x", b"")
+        broken.fault = lambda request: Fault("truncate") if request.method == "GET" else None
+        with pytest.raises(StoreError, match=r"the connection to .* fails or stalls"):
+            place.names("")
 
     def test_errors_name_thing_and_remedy_without_credentials(
         self, broken: Proxy, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import time
+from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from cluster_support import Nodes, control, finish, fired, nodes, start
@@ -27,11 +31,28 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(nodes: Nodes, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("whole")
-    process = start(nodes, corpus, folder / "s", control(folder / "faulty"), *SETTINGS)
+    process = start(nodes, corpus, folder / "s", control(folder / "faulty", wait=1), *SETTINGS)
+    _await_metrics(nodes)
     output = finish(process)
     assert process.returncode == 0, output
     assert FeatureStore.open(folder / "s").committed("faulty") == list(range(12))
     return digests(folder / "s")
+
+
+def _await_metrics(nodes: Nodes) -> None:
+    """Wait until Prometheus would find the figures of the job that runs, where `ray start` was told to export them."""
+    deadline = time.monotonic() + 300
+    while True:
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{nodes.metrics_port}/metrics", timeout=10) as answer:
+            said = answer.read().decode()
+            shards = re.search(
+                r"^ray_olapipe_shards\{(?=.*State=.in_flight.).*\} (\S+)$", said, re.MULTILINE | re.IGNORECASE
+            )
+            workers = re.search(r"^ray_olapipe_workers\{.*\} (\S+)$", said, re.MULTILINE)
+            if shards and workers and 1 <= float(shards[1]) <= 4 and 1 <= float(workers[1]) <= 2:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def test_workers_and_nodes_killed_at_every_boundary_of_one_run(
