@@ -55,9 +55,8 @@ types: install
 imports: install
 	$(BIN)/lint-imports --no-cache
 
-# two at a time: much of the suite waits for processes to start. A file's tests stay together, as their fixtures do.
 pytest: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 clean:
 	rm -rf $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis build

@@ -420,8 +420,8 @@ class TestBrokenConnections:
         before = broken.requests["GET"]
         for row in range(8):
             reader.read(row)
-        # one receipt, and the files of values and scale
-        assert broken.requests["GET"] - before == 3
+        # one receipt, and the files of values, scale and offset
+        assert broken.requests["GET"] - before == 4
 
 
 def _is_put(request: Request) -> bool:

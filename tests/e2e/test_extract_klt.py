@@ -229,7 +229,7 @@ def test_fidelity_of_a_corpus_with_the_teachers_bfloat16_beside_it(corpus: Path,
     assert 0 < figures["float16"]["relative_l2"] < figures["int8"]["relative_l2"] < figures["int4"]["relative_l2"]
     # bfloat16 keeps 8 bits, through every layer
     assert 2.0**-9 < figures["bfloat16 teacher"]["relative_l2"] < 0.1
-    assert figures["int8"]["raw_bytes"] == 576 * (48 + 2)
+    assert figures["int8"]["raw_bytes"] == 576 * (48 + 2) + 2 * 48  # offsets
     assert (tmp_path / "plot.png").stat().st_size > 5000
     shown = olapipe(*given)
     assert "bfloat16 teacher" in shown.stdout and "6 images scored" in shown.stdout

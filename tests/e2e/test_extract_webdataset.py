@@ -107,7 +107,7 @@ def test_what_a_packed_set_cannot_become_is_refused(root: Path, tmp_path: Path) 
     arguments = depth_arguments(images, out, *SMALL, *PACKED)
     assert olapipe(*arguments).exit_code == 0
     before = digests(out)
-    more = olapipe(*arguments, "--teacher", "gen", "--checkpoint", "gen=unused")
+    more = olapipe(*arguments, "--teacher", "gen", "--checkpoint", f"gen={root}")
     assert more.exit_code == 1
     assert "is packed with the teachers depth: it gets no others" in more.output
     assert "Choose a new folder" in more.output

@@ -151,7 +151,7 @@ def test_targets_in_a_basis_are_decoded_on_the_device(student: Path, tmp_path: P
     prepared = set_up(config, Ranks(0, 1, torch.device("cpu")))
     batch = prepared.collate([prepared.stream[position] for position in range(6)])
     assert isinstance(batch, Batch)
-    found = _gather(batch, prepared.ranks, prepared.learner)
+    found = _gather(batch, prepared.ranks, prepared.learner, None)
     group = zarr.open_group(corpus.store, mode="r")
     for name, channels in CHANNELS.items():
         arrays = {key: array[:] for key, array in group[name].arrays()}
