@@ -46,7 +46,7 @@ def test_the_committed_results() -> None:
     assert lines["tiny", "int8"]["gradient_error"] <= 1e-3
     for line in found["outliers"]:
         errors = line["gradient_error"]
-        assert min(errors, key=errors.__getitem__) == "mean" and errors["power of two"] > 3 * errors["mean"]
+        assert min(errors, key=errors.__getitem__) == "mean" and errors["power of two"] > 2.5 * errors["mean"]
         assert errors["mean"] <= {"int8": 1.5e-4, "int4": 0.046}[line["precision"]]
     worst = [line["gradient_error"]["nothing"] for line in found["outliers"] if line["precision"] == "int8"]
     assert worst == pytest.approx([8.7e-4, 2.6e-3, 6.0e-3], rel=0.02)
