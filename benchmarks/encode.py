@@ -49,7 +49,7 @@ def stages_alone(teacher: Teacher, files: list[Path], batch_size: int, precision
     """Return seconds per image of each stage, nothing else going on in this process."""
     clock = time.perf_counter
     record = teacher_record(teacher, precision)
-    stored = blank(len(files), record.fingerprint.shape, record.precision)
+    stored = blank(len(files), record.fingerprint.shape, record.precision, centred=record.centred)
     sums = ChannelStatistics(record.fingerprint.channels)
     seconds = dict.fromkeys(("decode", "forward", "encode"), 0.0)
     for first in range(0, len(files), batch_size):
@@ -64,9 +64,9 @@ def stages_alone(teacher: Teacher, files: list[Path], batch_size: int, precision
         features = teacher.encode_images(pixels_bchw, digests)
         forwarded = clock()
         values = features.cpu().numpy()
-        batch = quantise(features, record.precision, None)
+        batch = quantise(features, record.precision, centred=record.centred)
         for index, row in enumerate(values):
-            require_storable(row, record.precision, name="image")
+            require_storable(row, record.precision, centred=record.centred, name="image")
             stored[first + index] = batch[index]
         sums.update(values)
         seconds["decode"] += decoded - started
