@@ -8,7 +8,8 @@ workers; so neither start-up (reported apart) nor the last shards, when workers 
 `without_ray`: `olapipe extract` with a worker per core, over as many processes of the same worker without Ray, each
 with its part of the shards, two at a time. `nodes`: a Ray cluster of single-CPU nodes on this machine, with
 a teacher that waits instead of computing (so that the engine is measured, not the cores) and with a real one.
-`nothing_to_do`: the command again on a finished store, start of Python included.
+`nothing_to_do`: the command again on a finished store, start of Python included; beside it the same without the note
+of the teacher's files, so that the teacher is loaded to compare.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,6 +40,7 @@ from teachers import hardware, versions
 RESULTS = Path(__file__).parent / "results" / "extract.json"
 PLUGINS = Path(__file__).parents[1] / "tests" / "plugins"
 SHARD, BATCH, IN_FLIGHT = 16, 8, 2
+PARTS = ("bare", "nothing", "nodes")
 
 
 def rate(store: Path, shard_size: int = SHARD) -> dict[str, float]:
@@ -137,12 +140,20 @@ def against_bare(work: Path, checkpoint: Path, repeats: int) -> dict[str, Any]:
 
 
 def nothing_to_do(work: Path, checkpoint: Path, repeats: int) -> dict[str, Any]:
-    """Measure the command on a store that is finished."""
-    cores = len(os.sched_getaffinity(0))
-    arguments = (work / "photographs", work / "job-0", "dinov2", checkpoint, "--workers", cores)
-    seconds = [command(*arguments)["seconds"] for _ in range(repeats)]
-    print("nothing to do", seconds, flush=True)
-    return {"runs": seconds, "seconds": statistics.median(seconds)}
+    """Measure the command on a store that is finished, and where it has to load the teacher to compare; in turns."""
+    cores, out = len(os.sched_getaffinity(0)), work / "job-0"
+    arguments = (work / "photographs", out, "dinov2", checkpoint, "--workers", cores)
+    if not out.exists():
+        command(*arguments)
+    seconds, loading = [], []
+    for _ in range(repeats):
+        shutil.rmtree(out / "_log" / "teachers")
+        loading.append(command(*arguments)["seconds"])
+        seconds.append(command(*arguments)["seconds"])
+    print("nothing to do", seconds, "with loading", loading, flush=True)
+    median, slower = statistics.median(seconds), statistics.median(loading)
+    found = {"runs": seconds, "seconds": median, "loading_runs": loading, "loading_seconds": slower}
+    return found | {"over_loading": round(median / slower, 3)}
 
 
 def nodes_against_one(work: Path, checkpoint: Path, repeats: int, wait: float) -> dict[str, Any]:
@@ -176,7 +187,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=384)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--wait", type=float, default=0.4, help="seconds per batch of the teacher that waits")
-    parser.add_argument("--parts", nargs="*", choices=("bare", "nodes"), default=["bare", "nodes"])
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--conditions", default="", help="what else the machine was doing; kept in the result")
     parser.add_argument("--add", action="store_true", help="keep the other part's figures of the result file")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -193,6 +204,7 @@ def main() -> None:
         write_images(work / "small", *names)
         if "bare" in options.parts:
             result["without_ray"] = against_bare(work, checkpoint, options.repeats)
+        if "nothing" in options.parts:
             result["nothing_to_do"] = nothing_to_do(work, checkpoint, options.repeats)
         if "nodes" in options.parts:
             result["nodes"] = nodes_against_one(work, checkpoint, options.repeats, options.wait)

@@ -19,6 +19,7 @@ from olapipe.dryrun import DryRun, dry_run
 from olapipe.job import worker_pool
 from olapipe.pack import Packed
 from olapipe.progress import Reporter
+from olapipe.remembered import marks, recall, remember
 from olapipe.report import TeacherSummary, summarise
 from olapipe.tally import LostShard, Stop, Tally
 from olapipe.tasks import Pending, Planned
@@ -75,9 +76,10 @@ class Extraction:
 def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     """Bring the store up to date with the corpus; raises OlaError for what stops the whole run.
 
-    A rerun with nothing to do starts no job: the teachers are loaded here, on the CPU, only to compare their
-    fingerprints with the store's. Two jobs on one store: of one teacher the later waits for the other to end, and then
-    does what is left. A packed set is written from a working store beside it, which is the one that is returned.
+    A rerun with nothing to do starts no job. The teachers' fingerprints are compared with the store's: from the notes of
+    the last run while checkpoints, settings and code are unchanged, else the teachers are loaded here, on the CPU.
+    Two jobs on one store: of one teacher the later waits for the other to end, and then does what is left. A packed set
+    is written from a working store beside it, which is the one that is returned.
     """
     with ExitStack() as held:
         return _extract(config, reporter, held)
@@ -111,7 +113,9 @@ def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extr
     with worker_pool(config, listing.root, len(tasks or ()) + -(-len(growth.new) // rows_per_shard)) as pool:
         workers = f"{len(pool)} worker{'s' if len(pool) > 1 else ''}"
         reporter.say(f"{workers}, loading {', '.join(config.teachers)} …")
-        store = _prepare(config, listing, growth, pool.load(), tiers, rows_per_shard)
+        loaded = pool.load()
+        store = _prepare(config, listing, growth, loaded, tiers, rows_per_shard)
+        remember(store.place, pool.marks(), {record.fingerprint.teacher: record for record in loaded})
         tasks = pending(store, config)
         packing = held.enter_context(direct.packing(store)) if direct is not None else None
         waiting = {name: tasks.images(name) for name in config.teachers}
@@ -244,13 +248,9 @@ def _prepare(
 def _unchanged(
     store: FeatureStore, config: ExtractConfig, listing: Listing, reporter: Reporter, direct: DirectSet | None
 ) -> Extraction:
-    from olapipe.load import load_teachers, teacher_record
-
-    reporter.say("nothing to extract; comparing the teachers with the store's …")
     tiers = choose(config, listing, store, store.place, reporter)
-    for teacher in load_teachers(config, "cpu").values():
-        tier = tiers[teacher.name]
-        store.put_teacher(tier.settle(teacher_record(teacher, tier.precision)))
+    for name, record in _records(store, config, tiers, reporter).items():
+        store.put_teacher(tiers[name].settle(record))
     store.place.sweep()
     _seal(store, config)  # a run that was killed at the very end has not
     packed = None
@@ -259,6 +259,25 @@ def _unchanged(
             packed = packing.finish()
     summaries = [summarise(store, name, brief=True) for name in config.teachers]
     return Extraction(store, summaries, {}, [], packed=packed)
+
+
+def _records(
+    store: FeatureStore, config: ExtractConfig, tiers: Mapping[str, Tier], reporter: Reporter
+) -> dict[str, TeacherRecord]:
+    """Return what the teachers are, from the notes of the last loading as far as nothing has changed since."""
+    taken = marks(config)
+    records = recall(store.place, taken)
+    unknown = tuple(name for name in config.teachers if name not in records)
+    if not unknown:
+        reporter.say("nothing to extract; checkpoints and settings are those of the last run")
+        return records
+    from olapipe.load import load_teachers, teacher_record
+
+    reporter.say(f"nothing to extract; loading {', '.join(unknown)} to compare with the store's …")
+    for teacher in load_teachers(config.model_copy(update={"teachers": unknown}), "cpu").values():
+        records[teacher.name] = teacher_record(teacher, tiers[teacher.name].precision)
+    remember(store.place, {name: taken[name] for name in unknown if name in taken}, records)
+    return records
 
 
 def _seal(store: FeatureStore, config: ExtractConfig) -> None:

@@ -58,12 +58,16 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 def teacher_record(teacher: Teacher, precision: Precision) -> TeacherRecord:
     """Return what a store records of a teacher."""
-    libraries = (*_RECORDED, *_RECORDED_FOR.get(teacher.name, ()))
     return TeacherRecord(
         fingerprint=teacher.fingerprint,
         precision=precision,
         centred=is_centred(teacher.fingerprint.shape, precision),
         source=teacher.source,
         licence=teacher.licence,
-        libraries={name: importlib.metadata.version(name) for name in libraries},
+        libraries=libraries_of(teacher.name),
     )
+
+
+def libraries_of(teacher: str) -> dict[str, str]:
+    """Return the versions of the libraries that are recorded for a teacher."""
+    return {name: importlib.metadata.version(name) for name in (*_RECORDED, *_RECORDED_FOR.get(teacher, ()))}

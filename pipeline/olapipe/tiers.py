@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from olapipe.config import ExtractConfig
 from olapipe.corpus import Listing
-from olapipe.fidelity import all_tiers, smallest
-from olapipe.klt import fit_basis
 from olapipe.load import cpu_threads, load_one
 from olapipe.progress import Reporter
-from olapipe.sample import Sampled, from_corpus, split
 from olaschema.basis import Basis
 from olaschema.manifest import Precision, TeacherRecord
 from olaschema.place import Place
 from olaschema.precision import is_centred
 from olaschema.store import FeatureStore
+
+if TYPE_CHECKING:
+    from olapipe.sample import Sampled
 
 LOG = "precision.jsonl"
 _SCORED = 32
@@ -73,6 +74,8 @@ def choose(
 
 
 def _fitted(config: ExtractConfig, listing: Listing, name: str, place: Place, reporter: Reporter) -> Tier:
+    from olapipe.sample import from_corpus
+
     reporter.say(f"{name}: running on at most {config.fit_images} images to settle the precision …")
     with cpu_threads(config.threads):
         sampled = from_corpus(listing, load_one(config, name), config.fit_images, config.max_pixels, config.batch_size)
@@ -80,6 +83,10 @@ def _fitted(config: ExtractConfig, listing: Listing, name: str, place: Place, re
 
 
 def _settled(config: ExtractConfig, name: str, sampled: Sampled, place: Place, reporter: Reporter) -> Tier:
+    from olapipe.fidelity import all_tiers, smallest
+    from olapipe.klt import fit_basis
+    from olapipe.sample import split
+
     if config.precision == "klt":
         basis = fit_basis(list(sampled.features), config.max_gradient_error)
         return Tier("klt", basis, len(sampled.keys))

@@ -23,6 +23,7 @@ class ShardWorker:
         self._root = root
         self._device = device
         self._teachers: dict[str, Any] = {}
+        self._marks: dict[str, str] = {}
         self._encoder: Any = None
         self._making = threading.Lock()
         self._settled: dict[int, dict[str, int]] = {}
@@ -32,12 +33,18 @@ class ShardWorker:
         import torch
 
         from olapipe.load import load_teachers, teacher_record
+        from olapipe.remembered import marks
 
+        self._marks = marks(self._config)
         torch.set_num_threads(self._config.threads)
         self._teachers = load_teachers(self._config, self._device)
         # what `auto` chose differs by teacher and is settled where the store is made
         precision = "float32" if self._config.precision == "auto" else self._config.precision
         return [teacher_record(teacher, precision) for teacher in self._teachers.values()]
+
+    def marks(self) -> dict[str, str]:
+        """Return the marks of the loaded teachers, as `remembered.marks` does."""
+        return self._marks
 
     def encode(self, out: str, task: ShardTask) -> ShardResult:
         """Encode and commit one shard."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import zarr
 from PIL import Image
 from pipeline_support import DEPTH, GOLDEN, depth_arguments, digests, olapipe, ray_session, write_images
+from safetensors.torch import load_file, save_file
 
 from olaschema.store import FeatureStore
 
@@ -88,19 +90,41 @@ def test_two_workers_write_the_same_bytes(corpus: Path, store: Path, tmp_path: P
     assert shares[-1] == 2, "both workers had a share"
 
 
-def test_a_rerun_with_nothing_to_do_starts_no_job(corpus: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from olapipe import extract
-
+def test_a_rerun_with_nothing_to_do_starts_no_job(corpus: Path, store: Path) -> None:
     before = digests(store)
-
-    def refuse(*arguments: object) -> None:
-        raise AssertionError("a job was started")
-
-    monkeypatch.setattr(extract, "worker_pool", refuse)
-    result = olapipe(*depth_arguments(corpus, store, "--batch-size", 2))
-    assert result.exit_code == 0
-    assert "nothing to extract" in result.stderr
+    heavy = "{'ray', 'torch', 'transformers'} & set(sys.modules)"
+    program = f"import sys\nfrom olapipe.cli import app\ntry: app()\nfinally: print('imported:', *{heavy}, file=sys.stderr)"
+    command = [sys.executable, "-c", program, *depth_arguments(corpus, store, "--batch-size", 2)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "nothing to extract" in done.stderr
+    assert done.stderr.splitlines()[-1].split() == ["imported:"]
+    assert "depth" in done.stdout
     assert digests(store) == before
+
+
+def test_a_rerun_with_nothing_to_do_refuses_another_checkpoint(
+    corpus: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from olapipe import extract, remembered
+
+    monkeypatch.setattr(extract, "worker_pool", None)  # no job is started
+    monkeypatch.setattr(remembered, "_SETTLED_SECONDS", 0.0)
+    out, checkpoint = shutil.copytree(store, tmp_path / "s"), shutil.copytree(DEPTH, tmp_path / "depth")
+    arguments = ["extract", corpus, "--out", out, "--teacher", "depth", "--checkpoint", f"depth={checkpoint}"]
+    assert "loading depth" in olapipe(*arguments).stderr, "the files are copies, which nothing is known of"
+    assert "settings are those of the last run" in olapipe(*arguments).stderr
+    refused = olapipe(*arguments, "--set", "options.depth.exif=false")
+    assert "loading depth" in refused.stderr and "exif" in refused.stderr
+    assert refused.exit_code == 1
+    weights = checkpoint / "model.safetensors"
+    stat, tensors = weights.stat(), load_file(weights)
+    next(tensor for name, tensor in tensors.items() if name.startswith("backbone.")).view(-1)[0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert weights.stat().st_size == stat.st_size
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as rsync and cp -p leave it
+    refused = olapipe(*arguments)
+    assert "weights" in refused.stderr
+    assert refused.exit_code == 1
 
 
 def _copies(corpus: Path, store: Path, tmp_path: Path) -> tuple[Path, Path]:

@@ -75,6 +75,17 @@ def local_path(teacher: str, checkpoint: str) -> Path | None:
     return None
 
 
+def hub_copy(hub_id: str) -> Path | None:
+    """Return the folder of what is already here of a hub id, whole or not; None where there is nothing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def _fetch(teacher: str, hub_id: str, subfolder: str, extra: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
