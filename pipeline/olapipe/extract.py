@@ -76,8 +76,8 @@ class Extraction:
 def extract(config: ExtractConfig, reporter: Reporter) -> Extraction:
     """Bring the store up to date with the corpus; raises OlaError for what stops the whole run.
 
-    A rerun with nothing to do starts no job. The teachers' fingerprints are compared with the store's: from the notes of
-    the last run while checkpoints, settings and code are unchanged, else the teachers are loaded here, on the CPU.
+    A rerun with nothing to do starts no job. The teachers' fingerprints are compared with the store's: from the notes
+    of the last run while checkpoints, settings and code are unchanged, else the teachers are loaded here, on the CPU.
     Two jobs on one store: of one teacher the later waits for the other to end, and then does what is left. A packed set
     is written from a working store beside it, which is the one that is returned.
     """

@@ -13,8 +13,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 import olaschema
 from olapipe.config import ExtractConfig
 from olapipe.load import libraries_of
@@ -23,7 +21,7 @@ from olapipe.teachers.catalogue import BUILT_IN
 from olapipe.teachers.checkpoint import hub_copy, local_path
 from olaschema.digest import sealed
 from olaschema.errors import StoreError
-from olaschema.manifest import TeacherRecord
+from olaschema.manifest import Frozen, TeacherRecord
 from olaschema.place import Place
 from olaschema.store import read_document
 
@@ -32,12 +30,9 @@ FOLDER = "_log/teachers"
 _SETTLED_SECONDS = 2.0
 
 
-class TeacherNote(BaseModel):
+class TeacherNote(Frozen):
     """A teacher's record as loading gave it, and the mark by which it is known again."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    digest: str = ""
     mark: str
     record: TeacherRecord
 

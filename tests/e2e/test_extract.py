@@ -93,7 +93,8 @@ def test_two_workers_write_the_same_bytes(corpus: Path, store: Path, tmp_path: P
 def test_a_rerun_with_nothing_to_do_starts_no_job(corpus: Path, store: Path) -> None:
     before = digests(store)
     heavy = "{'ray', 'torch', 'transformers'} & set(sys.modules)"
-    program = f"import sys\nfrom olapipe.cli import app\ntry: app()\nfinally: print('imported:', *{heavy}, file=sys.stderr)"
+    last = f"print('imported:', *{heavy}, file=sys.stderr)"
+    program = f"import sys\nfrom olapipe.cli import app\ntry: app()\nfinally: {last}"
     command = [sys.executable, "-c", program, *depth_arguments(corpus, store, "--batch-size", 2)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert "nothing to extract" in done.stderr
