@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import logging
 import os
@@ -11,6 +12,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +67,15 @@ def _initialise(address: str | None, cpus: int, scratch: str | None) -> None:
         where = {"address": address}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-    except (RuntimeError, ValueError, ConnectionError, OSError) as error:
+    except Exception as error:
+        # Ray raises a plain Exception where it does not come up in its 30 seconds, which no narrower class catches
+        if not isinstance(error, (RuntimeError, ValueError, ConnectionError, OSError)) and type(error) is not Exception:
+            raise
         if address is not None:
             raise _unreachable(address, error) from error
         raise OlaError(
-            f"Ray cannot be started here: {_first_line(error)}", "Free memory or processes, or use --address."
+            f"Ray cannot be started here: {_first_line(error)}",
+            "Run the command again, when the machine is less busy; free memory or processes; or use --address.",
         ) from error
 
 
@@ -98,12 +104,16 @@ def _scratch_folder() -> Iterator[str]:
     parent = parent if len(parent) <= 24 else "/tmp"  # noqa: S108
     sweep_scratch(Path(parent))
     folder = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+    # A Ray that did not come up writes there until its own handler ends it, at exit; this one comes after that.
+    delete = partial(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(delete)
     try:
         with (Path(folder) / _HELD).open("wb") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             yield folder
+        atexit.unregister(delete)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        delete()
 
 
 def sweep_scratch(parent: Path) -> None:

@@ -110,6 +110,7 @@ def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extr
         return _unchanged(store, config, listing, reporter, direct)
     rows_per_shard = store.rows_per_shard if store else config.shard_size or DEFAULT_ROWS_PER_SHARD
     tiers = choose(config, listing, store, place, reporter)
+    reporter.say("starting Ray …" if config.address is None else f"joining the Ray cluster at {config.address} …")
     with worker_pool(config, listing.root, len(tasks or ()) + -(-len(growth.new) // rows_per_shard)) as pool:
         workers = f"{len(pool)} worker{'s' if len(pool) > 1 else ''}"
         reporter.say(f"{workers}, loading {', '.join(config.teachers)} …")

@@ -23,8 +23,8 @@ class Reporter(Protocol):
     def begin(self, totals: Mapping[str, int], done: Mapping[str, int]) -> None:
         """Show the teachers, how many images each will see, and how many it has seen in earlier runs."""
 
-    def update(self, done: Mapping[str, int]) -> None:
-        """Show how many images each teacher has seen."""
+    def update(self, done: Mapping[str, int], failed: Mapping[str, int] | None = None) -> None:
+        """Show how many images each teacher has seen, and how many of those it has seen in this run have failed."""
 
     def stages(self, busy: Mapping[str, float]) -> None:
         """Show which share of the time the threads of each stage are busy."""
@@ -46,6 +46,7 @@ class Pace:
         self.total = total
         self.before = before
         self.done = before
+        self.failed = 0
         self.started = now
 
     def rate(self, now: float) -> float | None:
@@ -59,9 +60,12 @@ class Pace:
         return (self.total - self.done) / rate if rate else None
 
     def describe(self, now: float) -> str:
-        """Rate and time left in words."""
+        """Failed images, rate and time left in words."""
         rate, left = self.rate(now), self.left(now)
-        return f"{rate:.1f} images/s, {duration(left)} left" if rate is not None and left is not None else "starting"
+        failed = f"{self.failed} of them failed, " if self.failed else ""
+        if rate is None or left is None:
+            return f"{failed}starting"
+        return f"{failed}{rate:.1f} images/s, {duration(left)} left"
 
 
 class LineReporter:
@@ -86,10 +90,11 @@ class LineReporter:
         self._paces = {name: Pace(total, done[name], now) for name, total in totals.items()}
         self._shown = now
 
-    def update(self, done: Mapping[str, int]) -> None:
+    def update(self, done: Mapping[str, int], failed: Mapping[str, int] | None = None) -> None:
         """Write a line if the last one is old enough."""
         for name, count in done.items():
             self._paces[name].done = count
+            self._paces[name].failed = (failed or {}).get(name, 0)
         if self._clock() - self._shown >= self._every:
             self._write()
 
@@ -132,13 +137,14 @@ class BarReporter:
             self._tasks[name] = self._bars.add_task(name, total=total, completed=done[name], pace=pace)
         self._bars.start()
 
-    def update(self, done: Mapping[str, int]) -> None:
+    def update(self, done: Mapping[str, int], failed: Mapping[str, int] | None = None) -> None:
         """Move the bars."""
         if self._bars is None:
             return
         for name, count in done.items():
             task = self._tasks[name]
-            self._bars.tasks[task].fields["pace"].done = count
+            pace = self._bars.tasks[task].fields["pace"]
+            pace.done, pace.failed = count, (failed or {}).get(name, 0)
             self._bars.update(task, completed=count)
 
     def stages(self, busy: Mapping[str, float]) -> None:

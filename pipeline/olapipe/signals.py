@@ -31,8 +31,11 @@ def interrupted(number: int) -> type[KeyboardInterrupt]:
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
     """Let SIGTERM raise Terminated, as Ctrl-C raises KeyboardInterrupt; does nothing outside the main thread."""
+    came = False
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
@@ -41,6 +44,10 @@ def sigterm_raises() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        if came:  # Ray, where it waits, makes a plain KeyboardInterrupt of whatever a handler raises
+            raise Terminated from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -49,9 +56,12 @@ def sigterm_raises() -> Iterator[None]:
 def stop_flag() -> Iterator[StopFlag]:
     """Let the first SIGINT or SIGTERM set a flag and the second one raise; only in the main thread."""
     flag = StopFlag()
+    second = 0
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal second
         if flag.number is not None:
+            second = number
             raise interrupted(number)
         flag.number = signal.Signals(number)
 
@@ -61,6 +71,10 @@ def stop_flag() -> Iterator[StopFlag]:
     previous = {number: signal.signal(number, stop) for number in _STOPPING}
     try:
         yield flag
+    except KeyboardInterrupt:
+        if second:  # as in `sigterm_raises`
+            raise interrupted(second) from None
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from olapipe.progress import duration
 from olapipe.report import visible
-from olapipe.tally import Tally
+from olapipe.tally import Stop, Tally
 from olaschema.errors import StoreError
 from olaschema.place import Place
 from olaschema.store import FeatureStore
@@ -27,7 +27,16 @@ JOBS = "_log/jobs"
 EVERY_SECONDS = 10.0
 _SILENT_SECONDS = 6 * EVERY_SECONDS
 _SHOWN = 10
-State = Literal["running", "finished", "stopped", "ended by an error"]
+State = Literal[
+    "running", "stopping", "finished", "stopped", "stopped by Ctrl-C", "stopped by SIGTERM",
+    "stopped by --max-failures", "ended by an error",
+]  # fmt: skip
+STOPPED: Mapping[Stop, State] = {
+    "SIGINT": "stopped by Ctrl-C",
+    "SIGTERM": "stopped by SIGTERM",
+    "max-failures": "stopped by --max-failures",
+}
+_UNDER_WAY = ("running", "stopping")
 
 
 class JobNote(BaseModel):
@@ -52,11 +61,11 @@ class JobNote(BaseModel):
 
     def active(self, now: float) -> bool:
         """Whether the job was heard of lately and has not ended."""
-        return self.state == "running" and now - self.updated < _SILENT_SECONDS
+        return self.state in _UNDER_WAY and now - self.updated < _SILENT_SECONDS
 
     def describe(self, now: float) -> str:
         """The state in words; a job that fell silent was probably killed."""
-        if self.state != "running" or self.active(now):
+        if self.state not in _UNDER_WAY or self.active(now):
             return self.state
         return f"silent for {duration(now - self.updated)}, probably killed"
 
@@ -71,12 +80,13 @@ class Heartbeat:
         self._waiting = dict(waiting)
         self._last = float("-inf")
         self._tally = Tally()
+        self._stopping = False
 
     def beat(self, tally: Tally) -> None:
         """Write the note if the last one is old enough."""
         self._tally = tally
-        if time.monotonic() - self._last >= EVERY_SECONDS:
-            self._write("running")
+        if time.monotonic() - self._last >= EVERY_SECONDS or (tally.stopped is not None) != self._stopping:
+            self._write("running" if tally.stopped is None else "stopping")
 
     def end(self, state: State) -> None:
         """Write the last note."""
@@ -84,6 +94,7 @@ class Heartbeat:
 
     def _write(self, state: State) -> None:
         self._last = time.monotonic()
+        self._stopping = state == "stopping"
         tally = self._tally
         note = JobNote(
             host=platform.node(),
@@ -179,14 +190,18 @@ def show_status(console: Console, store: FeatureStore, *, as_json: bool) -> None
     for column in ("machine", "state", "heard of", "workers", "images", "shards", "given up"):
         table.add_column(column)
     for note in notes[:_SHOWN]:
-        images = ", ".join(f"{name} {note.settled.get(name, 0)} of {count}" for name, count in note.waiting.items())
+        # a job that was killed has done more than it could say; the receipts, counted above, know
+        least = "at least " if note.state in _UNDER_WAY and not note.active(now) else ""
+        images = ", ".join(
+            f"{name} {least}{note.settled.get(name, 0)} of {count}" for name, count in note.waiting.items()
+        )
         cells = (
             f"{visible(note.host)}, process {note.pid}",
             note.describe(now),
             f"{duration(max(now - note.updated, 0))} ago",
             str(note.workers),
             visible(images),
-            str(note.shards),
+            f"{least}{note.shards}",
             str(note.lost),
         )
         table.add_row(*map(Text, cells))

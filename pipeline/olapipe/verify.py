@@ -122,7 +122,7 @@ class _Verifier:
                 records[name] = record
         self._manifest(plan)
         chosen = [name for name in records if self.teachers is None or name in self.teachers]
-        totals = {name: len(self._shards(name)) * self.store.rows_per_shard for name in chosen}
+        totals = {name: sum(self._images(plan, shard) for shard in self._shards(name)) for name in chosen}
         self.reporter.begin(totals, dict.fromkeys(chosen, 0))
         try:
             for name, record in records.items():
@@ -257,6 +257,9 @@ class _Verifier:
     def _shards(self, teacher: str) -> list[int]:
         return [s for s in self.store.committed(teacher) if self.only is None or (teacher, s) in self.only]
 
+    def _images(self, plan: Plan | None, shard: int) -> int:
+        return self.store.rows_per_shard if plan is None else plan.planned.get(shard, 0)
+
     def _receipts(self, teacher: str, record: TeacherRecord, plan: Plan | None, *, check: bool) -> None:
         committed = self.store.committed(teacher)
         if plan is not None:
@@ -267,8 +270,10 @@ class _Verifier:
         documents = self._documents(record, 1)
         shared = _shared_rows(self.store, teacher)
         basis = self._bases.get(teacher)
-        for done, shard in enumerate(sorted(wanted)):
-            self.reporter.update({teacher: done * self.store.rows_per_shard})
+        done = 0
+        for shard in sorted(wanted):
+            self.reporter.update({teacher: done})
+            done += self._images(plan, shard)
             planned = None if plan is None else plan.planned.get(shard, 0)
             checked = check_shard(self.store, record, shard, planned, documents, shared, basis)
             for trouble in checked.troubles:
@@ -280,7 +285,7 @@ class _Verifier:
             self.found.files += checked.files
             self.found.bytes += checked.bytes
         if check:
-            self.reporter.update({teacher: len(wanted) * self.store.rows_per_shard})
+            self.reporter.update({teacher: done})
 
     def _strays(self, plan: Plan | None) -> None:
         uncommitted = 0

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from olapipe.bottleneck import busy
 from olapipe.config import ExtractConfig
 from olapipe.progress import Reporter
-from olapipe.status import Heartbeat, State
+from olapipe.signals import Terminated
+from olapipe.status import STOPPED, Heartbeat, State
 from olapipe.tally import Tally
 from olaschema.place import Place
 
@@ -41,14 +42,17 @@ def watched(
             reporter.say(f"{_ENDING[tally.stopped]} ({tally.in_flight} shards)")
         spent = time.monotonic() - started
         reporter.stages(busy(tally.seconds, spent, max(tally.workers, 1), config.decoders))
-        reporter.update({name: before[name] + tally.settled[name] for name in before})
+        reporter.update({name: before[name] + tally.settled[name] for name in before}, tally.failed)
         heart.beat(tally)
 
     heart.beat(seen)
     state: State = "ended by an error"
     try:
         yield watch
-        state = "stopped" if seen.stopped is not None else "finished"
+        state = "finished" if seen.stopped is None else STOPPED[seen.stopped]
+    except KeyboardInterrupt as error:  # the second signal, or one that came where nothing was in flight
+        state = STOPPED["SIGTERM" if isinstance(error, Terminated) else "SIGINT"]
+        raise
     finally:
         reporter.end()
         heart.end(state)

@@ -88,7 +88,7 @@ def test_too_many_failures_stop_the_job_and_signals_finish_what_is_in_flight(nod
     last = [json.loads(line) for line in (out / "_log" / "timings.jsonl").read_text().splitlines()]
     assert len(last) == len(list((out / "receipts" / "faulty").iterdir())) < 30
     notes = json.loads(olapipe("status", out, "--json").stdout)
-    assert [note["state"] for note in notes["jobs"]] == ["stopped", "stopped"]
+    assert [note["state"] for note in notes["jobs"]] == ["stopped by SIGTERM", "stopped by --max-failures"]
 
     process = start(nodes, corpus, out, control(tmp_path / "fast" / "faulty"), *settings)
     assert finish(process) and process.returncode == 0

@@ -52,6 +52,10 @@ def test_json_tells_coverage_bytes_and_channels(tmp_path: Path) -> None:
     assert channels["minimum"] == pytest.approx(flat.min(), rel=1e-3)
     assert channels["dead"] == 0
     assert found["fingerprint"]["digest"] == teacher.fingerprint.digest()
+    line = next(line for line in olapipe("inspect", root).stdout.splitlines() if "norm of a token, median" in line)
+    shown = line.partition("≈")[2].strip(" │")
+    assert len(shown.replace(".", "")) <= 2, "a bin of the histogram is 9 % wide"
+    assert float(shown) == pytest.approx(np.median(np.linalg.norm(flat, axis=1)), rel=0.1)
 
 
 @pytest.mark.parametrize(("precision", "dtype", "width"), [("int8", "int8", 130), ("int4", "uint8", 65)])

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import io
 import json
 import os
 import signal
+import sys
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
 from olapipe.bottleneck import bottleneck, busy
-from olapipe.cluster import sweep_scratch
+from olapipe.cluster import ray_running, sweep_scratch
 from olapipe.config import ExtractConfig
 from olapipe.poison import Suspects
+from olapipe.progress import LineReporter
 from olapipe.signals import Terminated, sigterm_raises, stop_flag
 from olapipe.status import JOBS, Heartbeat, JobNote, jobs, show_status, teacher_status
-from olapipe.tally import ShardResult, ShardTask, Tally
+from olapipe.tally import ShardResult, ShardTask, Stop, Tally
+from olapipe.watch import watched
+from olaschema.errors import OlaError
 from olaschema.manifest import SampleRow
 from olaschema.place import LocalPlace
 from olaschema.store import FeatureStore
@@ -111,6 +120,18 @@ def test_the_first_signal_sets_a_flag_and_the_second_one_raises() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
     with sigterm_raises(), pytest.raises(Terminated):
         os.kill(os.getpid(), signal.SIGTERM)
+    # Ray, where it waits, makes a KeyboardInterrupt of what a handler raises
+    with pytest.raises(Terminated), sigterm_raises():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            raise KeyboardInterrupt from None
+    with pytest.raises(Terminated), stop_flag():
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            raise KeyboardInterrupt from None
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -123,6 +144,59 @@ def test_scratch_folders_of_dead_drivers_are_swept(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         sweep_scratch(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["olapipe-alive", "olapipe-unknown", "other-dead"]
+
+
+def test_a_ray_that_does_not_come_up_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: Exception = Exception("The current node timed out during startup.\nMore.")
+
+    def init(**_: object) -> None:
+        (tmp_path / "session").mkdir(exist_ok=True)
+        raise raised
+
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **_: str(tmp_path))
+    stub = SimpleNamespace(init=init, is_initialized=lambda: False, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    with pytest.raises(OlaError, match=r"timed out during startup\.\n") as found, ray_running(None, 1):
+        pass
+    assert "Run the command again" in found.value.remedy
+    tmp_path.mkdir()  # by what Ray left running
+    for function in at_exit:
+        function()
+    assert not tmp_path.exists()
+    tmp_path.mkdir()
+    raised = KeyError("a defect")
+    with pytest.raises(KeyError), ray_running(None, 1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("raised", "stopped", "state"),
+    [
+        (None, None, "finished"),
+        (None, "max-failures", "stopped by --max-failures"),
+        (None, "SIGTERM", "stopped by SIGTERM"),
+        (Terminated, "SIGTERM", "stopped by SIGTERM"),
+        (KeyboardInterrupt, None, "stopped by Ctrl-C"),
+        (OSError, None, "ended by an error"),
+    ],
+)
+def test_status_says_how_a_job_ended(
+    tmp_path: Path, raised: type[BaseException] | None, stopped: Stop | None, state: str
+) -> None:
+    place, reporter = LocalPlace(tmp_path), LineReporter(io.StringIO())
+    reporter.begin({"a": 5}, {"a": 0})
+    ending = suppress(KeyboardInterrupt, OSError)
+    with ending, watched(place, reporter, _config(None), {"a": 0}, {"a": 5}) as say:
+        say(Tally())
+        say(Tally(stopped=stopped))
+        (note,) = jobs(place)
+        assert note.state == ("running" if stopped is None else "stopping")
+        if raised is not None:
+            raise raised
+    (note,) = jobs(place)
+    assert note.describe(time.time() + 3600) == state
 
 
 def _store(root: Path, images: int) -> FeatureStore:
@@ -168,3 +242,8 @@ def test_a_job_leaves_notes_that_status_shows(tmp_path: Path) -> None:
     out = io.StringIO()
     show_status(Console(file=out, width=200), store, as_json=False)
     assert "a 7 of 10" in out.getvalue() and f"process {os.getpid()}" in out.getvalue()
+    killed = note.model_copy(update={"state": "running", "updated": note.updated - 3600})
+    LocalPlace(tmp_path / "s").publish(f"{JOBS}/8.json", killed.model_dump_json().encode())
+    out = io.StringIO()
+    show_status(Console(file=out, width=200), store, as_json=False)
+    assert "a at least 7 of 10" in out.getvalue() and "probably killed" in out.getvalue()

@@ -29,8 +29,10 @@ def test_lines_come_every_few_seconds_with_rate_and_time_left() -> None:
     # 10 seconds: 100 images, 900 left at 10 per second; gen has not moved since it began
     assert out.getvalue() == "depth: 100/1000 images, 10.0 images/s, 1 min 30 s left; gen: 400/1000 images, starting\n"
     clock.now += 10
-    reporter.update({"gen": 500})
-    assert out.getvalue().splitlines()[1].endswith("gen: 500/1000 images, 5.0 images/s, 1 min 40 s left")
+    reporter.update({"gen": 500}, {"gen": 3})
+    assert (
+        out.getvalue().splitlines()[1].endswith("gen: 500/1000 images, 3 of them failed, 5.0 images/s, 1 min 40 s left")
+    )
     reporter.end()
     reporter.end()
     assert len(out.getvalue().splitlines()) == 3
@@ -47,8 +49,9 @@ def test_bars_show_counts_and_names_without_markup() -> None:
     reporter = BarReporter(Console(file=out, force_terminal=True, width=120, color_system=None))
     reporter.say("[red]x[/red]")
     reporter.begin({"depth": 8}, {"depth": 2})
-    reporter.update({"depth": 6})
+    reporter.update({"depth": 6}, {"depth": 1})
     reporter.end()
+    assert "1 of them failed" in out.getvalue()
     assert "[red]x[/red]" in out.getvalue()
     assert "6/8" in out.getvalue()
     assert "images/s" in out.getvalue()

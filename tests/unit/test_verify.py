@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +98,16 @@ def _uses(root: Path) -> None:
 def _training_reads(name: str) -> bool:
     """All but the manifest and the arrays' documents, which only other programs read."""
     return name != "manifest.json" and (name.count("/") != 2 or not name.endswith("zarr.json"))
+
+
+def test_progress_counts_images_and_no_empty_rows(root: Path) -> None:
+    shown = _Silent()
+    told: list[Mapping[str, int]] = []
+    shown.begin = lambda totals, done: told.append(totals)  # type: ignore[method-assign]
+    shown.update = lambda done, failed=None: told.append(done)  # type: ignore[method-assign]
+    verify(str(root), shown, teachers=["depth"])
+    # 6 images in shards of 4, then 3 more
+    assert told == [{"depth": 9}, {"depth": 0}, {"depth": 4}, {"depth": 6}, {"depth": 9}]
 
 
 def test_500_flipped_bits_anywhere_are_found_in_the_file_they_are_in(root: Path) -> None:
