@@ -3,8 +3,8 @@
 The pictures are drawn by numpy, 5 sizes from 128 × 96 to 1280 × 960; the checkpoint is any that --checkpoint names (the
 tests' tiny one by default, so reading and writing weigh more than with a published one). The prediction of the job's
 seconds is compared with images over the steady rate of the run (from its `_log/timings.jsonl`, as in extract.py), so
-start-up and the last shards, when a worker has run out of work, are left out of both. The trivial baseline is the bare
-sum of the stages of one worker over the workers, as if they shared no cores.
+start-up and the last shards, when a worker has run out of work, are left out of both. The trivial baseline is what one
+worker takes that runs alone, over the number of workers, as if they shared nothing.
 Run `python benchmarks/plan.py`; it writes benchmarks/results/plan.json and prints the table.
 """
 
@@ -54,10 +54,11 @@ def measure(size: tuple[int, int], arguments: argparse.Namespace, work: Path) ->
     )  # fmt: skip
     with open(os.devnull, "w") as nowhere:
         plan = make_plan(config, Assumptions(seconds=arguments.seconds))
+        alone = make_plan(config.model_copy(update={"workers": 1}), Assumptions(seconds=arguments.seconds))
         extract(config, LineReporter(nowhere))
     predicted = plan.hours * 3600
     taken = arguments.images / rate(work / f"{size[0]}.zarr", arguments.shard_size)["images_per_second"]
-    bare = arguments.images * sum(plan.measured.stages.values()) / plan.measured.workers
+    bare = alone.hours * 3600 / plan.measured.workers
     return {
         "size": list(size),
         "images": arguments.images,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from olapipe.config import ExtractConfig
-from olapipe.corpora.entry import Entry
-from olapipe.corpus import Listing, list_corpus
+from olapipe.corpus import list_corpus
+from olapipe.measure import Measured, measure
 from olapipe.report import size, visible
-from olapipe.teachers.base import Teacher
 from olaschema.errors import ConfigError
-from olaschema.reader import FeatureReader
-from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
+from olaschema.store import DEFAULT_ROWS_PER_SHARD
 
 _ONLINE = ("preprocess", "forward")
-_LARGEST_SAMPLE = 4096
-_READ_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -44,22 +37,6 @@ class Assumptions:
     months: float = 1.0
     seconds: float = 60.0
     """How long the sample may take, about."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Per image, on this machine. `stages` are seconds of one worker; `node_seconds` count all workers."""
-
-    images: int
-    failed: int
-    workers: int
-    load_seconds: float
-    stages: dict[str, float]
-    node_seconds: float
-    stored_bytes: dict[str, float]
-    read_seconds: float
-    shard_files: int
-    """Files of one shard of all teachers, beside the receipts."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +136,10 @@ def make_plan(config: ExtractConfig, assumptions: Assumptions) -> Plan:
     if min(assumptions.nodes, assumptions.epochs, assumptions.runs) < 1 or assumptions.seconds <= 0:
         raise ConfigError("--nodes, --epochs, --runs and --seconds are positive", "Leave them out for 1, 1, 1 and 60.")
     listing = list_corpus(config.corpus, config.images)
-    teachers, load_seconds = _loaded(config)
     with tempfile.TemporaryDirectory(prefix="olapipe-sample-") as folder:
-        measured = _measure(config, assumptions, listing, teachers, load_seconds, Path(folder) / "store")
-    return predict(listing.count, measured, assumptions, config, {name: t.licence for name, t in teachers.items()})
+        measured, records = measure(config, listing, assumptions.seconds, Path(folder) / "store")
+    licences = {name: record.licence for name, record in records.items()}
+    return predict(listing.count, measured, assumptions, config, licences)
 
 
 def predict(
@@ -195,116 +172,3 @@ def predict(
         online_node_hours=uses * images * online / 3600,
         break_even_epochs=measured.node_seconds / gain if gain > 0 else None,
     )
-
-
-def _loaded(config: ExtractConfig) -> tuple[dict[str, Teacher], float]:
-    import torch
-
-    from olapipe.load import load_teachers
-
-    torch.set_num_threads(config.threads)
-    started = time.perf_counter()
-    return load_teachers(config, _device(config)), time.perf_counter() - started
-
-
-def _device(config: ExtractConfig) -> str:
-    import torch
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no GPU here", "Use --device cpu, or plan on the machine of the job.")
-    return "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
-
-
-def _workers(config: ExtractConfig) -> int:
-    import torch
-
-    room = torch.cuda.device_count() if _device(config) == "cuda" else os.cpu_count() or 1
-    return config.workers or room
-
-
-def _measure(
-    config: ExtractConfig,
-    given: Assumptions,
-    listing: Listing,
-    teachers: Mapping[str, Teacher],
-    load_seconds: float,
-    folder: Path,
-) -> Measured:
-    """Encode shards of the sample as a worker does until the time is up; the first one only warms up."""
-    import torch
-
-    from olapipe.encode import LOG, Limits, ShardEncoder, execution
-    from olapipe.load import teacher_record
-
-    rows = 2 * config.batch_size
-    store = FeatureStore.create(folder, rows_per_shard=rows)
-    sample = list(_spread(listing))
-    shards = max(3, -(-len(sample) // rows))
-    store.add_generation(entry.sample() for entry in islice(cycle(sample), shards * rows))
-    if config.precision == "auto" or config.precision == "klt":
-        raise ConfigError(
-            f"--precision {config.precision} is fitted to the corpus and cannot be predicted",
-            "Predict int8, and see `olapipe fidelity` for the bytes of the others.",
-        )
-    for teacher in teachers.values():
-        store.put_teacher(teacher_record(teacher, config.precision))
-    device = _device(config)
-    limits = Limits(config.batch_size, config.max_pixels, config.decoders)
-    records = {name: store.teacher(name) for name in teachers}
-    encoder = ShardEncoder(
-        store, listing.root, teachers, records, limits, execution(device, config.batch_size, compiled=config.compile)
-    )
-    names = list(teachers)
-    encoder.encode(0, names, _ignore)
-    wall, cpu = time.perf_counter(), time.process_time()
-    done = 0
-    while done + 1 < shards and (done < 2 or time.perf_counter() - wall < given.seconds):
-        done += 1
-        encoder.encode(done, names, _ignore)
-        if device == "cuda":
-            torch.cuda.synchronize()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    images = done * rows
-    workers = _workers(config)
-    lines = [json.loads(line) for line in store.place.read_log(LOG).decode().splitlines()]
-    spent = [line["seconds"] for line in lines if 0 < line["shard"] <= done]
-    stages = {stage: sum(each[stage] for each in spent) / images for stage in spent[0] if stage != "wall"}
-    receipts = {name: [store.receipt(name, shard) for shard in range(1, done + 1)] for name in names}
-    failed = max(sum(r.failed for r in found if r is not None) for found in receipts.values())
-    stored = {
-        name: sum(file.bytes for r in found if r is not None for file in r.files.values())
-        / max(sum(r.ok for r in found if r is not None), 1)
-        for name, found in receipts.items()
-    }
-    # workers on one machine share its cores: together they are no faster than all of these are busy
-    node = max(wall / images / workers, cpu / images / (os.cpu_count() or 1))
-    files = sum(len(found[0].files) for found in receipts.values() if found[0] is not None)
-    read = _reading(store, names, done * rows)
-    return Measured(images, failed, workers, load_seconds, stages, node, stored, read, files)
-
-
-def _spread(listing: Listing) -> Iterator[Entry]:
-    """Yield images from all over the corpus, at most some thousands."""
-    step = max(1, listing.count // _LARGEST_SAMPLE)
-    chosen = list(islice(listing.entries, 0, None, step))[:_LARGEST_SAMPLE]
-    # neighbours are alike (one folder, one camera): the few that are extracted come from everywhere
-    jump = next(n for n in (997, 991, 983, 1) if len(chosen) % n or n == 1)
-    for place in range(len(chosen)):
-        yield chosen[place * jump % len(chosen)]
-
-
-def _reading(store: FeatureStore, teachers: Sequence[str], rows: int) -> float:
-    """Return seconds per image that training takes to read the features of all teachers, in one process."""
-    readers = {name: FeatureReader(store, name) for name in teachers}
-    chosen = [(place * 31) % rows for place in range(min(_READ_ROWS, rows))]
-    started = time.perf_counter()
-    for row in chosen:
-        for reader in readers.values():
-            status = reader.status(row)
-            if status is not None and status.status == "ok":
-                reader.read(row)
-    return (time.perf_counter() - started) / len(chosen)
-
-
-def _ignore(_teacher: str, _rows: int) -> None:
-    """Take no note of progress."""
