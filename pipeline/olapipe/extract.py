@@ -113,6 +113,8 @@ def _extract(config: ExtractConfig, reporter: Reporter, held: ExitStack) -> Extr
     reporter.say("starting Ray …" if config.address is None else f"joining the Ray cluster at {config.address} …")
     with worker_pool(config, listing.root, len(tasks or ()) + -(-len(growth.new) // rows_per_shard)) as pool:
         workers = f"{len(pool)} worker{'s' if len(pool) > 1 else ''}"
+        if len(pool) > pool.room:
+            workers += f" (the cluster has room for {pool.room} now)"
         reporter.say(f"{workers}, loading {', '.join(config.teachers)} …")
         loaded = pool.load()
         store = _prepare(config, listing, growth, loaded, tiers, rows_per_shard)

@@ -64,7 +64,9 @@ class _Slot:
 class WorkerPool:
     """Workers that are replaced when they die. Made by `worker_pool`."""
 
-    def __init__(self, config: ExtractConfig, root: Path, device: str, workers: int) -> None:
+    def __init__(self, config: ExtractConfig, root: Path, device: str, workers: int, room: int) -> None:
+        self.room = room
+        """How many workers the cluster has room for now; the others start when machines join it."""
         self._config = config
         self._root = root
         self._device = device
@@ -362,17 +364,18 @@ class _Run:
 def worker_pool(config: ExtractConfig, root: Path, shards: int) -> Iterator[WorkerPool]:
     """Start Ray (or join the cluster at `config.address`) and yield a pool for about `shards` tasks.
 
-    Raises OlaError where Ray cannot be started or joined, ConfigError for more workers than there is room for.
+    On a cluster, `config.workers` may be more than it has room for: an autoscaler adds machines for those that wait.
+    Raises OlaError where Ray cannot be started or joined, ConfigError for more workers than fit this machine.
     """
     with ray_running(config.address, config.workers or 1):
         device, room = _room(config)
-        if config.workers is not None and config.workers > room:
+        if config.workers is not None and config.workers > room and config.address is None:
             kind = "GPUs" if device == "cuda" else "CPUs"
             raise ConfigError(
                 f"{config.workers} workers were asked for, the {kind} here are enough for {room}",
                 f"Use --workers {room} or fewer.",
             )
-        pool = WorkerPool(config, root, device, min(config.workers or room, max(shards, 1)))
+        pool = WorkerPool(config, root, device, min(config.workers or room, max(shards, 1)), room)
         try:
             yield pool
         finally:
@@ -385,13 +388,16 @@ def _room(config: ExtractConfig) -> tuple[str, int]:
 
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = int(resources.get("GPU", 0))
-    if config.device == "cuda" and not gpus:
+    to_come = config.address is not None and config.workers is not None
+    if config.device == "cuda" and not gpus and not to_come:
         raise ConfigError(
-            "--device cuda: Ray sees no GPU here", "Use --device cpu, or --address of a cluster with GPUs."
+            "--device cuda: Ray sees no GPU here",
+            "Use --device cpu, or --address of a cluster with GPUs; --workers N too if it gets them when asked for.",
         )
-    if gpus and config.device != "cpu":
+    if config.device == "cuda" or (gpus and config.device != "cpu"):
         return "cuda", int(gpus / config.gpus_per_worker)
-    return "cpu", max(int(resources.get("CPU", 1)), 1)
+    cpus = int(resources.get("CPU", 0))
+    return "cpu", cpus if to_come else max(cpus, 1)
 
 
 def _machine_lost(error: Exception) -> bool:

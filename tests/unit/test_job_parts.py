@@ -12,14 +12,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from olapipe import job
 from olapipe.bottleneck import bottleneck, busy
 from olapipe.cluster import ray_running, sweep_scratch
 from olapipe.config import ExtractConfig
@@ -29,7 +31,7 @@ from olapipe.signals import Terminated, sigterm_raises, stop_flag
 from olapipe.status import JOBS, Heartbeat, JobNote, jobs, show_status, teacher_status
 from olapipe.tally import ShardResult, ShardTask, Stop, Tally
 from olapipe.watch import watched
-from olaschema.errors import OlaError
+from olaschema.errors import ConfigError, OlaError
 from olaschema.manifest import SampleRow
 from olaschema.place import LocalPlace
 from olaschema.store import FeatureStore
@@ -133,6 +135,38 @@ def test_the_first_signal_sets_a_flag_and_the_second_one_raises() -> None:
         except Terminated:
             raise KeyboardInterrupt from None
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "present", "device", "workers", "room"),
+    [
+        ({}, {"CPU": 4.0}, "cpu", 4, 4),
+        ({}, {"CPU": 4.0, "GPU": 2.0}, "cuda", 2, 2),
+        ({"gpus_per_worker": 0.5}, {"CPU": 4.0, "GPU": 2.0}, "cuda", 4, 4),
+        ({"address": "auto", "workers": 6}, {"CPU": 4.0}, "cpu", 6, 4),
+        ({"address": "auto", "workers": 6, "device": "cuda"}, {"CPU": 0.0}, "cuda", 6, 0),
+        ({"address": "auto", "device": "cuda"}, {"CPU": 4.0}, "no GPU", 0, 0),
+        ({"workers": 6}, {"CPU": 4.0}, "enough for 4", 0, 0),
+        ({"workers": 2, "device": "cuda"}, {"CPU": 4.0}, "no GPU", 0, 0),
+    ],
+)
+def test_workers_wait_for_machines_that_a_cluster_gets_and_are_refused_here(
+    given: dict[str, Any], present: dict[str, float], device: str, workers: int, room: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(job, "ray_running", lambda *_: nullcontext())
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(cluster_resources=lambda: present))
+    started: list[str] = []
+    monkeypatch.setattr(job.WorkerPool, "_start", lambda pool: started.append(pool._device))
+    monkeypatch.setattr(job.WorkerPool, "close", lambda pool: None)
+    config = _config(None).model_copy(update=given)
+    if not workers:
+        with pytest.raises(ConfigError, match=device), job.worker_pool(config, Path(), 9):
+            pass
+        return
+    with job.worker_pool(config, Path(), 9) as pool:
+        assert started == [device] * workers
+        assert pool.room == room
 
 
 def test_scratch_folders_of_dead_drivers_are_swept(tmp_path: Path) -> None:
