@@ -77,20 +77,26 @@ def main() -> None:
     parser.add_argument("--shard-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--conditions", default="", help="what else the machine was doing; kept in the result")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp())
-    runs = []
+    runs: list[dict[str, Any]] = []
     try:
         for size in SIZES:
             runs.append(measure(size, arguments, work))
             print(runs[-1], flush=True)
+            save(runs, arguments)
     finally:
         shutil.rmtree(work)
+
+
+def save(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     record = {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "cpu": _processor(),
         "cores": os.cpu_count(),
+        "conditions": arguments.conditions,
         "versions": {name: version(name) for name in ("torch", "ray", "zarr")} | {"python": platform.python_version()},
         "what": (__doc__ or "").strip(),
         "median_error": statistics.median(abs(run["error"]) for run in runs),
@@ -98,7 +104,7 @@ def main() -> None:
         "runs": runs,
     }
     arguments.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"median error {record['median_error']:.1%}, baseline {record['median_baseline_error']:.1%}")
+    print(f"median error {record['median_error']:.1%}, baseline {record['median_baseline_error']:.1%}", flush=True)
 
 
 def _processor() -> str:
