@@ -182,7 +182,9 @@ def plan_command(
         flags |= {f"checkpoints.{name}": value for name, value in _pairs(checkpoint or [], "--checkpoint")}
         settings = load_config(ExtractConfig, flags=flags, overrides=overrides or [])
         given = Assumptions(nodes, epochs, runs, price_hour, price_tb_month, months, seconds)
-        make_plan(settings, given).show(_console(), as_json=as_json)
+        with sigterm_raises():  # its workers and its sample go with it
+            plan = make_plan(settings, given)
+        plan.show(_console(), as_json=as_json)
 
 
 @app.command("inspect")

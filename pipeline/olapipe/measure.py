@@ -197,7 +197,7 @@ def _work(line: Connection, config: ExtractConfig, root: Path, device: str) -> N
     """Load, say so, encode what is asked for, and say when each shard was done."""
     from olapipe.worker import ShardWorker
 
-    with suppress(BrokenPipeError):  # the parent has gone
+    with suppress(BrokenPipeError, EOFError):  # the parent has gone
         try:
             worker = ShardWorker(config, root, device)
             started = time.perf_counter()
