@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from trainer_support import make_student
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
@@ -23,11 +22,6 @@ from olatrain.compose import load_processor
 from olatrain.cvbench import SUFFIX, Answer, Question, parse_letter, read_questions, score
 
 SHAPE = {"ADE20K": ("2D", ("Count", "Relation")), "COCO": ("2D", ("Count",)), "Omni3D": ("3D", ("Depth", "Distance"))}
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
 
 
 def picture(seed: int) -> bytes:

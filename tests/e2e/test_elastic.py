@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from pipeline_support import olapipe
+from run_support import newest
 from trainer_support import (
     Corpus,
     end_all,
     environment,
     make_corpus,
-    make_student,
     metrics,
     run_file,
     saved,
@@ -39,11 +39,6 @@ from olatrain.setup import set_up
 from olatrain.stream import Sample, make_loader
 
 SEED = int(os.environ.get("OLA_TEST_SEED", "6"))
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +117,6 @@ def test_any_stops_worlds_and_workers_load_each_sample_as_often_as_it_is_due(
                     said[sample.position] = tokenizer.decode(answer).removesuffix("<|eot|>")
         for epoch in (0, 1):
             assert Counter(said.get(position) for position in range(epoch * size, (epoch + 1) * size)) == expected
-
-
-def newest(out: Path) -> Path:
-    latest = latest_checkpoint(out / "checkpoints")
-    assert latest is not None
-    return latest
 
 
 def test_an_epoch_has_each_sample_once_whatever_ranks_and_workers(

@@ -14,6 +14,7 @@ import torch
 from family_support import FAMILIES, make_checkpoint
 from PIL import Image
 from rich.console import Console
+from run_support import prepared
 from torch import Tensor
 from torch.nn import functional
 from trainer_support import (
@@ -40,9 +41,8 @@ from olaschema.store import FeatureStore
 from olatrain.cli import app
 from olatrain.compose import load_processor, student_view
 from olatrain.config import TrainConfig
-from olatrain.parallel import Ranks
 from olatrain.prepare import prepare
-from olatrain.setup import Run, set_up
+from olatrain.setup import Run
 from olatrain.step import run_batch
 from olatrain.stream import Batch
 from olatrain.tokens import Items, TaskTokens, locate
@@ -79,10 +79,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def chosen(corpus: Corpus, student: Path, out: Path, **changes: Any) -> dict[str, Any]:
     return settings(corpus, student, out, teachers=TEACHERS, **changes)
-
-
-def prepared(values: dict[str, Any]) -> Run:
-    return set_up(load_config(TrainConfig, flags=values), Ranks(0, 1, torch.device("cpu")))
 
 
 def fit(values: dict[str, Any]) -> None:

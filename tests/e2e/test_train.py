@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
+from run_support import losses, prepared, run, weights
 from torch import Tensor
 from torch.nn import functional
 from trainer_support import (
@@ -29,13 +28,11 @@ from trainer_support import (
     metrics,
     records,
     run_file,
-    saved,
     settings,
     start_ranks,
     write_json,
 )
 
-from olaschema.config import load_config
 from olaschema.errors import (
     ConfigError,
     CorpusError,
@@ -48,57 +45,16 @@ from olaschema.errors import (
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.checkpoint import CheckpointError, latest_checkpoint
-from olatrain.config import TrainConfig
-from olatrain.parallel import Ranks
-from olatrain.setup import Run, set_up
+from olatrain.setup import Run
 from olatrain.step import run_batch
 from olatrain.stream import Batch
-from olatrain.train import TrainingError, _check, train
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), images=9)
-
-
-@pytest.fixture
-def chosen(corpus: Corpus, student: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def choose(**changes: Any) -> dict[str, Any]:
-        return settings(corpus, student, tmp_path / "out", **changes)
-
-    return choose
-
-
-def run(values: dict[str, Any]) -> str:
-    """Train in this process; returns what was printed."""
-    text = io.StringIO()
-    train(load_config(TrainConfig, flags=values), Console(file=text))
-    return text.getvalue()
-
-
-def prepared(values: dict[str, Any]) -> Run:
-    return set_up(load_config(TrainConfig, flags=values), Ranks(0, 1, torch.device("cpu")))
-
-
-def weights(out: Path | str) -> dict[str, Tensor]:
-    latest = latest_checkpoint(Path(out) / "checkpoints")
-    assert latest is not None
-    return saved(latest, "trainable")
+from olatrain.train import TrainingError, _check
 
 
 def require_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
-
-
-def losses(out: Path | str) -> list[float]:
-    return [line["loss"] for line in metrics(Path(out))]
 
 
 # --- the loss

@@ -14,14 +14,13 @@ import torch
 from pipeline_support import digests, olapipe
 from place_support import BUCKET, s3, s3_server
 from rich.console import Console
+from run_support import weights
 from trainer_support import (
     Corpus,
     conversation,
     end_all,
     make_corpus,
-    make_student,
     metrics,
-    saved,
     settings,
     start_ranks,
     write_json,
@@ -40,11 +39,6 @@ from olatrain.train import train
 
 __all__ = ["s3", "s3_server"]
 _FIGURES = ("loss", "text", "teachers", "lr", "grad_norm", "samples", "skipped")
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +76,6 @@ def run(chosen: dict[str, Any]) -> list[dict[str, Any]]:
 
 def figures(out: Path) -> list[dict[str, Any]]:
     return [{name: line[name] for name in _FIGURES} for line in metrics(out)]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    newest = latest_checkpoint(out / "checkpoints")
-    assert newest is not None
-    return saved(newest, "trainable")
 
 
 @pytest.mark.parametrize("control", ["none", "shuffle"])

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
-from trainer_support import Corpus, end_all, make_corpus, make_student, metrics, settings, start_ranks
+from trainer_support import Corpus, end_all, make_corpus, metrics, settings, start_ranks
 from typer.testing import CliRunner
 
 from olapipe.cli import app as olapipe_app
@@ -34,11 +34,6 @@ from olatrain.train import train
 
 LLM = ["projector", "predictors", "task_tokens", "llm"]
 ALONE = Ranks(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")
