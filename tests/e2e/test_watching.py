@@ -249,7 +249,6 @@ def test_predictions_are_a_store_for_each_layer_that_preview_draws(
 def test_mlflow_keeps_the_figures_of_a_run_that_went_on(
     corpus: Corpus, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the store that mlflow-skinny has too
     values = settings(corpus, student, tmp_path / "out", steps=3, trackers=["mlflow"])
@@ -273,7 +272,6 @@ def test_mlflow_keeps_the_figures_of_a_run_that_went_on(
 def test_wandb_keeps_an_offline_run(
     corpus: Corpus, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
