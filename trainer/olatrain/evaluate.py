@@ -15,7 +15,7 @@ from olaschema.images import DEFAULT_MAX_PIXELS, decode_image
 from olaschema.manifest import canonical_json
 from olatrain.compose import load_processor
 from olatrain.conversations import IMAGE_MARK, parse_conversation
-from olatrain.cvbench import SUFFIX, Answer, Question, parse_letter, read_questions, score
+from olatrain.cvbench import SOURCES, SUFFIX, Answer, Question, parse_letter, read_questions, score
 from olatrain.families import Vision, open_vision
 from olatrain.feedstore import open_feeds
 from olatrain.learner import load_student
@@ -142,9 +142,17 @@ def _record(answer: Answer) -> dict[str, Any]:
 
 
 def remarks(result: dict[str, Any]) -> Sequence[str]:
-    """What to know beside the scores: answers without a letter, and for how many questions there were features."""
+    """What to know beside the scores: of what they are averages, answers without a letter, questions with features."""
     count = result["unreadable"]
-    lines = [f"{count} of {result['questions']} answers name no choice; they count as wrong"] if count else []
+    parts = [f"{kind} = mean of {', '.join(names)}" for kind, names in result["averaged"].items() if names]
+    ours = {kind: set(names) for kind, names in result["averaged"].items()}
+    if ours == {kind: set(names) for kind, names in SOURCES.items()}:
+        parts.append("as published")
+    else:
+        published = ", ".join(f"{kind}: {' and '.join(names)}" for kind, names in SOURCES.items())
+        parts.append(f"not CV-Bench's own sources ({published}), so no figure to compare with published ones")
+    lines = ["; ".join(parts)]
+    lines += [f"{count} of {result['questions']} answers name no choice; they count as wrong"] if count else []
     for teacher, found in result.get("fed", {}).items():
         lines.append(f"fed features of {teacher} for {found['images']} questions, none for {found['missing']}")
     return lines
