@@ -266,7 +266,7 @@ def start_ranks(
     With `gradients`, a safetensors file, the first step's gradients as they are over all ranks.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["olatrain.train", "olatrain.compose"])
+    context.set_forkserver_preload(["rank_preload"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

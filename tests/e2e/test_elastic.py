@@ -149,13 +149,13 @@ def test_an_epoch_has_each_sample_once_whatever_ranks_and_workers(
 def test_ten_kills_at_random_moments_end_with_the_same_bits(corpus: Corpus, student: Path, tmp_path: Path) -> None:
     """And none loses a save point that a later step has been seen after."""
     rng = random.Random(SEED)
-    values = settings(corpus, student, tmp_path / "out", steps=120, checkpoint_every=3, workers=1)
+    values = settings(corpus, student, tmp_path / "out", steps=90, checkpoint_every=3, workers=1)
     end_all(start_ranks(values | {"out": str(tmp_path / "whole")}, 1))
     out = Path(values["out"])
     reached, kills = 0, 0
     while kills < 10:
         (rank,) = start_ranks(values, 1)
-        wait_for_step(out, reached + rng.randrange(1, 8))
+        wait_for_step(out, reached + rng.randrange(1, 6))
         time.sleep(rng.uniform(0, 0.05))
         rank.kill()
         rank.join(30)
@@ -170,7 +170,8 @@ def test_ten_kills_at_random_moments_end_with_the_same_bits(corpus: Corpus, stud
     one, other = (saved(newest(folder), "trainable") for folder in (out, tmp_path / "whole"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], value) for name, value in other.items())
-    assert [line["step"] for line in metrics(out)] == list(range(1, 121))
+    assert [line["step"] for line in metrics(out)] == list(range(1, 91))
+    assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in metrics(tmp_path / "whole")]
 
 
 def wait_for_step(out: Path, step: int) -> None:

@@ -199,15 +199,15 @@ def test_stopping_and_going_on_ends_with_the_same_bits(chosen: Callable[..., dic
     assert "all 6 steps are done already" in run(parts)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_sigkill_loses_only_the_steps_since_the_last_save(
-    chosen: Callable[..., dict[str, Any]], tmp_path: Path, world: int
+def test_sigkill_of_two_ranks_loses_only_the_steps_since_the_last_save(
+    chosen: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    values = chosen(steps=24, checkpoint_every=2, workers=1, nproc=world)
-    end_all(start_ranks(values | {"out": str(tmp_path / "whole")}, world))
+    """One rank is killed ten times in `test_elastic`."""
+    values = chosen(steps=12, checkpoint_every=2, workers=1, nproc=2)
+    end_all(start_ranks(values | {"out": str(tmp_path / "whole")}, 2))
     out = Path(values["out"])
-    for steps in (5, 13):
-        ranks = start_ranks(values, world)
+    for steps in (3, 7):
+        ranks = start_ranks(values, 2)
         wait_for_step(out, steps)
         for rank in ranks:
             rank.kill()
@@ -215,12 +215,12 @@ def test_sigkill_loses_only_the_steps_since_the_last_save(
         reached = metrics(out)[-1]["step"]
         newest = latest_checkpoint(out / "checkpoints")
         assert newest is not None
-        assert steps <= reached < 24
+        assert steps <= reached < 12
         # the save before the last is published: a save waits for the one before it, and is written in the background
         assert reached - int(newest.name.removeprefix("step-")) <= 2 * 2
-    end_all(start_ranks(values, world))
+    end_all(start_ranks(values, 2))
     require_same(weights(out), weights(tmp_path / "whole"))
-    assert [line["step"] for line in metrics(out)] == list(range(1, 25))
+    assert [line["step"] for line in metrics(out)] == list(range(1, 13))
     assert losses(out) == losses(tmp_path / "whole")
 
 
@@ -409,20 +409,3 @@ def test_the_floor_is_what_the_mean_training_map_would_get(
         assert floor["cosine"] == pytest.approx(cosine, rel=1e-5)
         layer = line["teachers"]["depth"]["layers"]["2"]
         assert layer["loss"] == pytest.approx(layer["smooth_l1"] + 0.3 * layer["contrastive"])
-
-
-def test_it_trains_without_teachers_or_their_libraries(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    values = run_file(tmp_path / "c.json", chosen(steps=1))
-    code = (
-        "import sys\nfrom olatrain.cli import main\n"
-        f"sys.argv = ['olatrain', 'run', '--config', {str(values)!r}]\n"
-        "try:\n main()\nexcept SystemExit as stop:\n assert not stop.code\n"
-        "banned = ('olapipe', 'ray', 'diffusers', 'depth_anything', 'oneformer')\n"
-        "found = [m for m in sys.modules if m.split('.')[0] in banned or any(b in m for b in banned[2:])]\n"
-        "assert 'torch' in sys.modules and not found, found\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step 1/1" in done.stdout

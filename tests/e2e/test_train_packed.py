@@ -220,7 +220,8 @@ def test_a_cache_of_remote_files_changes_no_figure_and_spares_requests(
     for name in digests(corpus.root / layout):
         place.publish(name, (corpus.root / layout / name).read_bytes())
     limit = 70_000 if layout == "packed" else 1_000
-    remote = {"store": place.url, "cache_dir": str(tmp_path / "cache"), "cache_limit": limit, "workers": 2}
+    remote = {"store": place.url, "cache_dir": str(tmp_path / "cache"), "cache_limit": limit}
+    remote["workers"] = 1 if layout == "packed" else 0  # a loader process of its own is a second's start
     changes = {"steps": 8}
     made = packed_settings if layout == "packed" else settings
     assert run(made(corpus, student, tmp_path / "out") | remote | changes) == run(
