@@ -74,3 +74,22 @@ def test_every_teacher_with_a_published_checkpoint_is_timed(script: ModuleType) 
     from olapipe.teachers.catalogue import BUILT_IN
 
     assert sorted(script.NAMES) == sorted(info.name for info in BUILT_IN if info.published)
+
+
+def test_every_mutation_has_its_place_in_the_code_and_was_seen_to_fail() -> None:
+    """The record is of the mutations that the script makes, and each could be made today."""
+    spec = importlib.util.spec_from_file_location("mutations", BENCHMARKS / "mutations.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass looks its own types up
+    spec.loader.exec_module(module)
+    for mutation in module.MUTATIONS:
+        text = (BENCHMARKS.parent / "trainer/olatrain" / mutation.file).read_text(encoding="utf-8")
+        assert text.count(mutation.before) == 1, mutation.name
+        assert mutation.before != mutation.after
+        assert (BENCHMARKS.parent / mutation.tests[0]).is_file()
+    record = json.loads((BENCHMARKS / "results/mutations.json").read_text(encoding="utf-8"))
+    assert [one["mutation"] for one in record["mutations"]] == [one.name for one in module.MUTATIONS]
+    assert all(one["failed"] for one in record["mutations"])
+    assert record["survived"] == []
