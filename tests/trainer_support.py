@@ -281,7 +281,7 @@ def start_ranks(
 
 def end_all(ranks: Sequence[BaseProcess]) -> None:
     """Wait for all ranks, which must succeed; ranks that wait for one another for ever are ended."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     for rank in ranks:
         rank.join(max(0.0, deadline - time.monotonic()))
     codes = [rank.exitcode for rank in ranks]
