@@ -63,8 +63,8 @@ def make(layout: Layout, seed: int) -> dict[str, float]:
     """Write the rows as a store; returns what encoding and writing them cost, in CPU seconds of one core."""
     from store_support import EXECUTION, images, record
 
+    from olapipe.quantise import quantise
     from olaschema.manifest import ChannelStatistics, RowReceipt
-    from olaschema.precision import encode
     from olaschema.store import FeatureStore
 
     store = FeatureStore.create(layout.at("store"), rows_per_shard=layout.rows_per_shard)
@@ -77,7 +77,7 @@ def make(layout: Layout, seed: int) -> dict[str, float]:
         features = proxy((*GRID, CHANNELS), layout.rows_per_shard, rng)
         seconds["float32_mb"] += features.nbytes / 1e6
         start = time.process_time()
-        stored = encode(features, "int8", centred=True)
+        stored = quantise(torch.from_numpy(features), "int8", centred=True)
         seconds["quantise"] += time.process_time() - start
         start = time.process_time()
         collected = ChannelStatistics(CHANNELS)
