@@ -75,9 +75,12 @@ def make_world(split: Split, first: int, count: int, *, seed: int) -> World:
         patches.append(patch_names(scene, picture))
         fine = torch.from_numpy(nearest(picture.inverse_depth, SIDE))
         depths.append(fine.reshape(GRID, PATCH, GRID, PATCH).mean(dim=(1, 3)).flatten())
-        distances = bool(rng.integers(2))
-        prompt = language.DESCRIBE_DEPTH if distances else language.DESCRIBE
-        turns = [("caption", prompt, language.caption(scene, picture, distances=distances))]
+        turns = [
+            ("caption", language.DESCRIBE, language.caption(scene, picture)),
+            ("caption", language.DESCRIBE_DEPTH, language.caption(scene, picture, distances=True)),
+            ("caption", language.DESCRIBE_COLUMN, language.columns(scene, picture)),
+        ]
+        turns.pop(int(rng.integers(3)))
         turns += [
             (q.kind, q.prompt + language.SUFFIX, q.letter) for q in language.questions(scene, picture, rng, balance)
         ]
@@ -248,6 +251,7 @@ def llm_config(words: int) -> LlamaConfig:
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=False,
+        initializer_range=0.1,  # about one over the root of the width: with 0.02 so narrow a model starts mute
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
@@ -290,16 +294,37 @@ def renamings(tokenizer: Any, generator: torch.Generator) -> Tensor:
     return table
 
 
+@torch.no_grad()
+def compose_words(model: LlamaForCausalLM, tokenizer: Any) -> None:
+    """Start each word as the sum of what it is made of: `red cross` of `red` and `cross`, `x1y2` of a column and a row.
+
+    Otherwise each of the hundreds of words would have to be learnt on its own to be of that colour.
+    """
+    rows = model.get_input_embeddings().weight
+    known = tokenizer.get_vocab()
+    fresh: dict[str, Tensor] = defaultdict(lambda: 0.1 * torch.randn(rows.shape[1]))
+    for word, number in known.items():
+        parts = language.parts(word)
+        if len(parts) > 1:
+            rows[number] = torch.stack([rows[known[part]] if part in known else fresh[part] for part in parts]).sum(0)
+    model.get_output_embeddings().weight.copy_(rows)
+
+
 def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
     """Train the Llama on scenes written out, questions and answers; the answers count most."""
     torch.manual_seed(13)
     tokenizer = make_tokenizer()
     ids, labels, _ = tokenise(tokenizer, world.texts)
     model = LlamaForCausalLM(llm_config(len(tokenizer)))
+    compose_words(model, tokenizer)
+
+    by_length = (ids != tokenizer.pad_token_id).sum(dim=1).argsort()  # a batch of like lengths has little padding
+    letters = torch.tensor(tokenizer.convert_tokens_to_ids(list(language.LETTERS)))
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(14_000_000 + step)
-        chosen = torch.randint(len(ids), (batch,), generator=generator)
+        first = int(torch.randint(len(ids) - batch + 1, (), generator=generator))
+        chosen = by_length[first : first + batch]
         table = renamings(tokenizer, generator)
         words, answers = table[ids[chosen]], labels[chosen]
         length = int((words != tokenizer.pad_token_id).sum(dim=1).max())
@@ -307,9 +332,12 @@ def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
         hidden = model.model(input_ids=words).last_hidden_state[:, :-1]
         supervised = answers[:, 1:] != IGNORED
         # padding is on the right, where nothing that counts looks
-        return functional.cross_entropy(model.lm_head(hidden[supervised]), words[:, 1:][supervised])
+        said = words[:, 1:][supervised]
+        each = functional.cross_entropy(model.lm_head(hidden[supervised]), said, reduction="none")
+        choice = torch.isin(said, letters)
+        return each[~choice].mean() + each[choice].sum() / choice.sum().clamp(min=1)
 
-    fit(model, loss, steps, lr=2e-3, out=out)
+    fit(model, loss, steps, lr=3e-3, out=out)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

@@ -119,9 +119,19 @@ def test_words_about_a_scene_say_what_shows_and_no_more(drawn: list[tuple[Any, A
         assert [name for name in said.split(" ; ") if name] == sorted(world, key=lambda name: world[name]["x"])
         assert not re.search(r"\d|near|far|clos", said)  # a caption tells no distance
         words = language.written(scene, picture).split()
-        assert len(words) == 36
         assert set(words) <= known
-        shown = {tuple(word.rsplit("-", 1)) for word in words if "-" in word}
+        places, cells = words[::2], words[1::2]
+        numbers = [int(place[3]) * 6 + int(place[1]) for place in places]
+        assert numbers == sorted(set(numbers))
+        assert all(re.fullmatch(r"x[0-5]y[0-5]", place) for place in places)
+        shown = {tuple(word.rsplit("-", 1)) for word in cells}
+        for name, thing in world.items():  # where most of a thing is, there it is named
+            column = int(6 * thing["x"])
+            assert any(abs(int(p[1]) - column) <= 1 for p, c in zip(places, cells, strict=True)
+                       if c.rsplit("-", 1)[0] == name.replace(" ", "-"))  # fmt: skip
+        entries = [entry for entry in language.columns(scene, picture).removesuffix(" .").split(" ; ") if entry]
+        told = dict(entry.rsplit(" in-", 1) for entry in entries)
+        assert told == {name: str(min(5, int(6 * thing["x"]))) for name, thing in world.items()}
         level = {name: min(7, int(8 * np.log(t["distance"]) / np.log(8.0))) for name, t in world.items()}
         assert shown == {(name.replace(" ", "-"), str(level[name])) for name in world}
 
