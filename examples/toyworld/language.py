@@ -242,7 +242,7 @@ def _distances(things: Sequence[Thing], rng: np.random.Generator, balance: Balan
     for number in rng.permutation(len(things)):
         middle = things[int(number)]
         others = [thing for thing in things if thing is not middle]
-        rng.shuffle(others)  # type: ignore[arg-type]  # a list is shuffled in place
+        rng.shuffle(others)
         for a, b in zip(others[::2], others[1::2], strict=False):
             apart = [float(np.linalg.norm(position(thing) - position(middle))) for thing in (a, b)]
             near, far = (a, b) if apart[0] < apart[1] else (b, a)

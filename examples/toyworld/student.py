@@ -310,6 +310,23 @@ def compose_words(model: LlamaForCausalLM, tokenizer: Any) -> None:
     model.get_output_embeddings().weight.copy_(rows)
 
 
+def swapped(tokenizer: Any, words: Tensor, generator: torch.Generator) -> Tensor:
+    """Exchange the choices of half of the questions that have two, and their answers: (N, L) → (N, L).
+
+    Otherwise which letter is right is learnt by heart, scene by scene.
+    """
+    first, suffix = tokenizer.convert_tokens_to_ids(["(A)", language.SUFFIX.strip()])
+    a, b = tokenizer.convert_tokens_to_ids(["A", "B"])
+    words = words.clone()
+    # (A) one (B) other [sentence] ASSISTANT : letter
+    row, place = (words == first).nonzero(as_tuple=True)
+    chosen = (words[row, place + 4] == suffix) & (torch.rand(len(row), generator=generator) < 0.5)
+    row, place = row[chosen], place[chosen]
+    words[row, place + 1], words[row, place + 3] = words[row, place + 3], words[row, place + 1]
+    words[row, place + 7] = torch.where(words[row, place + 7] == a, b, a)
+    return words
+
+
 def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
     """Train the Llama on scenes written out, questions and answers; the answers count most."""
     torch.manual_seed(13)
@@ -326,7 +343,7 @@ def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
         first = int(torch.randint(len(ids) - batch + 1, (), generator=generator))
         chosen = by_length[first : first + batch]
         table = renamings(tokenizer, generator)
-        words, answers = table[ids[chosen]], labels[chosen]
+        words, answers = swapped(tokenizer, table[ids[chosen]], generator), labels[chosen]
         length = int((words != tokenizer.pad_token_id).sum(dim=1).max())
         words, answers = words[:, :length], answers[:, :length]
         hidden = model.model(input_ids=words).last_hidden_state[:, :-1]
