@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ GRID = SIDE // PATCH
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 TRAINING, HELD_OUT = 3000, 400
 """Scenes that both learn from, and that scores are taken on."""
+VARIANTS = 6
+"""Forms of each training text, in which choices are exchanged and hints are given."""
 FIRST = 200_000
 """Number of the first training scene: none of those that the questions or captions of a run are about."""
 ACCEPTED = 0.95
@@ -310,28 +314,49 @@ def compose_words(model: LlamaForCausalLM, tokenizer: Any) -> None:
     model.get_output_embeddings().weight.copy_(rows)
 
 
-def swapped(tokenizer: Any, words: Tensor, generator: torch.Generator) -> Tensor:
-    """Exchange the choices of half of the questions that have two, and their answers: (N, L) → (N, L).
+def varied(turns: list[tuple[str, str, str]], rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """Return turns whose two choices are exchanged, half of the time, and whose names are followed by hints, half.
 
-    Otherwise which letter is right is learnt by heart, scene by scene.
+    Without the first which letter is right is learnt by heart, scene by scene. The hints say what the written scene
+    does, a distance or a column, so that what each name must be looked up for is learnt before how two compare.
     """
-    first, suffix = tokenizer.convert_tokens_to_ids(["(A)", language.SUFFIX.strip()])
-    a, b = tokenizer.convert_tokens_to_ids(["A", "B"])
-    words = words.clone()
-    # (A) one (B) other [sentence] ASSISTANT : letter
-    row, place = (words == first).nonzero(as_tuple=True)
-    chosen = (words[row, place + 4] == suffix) & (torch.rand(len(row), generator=generator) < 0.5)
-    row, place = row[chosen], place[chosen]
-    words[row, place + 1], words[row, place + 3] = words[row, place + 3], words[row, place + 1]
-    words[row, place + 7] = torch.where(words[row, place + 7] == a, b, a)
-    return words
+    cells = re.findall(r"x(\d)y\d (\w+)-(\w+)-(\d)", turns[0][1])
+    level = {f"{colour} {shape}": f"at-{number}" for _, colour, shape, number in cells}
+    found: dict[str, list[int]] = defaultdict(list)
+    for column, colour, shape, _ in cells:
+        found[f"{colour} {shape}"].append(int(column))
+    column = {name: f"in-{round(float(np.mean(numbers)))}" for name, numbers in found.items()}
+    hints: dict[str, list[dict[str, str]]] = {"depth": [level], "relation": [column], "distance": [column, level]}
+    names = re.compile("|".join(sorted(level, key=len)) or "$^")
+    changed = []
+    for kind, text, answer in turns:
+        scene, mark, question = text.rpartition(" .\n") if text.startswith("Scene") else ("", "", text)
+        choices = re.search(r"\(A\) (.+) \(B\) ([^()]+)(?=\nAnswer)", question)
+        if kind in language.KINDS and choices and "(C)" not in question:
+            if rng.random() < 0.5:
+                exchanged = f"(A) {choices[2]} (B) {choices[1]}"
+                question = question.replace(choices[0], exchanged)
+                answer = "B" if answer == "A" else "A"
+            if rng.random() < 0.5:
+                for hint in hints.get(kind, []):
+                    question = names.sub(partial(_told, hint), question)
+        changed.append((kind, f"{scene}{mark}{question}", answer))
+    return changed
+
+
+def _told(hint: dict[str, str], name: re.Match[str]) -> str:
+    return f"{name[0]} {hint[name[0]]}"
 
 
 def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
     """Train the Llama on scenes written out, questions and answers; the answers count most."""
     torch.manual_seed(13)
     tokenizer = make_tokenizer()
-    ids, labels, _ = tokenise(tokenizer, world.texts)
+    rng = np.random.default_rng(13)
+    texts = [varied(turns, rng) for _ in range(VARIANTS) for turns in world.texts]
+    ids, labels, _ = tokenise(tokenizer, texts)
+    hint = torch.tensor([n for word, n in tokenizer.get_vocab().items() if re.fullmatch(r"(at|in)-\d", word)])
+    labels = torch.where(torch.isin(ids, hint), ids, labels)
     model = LlamaForCausalLM(llm_config(len(tokenizer)))
     compose_words(model, tokenizer)
 
@@ -343,7 +368,7 @@ def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
         first = int(torch.randint(len(ids) - batch + 1, (), generator=generator))
         chosen = by_length[first : first + batch]
         table = renamings(tokenizer, generator)
-        words, answers = swapped(tokenizer, table[ids[chosen]], generator), labels[chosen]
+        words, answers = table[ids[chosen]], labels[chosen]
         length = int((words != tokenizer.pad_token_id).sum(dim=1).max())
         words, answers = words[:, :length], answers[:, :length]
         hidden = model.model(input_ids=words).last_hidden_state[:, :-1]
@@ -390,7 +415,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="folder that holds vision/ and llm/")
     parser.add_argument("names", nargs="*", default=[], help="which; all by default")
     parser.add_argument("--vision-steps", type=int, default=1000)
-    parser.add_argument("--llm-steps", type=int, default=2500)
+    parser.add_argument("--llm-steps", type=int, default=6000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = options.names or ["vision", "llm"]

@@ -188,6 +188,40 @@ def test_the_tokenizer_knows_every_word(asked: list[tuple[Any, Any, Any]]) -> No
     assert tokenizer(language.SUFFIX.strip())["input_ids"] == [tokenizer.convert_tokens_to_ids(language.SUFFIX.strip())]
 
 
+def test_varied_texts_keep_the_right_answer_and_their_hints_are_true() -> None:
+    student, language = load("student"), load("language")
+    scene = "x0y2 red-disc-1 x4y3 blue-cross-6 x5y3 blue-cross-6"
+    right = {"depth": "red disc", "relation": "left"}
+    turns = [
+        ("depth", f"Scene : {scene} .\nWhich is closer ? (A) red disc (B) blue cross{language.SUFFIX}", "A"),
+        ("count", f"How many things are there ? (A) 2 (B) 3 (C) 4 (D) 5{language.SUFFIX}", "A"),
+        ("caption", language.DESCRIBE, "red disc ; blue cross ."),
+        ("relation", f"Where is the red disc compared to the blue cross ? (A) left (B) right{language.SUFFIX}", "A"),
+    ]
+    rng = np.random.default_rng(3)
+    seen: dict[str, set[str]] = defaultdict(set)
+    for _ in range(60):
+        changed = student.varied(turns, rng)
+        assert changed[1:3] == turns[1:3]
+        assert changed[0][1].startswith(f"Scene : {scene} .\n")
+        for kind, text, answer in (changed[0], changed[3]):
+            plain = re.sub(r" (at|in)-\d", "", text)
+            choices = re.search(r"\(A\) (.+) \(B\) (.+)\n", plain)
+            assert choices
+            assert choices["AB".index(answer) + 1] == right[kind]
+            question = text.split(" .\n")[-1]
+            hints = re.findall(r"(red disc|blue cross) ((?:at|in)-\d)", question)
+            truth = (
+                {"red disc": "at-1", "blue cross": "at-6"}
+                if kind == "depth"
+                else {"red disc": "in-0", "blue cross": "in-4"}
+            )
+            assert hints in ([], list(dict(hints).items()))
+            assert all(truth[name] == hint for name, hint in hints)
+            seen[kind].add(f"{answer}{len(hints)}")
+    assert seen == {"depth": {"A0", "A2", "B0", "B2"}, "relation": {"A0", "A2", "B0", "B2"}}
+
+
 def test_intervals_cover_and_p_values_are_corrected() -> None:
     significance = load("significance")
     assert significance.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
