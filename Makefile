@@ -10,6 +10,8 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 DEMO ?= demo-out
 EVIDENCE ?= evidence-out
 SEEDS ?= 0-2
+# Files of tests that run side by side
+JOBS ?= 2
 # The images in docker/ install one half each with the same target
 EXTRAS ?= pipeline,trainer,dev
 
@@ -56,7 +58,7 @@ imports: install
 	$(BIN)/lint-imports --no-cache
 
 pytest: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis build

@@ -11,7 +11,7 @@ WORKDIR /opt/ola
 COPY --chown=ola Makefile pyproject.toml constraints.txt README.md LICENSE ./
 COPY --chown=ola schemas schemas
 COPY --chown=ola pipeline pipeline
-RUN make install EXTRAS=pipeline,diffusion,buckets
+RUN make install EXTRAS=pipeline,cluster,diffusion,buckets
 ENV PATH=/opt/ola/.venv/bin:$PATH \
     RAY_USAGE_STATS_ENABLED=0 \
     RAY_AUTH_MODE=token \

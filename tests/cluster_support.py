@@ -39,13 +39,14 @@ class Nodes:
     """A head without CPUs and `count` nodes of one CPU each; nodes that were killed are started again."""
 
     def __init__(self, count: int = 2) -> None:
-        self.metrics_port = free_port()
+        self.metrics_port, self.dashboard_port = free_port(), free_port()
         with _environment():
             self.cluster = Cluster(
                 initialize_head=True,
                 head_node_args={
                     "num_cpus": 0,
-                    "include_dashboard": False,
+                    "include_dashboard": True,
+                    "dashboard_port": self.dashboard_port,
                     "metrics_export_port": self.metrics_port,
                     "_system_config": _SOON,
                 },
@@ -90,10 +91,26 @@ def control(folder: Path, **settings: Any) -> Path:
 
 def start(nodes: Nodes | None, corpus: Path, out: Path, checkpoint: Path, *more: object) -> subprocess.Popen[str]:
     """Start `olapipe extract` with the faulty teacher, on the cluster if there is one."""
-    fixed = ["extract", corpus, "--out", out, "--teacher", "faulty", "--checkpoint", f"faulty={checkpoint}"]
     where = ["--address", nodes.address] if nodes is not None else []
+    return _spawn(checkpoint, [*_extraction(corpus, out, checkpoint), *where, *map(str, more)])
+
+
+def submit(nodes: Nodes, corpus: Path, out: Path, checkpoint: Path, *more: object) -> subprocess.Popen[str]:
+    """The same as a job of the cluster, by `ray job submit`; it follows the job, whose exit status it returns."""
+    command = [*_extraction(corpus, out, checkpoint), "--address", "auto", *map(str, more)]
+    ray = str(Path(sys.executable).with_name("ray"))
+    address = f"http://127.0.0.1:{nodes.dashboard_port}"
+    return _spawn(checkpoint, [ray, "job", "submit", "--address", address, "--", *command])
+
+
+def _extraction(corpus: Path, out: Path, checkpoint: Path) -> list[str]:
+    settings = [corpus, "--out", out, "--teacher", "faulty", "--checkpoint", f"faulty={checkpoint}"]
+    return [sys.executable, "-m", "olapipe", "extract", *map(str, settings)]
+
+
+def _spawn(checkpoint: Path, command: list[str]) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "olapipe", *map(str, [*fixed, *where, *more])],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -185,7 +185,7 @@ def test_ten_kills_at_random_moments_end_with_the_same_bits(corpus: Corpus, stud
 
 
 def wait_for_step(out: Path, step: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     path = out / "metrics.jsonl"
     while f'"event": "train", "step": {step},' not in (path.read_text(encoding="utf-8") if path.exists() else ""):
         assert time.monotonic() < deadline, "the run does not get there"
@@ -208,7 +208,7 @@ def test_torchrun_on_two_nodes(corpus: Corpus, student: Path, tmp_path: Path) ->
         )
         for node in (0, 1)
     ]  # fmt: skip
-    said = [node.communicate(timeout=120)[0] for node in nodes]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert said[0].count("step 2/2: saved") == 1
     assert "saved" not in said[1]

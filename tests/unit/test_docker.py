@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import subprocess
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -138,14 +139,21 @@ def test_what_an_image_copies_is_there_and_it_does_not_run_as_root(name: str) ->
     assert not any(line.startswith("USER root") for line in lines)
 
 
-def test_the_trainers_image_has_no_ray_in_its_extras() -> None:
-    import tomllib
-
+def needed(image: str) -> list[str]:
+    """The requirements of the extras that an image installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    step = next(line for line in dockerfile("trainer.Dockerfile").splitlines() if "make install" in line)
+    step = next(line for line in dockerfile(image).splitlines() if "make install" in line)
     extras = step.rpartition("EXTRAS=")[2].split(",")
-    needed = project["dependencies"] + [need for extra in extras for need in project["optional-dependencies"][extra]]
-    assert not any(re.match(r"ray\b|diffusers\b", need) for need in needed)
+    return [*project["dependencies"], *(need for extra in extras for need in project["optional-dependencies"][extra])]
+
+
+def test_the_trainers_image_has_no_ray_in_its_extras() -> None:
+    assert not any(re.match(r"ray\b|diffusers\b", need) for need in needed("trainer.Dockerfile"))
+
+
+def test_the_pipelines_image_has_what_a_rayjob_is_submitted_to() -> None:
+    """KubeRay submits through the dashboard, and metrics leave through the agents: `ray` alone has neither."""
+    assert any(need.startswith("ray[default]") for need in needed("pipeline.Dockerfile"))
 
 
 def test_the_entry_points_are_commands_that_olapipe_takes() -> None:
