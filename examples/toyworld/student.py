@@ -315,7 +315,7 @@ def compose_words(model: LlamaForCausalLM, tokenizer: Any) -> None:
 
 
 def varied(turns: list[tuple[str, str, str]], rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Return turns whose two choices are exchanged, half of the time, and whose names are followed by hints, half.
+    """Return turns whose two choices are exchanged, half of the time, and half of their names hinted at.
 
     Without the first which letter is right is learnt by heart, scene by scene. The hints say what the written scene
     does, a distance or a column, so that what each name must be looked up for is learnt before how two compare.
@@ -337,15 +337,15 @@ def varied(turns: list[tuple[str, str, str]], rng: np.random.Generator) -> list[
                 exchanged = f"(A) {choices[2]} (B) {choices[1]}"
                 question = question.replace(choices[0], exchanged)
                 answer = "B" if answer == "A" else "A"
-            if rng.random() < 0.5:
-                for hint in hints.get(kind, []):
-                    question = names.sub(partial(_told, hint), question)
+            for hint in hints.get(kind, []):
+                given = {name: value for name, value in hint.items() if rng.random() < 0.5}
+                question = names.sub(partial(_told, given), question)
         changed.append((kind, f"{scene}{mark}{question}", answer))
     return changed
 
 
 def _told(hint: dict[str, str], name: re.Match[str]) -> str:
-    return f"{name[0]} {hint[name[0]]}"
+    return f"{name[0]} {hint[name[0]]}" if name[0] in hint else name[0]
 
 
 def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
