@@ -318,7 +318,7 @@ def varied(turns: list[tuple[str, str, str]], rng: np.random.Generator) -> list[
     """Return turns whose two choices are exchanged, half of the time, and half of their names hinted at.
 
     Without the first which letter is right is learnt by heart, scene by scene. The hints say what the written scene
-    does, a distance or a column, so that what each name must be looked up for is learnt before how two compare.
+    does, a distance or a column, or which choice is right, so that each step of an answer is learnt on its own too.
     """
     cells = re.findall(r"x(\d)y\d (\w+)-(\w+)-(\d)", turns[0][1])
     level = {f"{colour} {shape}": f"at-{number}" for _, colour, shape, number in cells}
@@ -333,6 +333,7 @@ def varied(turns: list[tuple[str, str, str]], rng: np.random.Generator) -> list[
         scene, mark, question = text.rpartition(" .\n") if text.startswith("Scene") else ("", "", text)
         choices = re.search(r"\(A\) (.+) \(B\) ([^()]+)(?=\nAnswer)", question)
         if kind in language.KINDS and choices and "(C)" not in question:
+            first = answer
             if rng.random() < 0.5:
                 exchanged = f"(A) {choices[2]} (B) {choices[1]}"
                 question = question.replace(choices[0], exchanged)
@@ -340,6 +341,9 @@ def varied(turns: list[tuple[str, str, str]], rng: np.random.Generator) -> list[
             for hint in hints.get(kind, []):
                 given = {name: value for name, value in hint.items() if rng.random() < 0.5}
                 question = names.sub(partial(_told, given), question)
+            if kind in ("relation", "colour") and rng.random() < 0.5:
+                right = choices[1] if first == "A" else choices[2]
+                question = question.replace(" ?", f" {right} ?", 1)
         changed.append((kind, f"{scene}{mark}{question}", answer))
     return changed
 
@@ -355,8 +359,11 @@ def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
     rng = np.random.default_rng(13)
     texts = [varied(turns, rng) for _ in range(VARIANTS) for turns in world.texts]
     ids, labels, _ = tokenise(tokenizer, texts)
-    hint = torch.tensor([n for word, n in tokenizer.get_vocab().items() if re.fullmatch(r"(at|in)-\d", word)])
-    labels = torch.where(torch.isin(ids, hint), ids, labels)
+    words = "|".join(COLOURS)
+    pattern = re.compile(rf"(at|in)-\d|left|right|{words}")
+    hint = torch.tensor([number for word, number in tokenizer.get_vocab().items() if pattern.fullmatch(word)])
+    offered = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(["(A)", "(B)"]))).roll(1, dims=1)
+    labels = torch.where(torch.isin(ids, hint) & ~offered, ids, labels)
     model = LlamaForCausalLM(llm_config(len(tokenizer)))
     compose_words(model, tokenizer)
 
