@@ -41,6 +41,8 @@ from olaschema.store import FeatureStore
 from olatrain.cli import app
 from olatrain.compose import load_processor, student_view
 from olatrain.config import TrainConfig
+from olatrain.cvbench import Question
+from olatrain.evaluate import Examinee
 from olatrain.prepare import prepare
 from olatrain.setup import Run
 from olatrain.step import run_batch
@@ -336,3 +338,22 @@ def test_a_split_language_model_trains_as_a_whole_one_whatever_its_ranks_are_sho
     kept = [FeatureStore.open(tmp_path / out / "predictions/step-00000003/layer-02") for out in ("one", "two")]
     (mine, theirs) = ([FeatureReader(store, "depth").feature(row) for row in range(3)] for store in kept)
     np.testing.assert_allclose(theirs, mine, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_questions_asked_together_are_answered_as_one_by_one(
+    family: str, corpus: Corpus, students: dict[str, Path]
+) -> None:
+    examinee = Examinee(students[family], torch.device("cpu"))
+    keys = sorted(path.name for path in corpus.images.iterdir())[:4]
+    asked = [
+        Question(key, "2D", "Count", "COCO", "how many " + "x" * 9 * place, ("1", "2", "3", "4")[: 2 + place % 3], "A",
+                 (corpus.images / key).read_bytes())
+        for place, key in enumerate(keys)
+    ]  # fmt: skip
+    together = examinee.letter_scores(asked)
+    alone = [examinee.letter_scores([question])[0] for question in asked]
+    assert [len(scores) for scores in together] == [2, 3, 4, 2]
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert together[0] != pytest.approx(together[3], rel=1e-3)

@@ -264,7 +264,7 @@ def test_a_fed_student_is_scored_with_features_found_by_the_images_bytes(
     question = next(iter(read_questions(bench)))
     answer = examinee.answer(question, "generate")
     assert isinstance(answer.said, str)
-    inputs = examinee._inputs(question)
+    inputs = examinee._inputs([question])
     given = examinee._features.find(question.image, torch.device("cpu"))
     with torch.no_grad():
         ours = ready.learner.student(inputs, fed=given).logits
