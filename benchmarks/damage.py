@@ -53,6 +53,7 @@ from olaschema.reader import FeatureReader
 from olaschema.seal import seal
 from olaschema.store import FeatureStore
 from olaschema.tarshard import ROOT
+from olaschema.zarrbytes import zstd_level
 
 ROWS = 4
 CUT = -1
@@ -144,7 +145,13 @@ def teacher(name: str, grid: tuple[int, int] | None, channels: int, precision: P
     )
     centred = is_centred(meaning.shape, precision)
     return TeacherRecord(
-        fingerprint=meaning, precision=precision, centred=centred, source="none", licence="none", libraries={}
+        fingerprint=meaning,
+        precision=precision,
+        centred=centred,
+        zstd_level=zstd_level(precision),
+        source="none",
+        licence="none",
+        libraries={},
     )
 
 

@@ -73,7 +73,7 @@ def stages_alone(teacher: Teacher, files: list[Path], batch_size: int, precision
         seconds["forward"] += forwarded - decoded
         seconds["encode"] += clock() - forwarded
     started = clock()
-    for data in encode_shard(stored, record.fingerprint, record.precision, centred=record.centred).values():
+    for data in encode_shard(stored, record).values():
         hashlib.sha256(data).hexdigest()
     seconds["encode"] += clock() - started
     return {stage: spent / len(files) for stage, spent in seconds.items()}

@@ -1,11 +1,11 @@
 """How fast shuffled training reads are: our reader against other readers and formats, same rows, same stored bytes.
 
-int8 rows of 576 x 1024 with their scales, from proxies of features (see codec.py). Every format holds the same zstd
-frames with the same CRC-32C, as many rows in a shard; every row that is read is checked, decompressed, put into a
-batch of tensors, and in an untimed first epoch compared with what was written. The trivial baseline is a memory map of
-the uncompressed arrays without any check. Each measurement is a process of its own; they take turns (A B C A B C ...),
-and a figure is the median of its turns. The page cache is warm. Rows per CPU second (all threads of the process
-counted) say more than rows per second where others use the machine.
+int8 rows of 576 x 1024 with their scales and offsets, from proxies of features (see codec.py). Every format holds the
+same zstd frames with the same CRC-32C, as many rows in a shard; every row that is read is checked, decompressed, put
+into a batch of tensors, and in an untimed first epoch compared with what was written. The trivial baseline is a
+memory map of the uncompressed arrays without any check. Each measurement is a process of its own; they take turns (A
+B C A B C ...), and a figure is the median of its turns. The page cache is warm. Rows per CPU second (all threads of
+the process counted) say more than rows per second where others use the machine.
 
     benchmarks/peers/install.sh && .venv-peers/bin/python benchmarks/store_read.py
 
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -39,7 +39,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 
-from codec import _cpu, fastest, proxy  # noqa: E402
+from codec import cpu_name, fastest, proxy  # noqa: E402
 from peers.formats import CHANNELS, GRID, KINDS, SHAPES, WRITERS, Layout  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "store-read.json"
@@ -60,11 +60,11 @@ Save = Callable[[Turns], None]
 
 
 def make(layout: Layout, seed: int) -> dict[str, float]:
-    """Write the rows in every format; returns what encoding and writing the store cost, in CPU seconds of one core."""
+    """Write the rows as a store; returns what encoding and writing them cost, in CPU seconds of one core."""
     from store_support import EXECUTION, images, record
 
+    from olapipe.quantise import quantise
     from olaschema.manifest import ChannelStatistics, RowReceipt
-    from olaschema.precision import encode
     from olaschema.store import FeatureStore
 
     store = FeatureStore.create(layout.at("store"), rows_per_shard=layout.rows_per_shard)
@@ -77,7 +77,7 @@ def make(layout: Layout, seed: int) -> dict[str, float]:
         features = proxy((*GRID, CHANNELS), layout.rows_per_shard, rng)
         seconds["float32_mb"] += features.nbytes / 1e6
         start = time.process_time()
-        stored = encode(features, "int8")
+        stored = quantise(torch.from_numpy(features), "int8", centred=True)
         seconds["quantise"] += time.process_time() - start
         start = time.process_time()
         collected = ChannelStatistics(CHANNELS)
@@ -88,15 +88,20 @@ def make(layout: Layout, seed: int) -> dict[str, float]:
         start = time.process_time()
         store.commit_shard(teacher, shard, stored, rows, collected, EXECUTION)
         seconds["compress_and_write"] += time.process_time() - start
-    for write in WRITERS.values():
-        write(layout)
     return seconds
 
 
 def sums(layout: Layout) -> list[int]:
     """Return a checksum of each row as it was before it was stored anywhere."""
-    values, scale = (np.load(layout.at(f"{name}.npy"), mmap_mode="r") for name in SHAPES)
-    return [zlib.crc32(scale[i].tobytes(), zlib.crc32(values[i])) for i in range(layout.rows)]
+    arrays = [np.load(layout.at(f"{name}.npy"), mmap_mode="r") for name in SHAPES]
+    return [_sum(array[i] for array in arrays) for i in range(layout.rows)]
+
+
+def _sum(arrays: Iterable[np.ndarray]) -> int:
+    found = 0
+    for array in arrays:
+        found = zlib.crc32(np.ascontiguousarray(array), found)
+    return found
 
 
 def measure(kind: str, workers: int, layout: Layout, epochs: int, expected: list[int]) -> dict[str, Any]:
@@ -105,19 +110,19 @@ def measure(kind: str, workers: int, layout: Layout, epochs: int, expected: list
     begun = time.perf_counter()
     loader = KINDS[kind](layout, workers)
     batches = []
-    for numbers, values, scales in loader:
+    for numbers, *arrays in loader:
         batches.append(numbers)
         if remote:
             continue
-        for number, row, scale in zip(numbers, values.numpy(), scales.numpy(), strict=True):
-            if zlib.crc32(scale, zlib.crc32(row)) != expected[number]:
+        for number, *row in zip(numbers, *(array.numpy() for array in arrays), strict=True):
+            if _sum(row) != expected[number]:
                 raise SystemExit(f"{kind}: row {number} is not what was written")
     if sorted(number for numbers in batches for number in numbers) != list(range(layout.rows)):
         raise SystemExit(f"{kind}: an epoch does not hold every row once")
     start, cpu = (begun, 0.0) if remote else (time.perf_counter(), time.process_time())
     rows = layout.rows if remote else 0
     for _ in range(0 if remote else epochs):
-        for numbers, _values, _scales in loader:
+        for numbers, *_ in loader:
             rows += len(numbers)
     seconds = time.perf_counter() - start
     found = {"rows_per_s": rows / seconds, "share_a_shard": sharing(batches, layout.rows_per_shard)}
@@ -277,11 +282,13 @@ def main() -> None:
             folder, settings.shards * settings.rows_per_shard, settings.rows_per_shard, settings.batch, settings.window
         )
         seconds = make(layout, settings.seed)
+        for write in WRITERS.values():
+            write(layout)
         stored = sum(path.stat().st_size for path in Path(layout.at("store")).rglob("0") if path.is_file())
         result: dict[str, Any] = {
             "question": "how fast shuffled training reads of int8 576 x 1024 rows are, by reader and format",
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "hardware": {"cpu": _cpu(), "cores": os.cpu_count()},
+            "hardware": {"cpu": cpu_name(), "cores": os.cpu_count()},
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             "conditions": {"said": settings.conditions, "load": [os.getloadavg()[0]]},
             "settings": {k: v for k, v in vars(settings).items() if k not in ("out", "conditions")},

@@ -21,6 +21,7 @@ from olaschema.manifest import (
 )
 from olaschema.precision import blank, decode, encode
 from olaschema.store import FeatureStore
+from olaschema.zarrbytes import zstd_level
 
 DOCS = (Path(__file__).parents[1] / "docs" / "store-format.md").read_text(encoding="utf-8")
 EXECUTION = Execution(device="cpu", torch="2.13.0", batch_size=4, threads=1)
@@ -64,10 +65,11 @@ def small_basis(shape: tuple[int, ...], *, seed: int = 5, step: float = 2.0**-6)
 
 def record(precision: Precision = "float16", **changes: object) -> TeacherRecord:
     """What a store records; integers of maps with offsets, as they are written now, unless `centred` is False."""
-    centred = bool(changes.pop("centred", True))
+    centred, level = bool(changes.pop("centred", True)), changes.pop("zstd_level", zstd_level(precision))
     described = fingerprint(**changes)  # type: ignore[arg-type]
     return TeacherRecord(
         centred=centred and precision in ("int8", "int4") and described.grid is not None,
+        zstd_level=level,
         basis=small_basis(described.shape).record(4) if precision == "klt" else None,
         fingerprint=described,
         precision=precision,

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -19,8 +20,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import save_file
 from store_support import EXECUTION, put, record
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.tensor import DTensor
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -254,18 +257,22 @@ def saved(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
     return {n: torch.cat([piece for _, piece in p]) if len(p) > 1 else p[0][1] for n, p in found.items()}
 
 
-def start_ranks(chosen: Mapping[str, Any], world: int, *, record: Path | None = None) -> list[BaseProcess]:
+def start_ranks(
+    chosen: Mapping[str, Any], world: int, *, record: Path | None = None, gradients: Path | None = None
+) -> list[BaseProcess]:
     """Start a run as `world` real processes, forked from a server that has the imports behind it.
 
     With `record`, what each step trains on is written there: `seen-RANK-PID`, lines of [position, place in the file].
+    With `gradients`, a safetensors file, the first step's gradients as they are over all ranks.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["olatrain.train", "olatrain.compose"])
+    context.set_forkserver_preload(["rank_preload"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks: list[BaseProcess] = [
-        context.Process(target=_rank, args=(dict(chosen), rank, world, port, record)) for rank in range(world)
+        context.Process(target=_rank, args=(dict(chosen), rank, world, port, record, gradients))
+        for rank in range(world)
     ]
     for rank in ranks:
         rank.start()
@@ -273,17 +280,25 @@ def start_ranks(chosen: Mapping[str, Any], world: int, *, record: Path | None = 
 
 
 def end_all(ranks: Sequence[BaseProcess]) -> None:
-    """Wait for all ranks, which must succeed."""
+    """Wait for all ranks, which must succeed; ranks that wait for one another for ever are ended."""
+    deadline = time.monotonic() + 180
     for rank in ranks:
-        rank.join(90)
-    assert [rank.exitcode for rank in ranks] == [0] * len(ranks)
+        rank.join(max(0.0, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    assert codes == [0] * len(ranks)
 
 
-def _rank(chosen: dict[str, Any], rank: int, world: int, port: int, record: Path | None) -> None:
+def _rank(
+    chosen: dict[str, Any], rank: int, world: int, port: int, record: Path | None, gradients: Path | None
+) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     if record is not None:
         _record_steps(record / f"seen-{rank}-{os.getpid()}")
+    if gradients is not None:
+        _record_gradients(gradients, first=rank == 0)
     train(load_config(TrainConfig, flags=chosen), Console(file=io.StringIO()))
 
 
@@ -308,6 +323,24 @@ def _record_steps(path: Path) -> None:
         return run_batch(learner, batch, *args, **kwargs)
 
     module._loader, module.run_batch = remembering, stepping
+
+
+def _record_gradients(path: Path, *, first: bool) -> None:
+    from olatrain import train as module
+
+    run_batch = module.run_batch
+
+    def stepping(learner: Any, *args: Any, **kwargs: Any) -> Any:
+        totals = run_batch(learner, *args, **kwargs)
+        if torch.is_grad_enabled() and not path.exists():
+            found = {n: p.grad for n, p in learner.trainable().items() if p.grad is not None}
+            whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
+            if first:
+                save_file({name: value.contiguous() for name, value in whole.items()}, path)
+            torch.distributed.barrier()
+        return totals
+
+    module.run_batch = stepping
 
 
 def environment() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The same stored rows in every format that is compared, and a way of reading each as a training run would.
 
-A row is what the store holds for it: the zstd frame and CRC-32C of its values, and those of its scale. Containers of
+A row is what the store holds for it: the zstd frames and CRC-32Cs of its values, scale and offset. Containers of
 bytes (MDS, litdata, tar) get exactly these and unpack them with `unpack`; readers of Zarr read the store itself. Where
 a format shuffles by itself it does so; the others are read in the trainer's order. As many rows share a shard in
 every format.
@@ -30,12 +30,17 @@ from olatrain.order import epoch_order
 
 TEACHER = "depth"
 GRID, CHANNELS = (24, 24), 1024
-SHAPES = {"values": ((*GRID, CHANNELS), np.dtype("i1")), "scale": ((*GRID, CHANNELS // 64), np.dtype("<f2"))}
+SHAPES: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+    "values": ((*GRID, CHANNELS), np.dtype("i1")),
+    "scale": ((*GRID, CHANNELS // 64), np.dtype("<f2")),
+    "offset": ((CHANNELS,), np.dtype("<f2")),
+}
 # what CRC-32C is of any bytes followed by their own CRC-32C: checked without copying the bytes
 _RESIDUE = 0x48674BC7
 _zstd = Zstd()
 
-Row = tuple[int, np.ndarray, np.ndarray]
+# its number, and the arrays of SHAPES
+Row = tuple[int, *tuple[np.ndarray, ...]]
 
 
 @dataclass(frozen=True)
@@ -64,20 +69,23 @@ def unpack(data: bytes, name: str) -> np.ndarray:
     return out
 
 
-def collate(rows: list[Row]) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-    """Make a batch: row numbers, values (B, 24, 24, 1024) int8 and scales (B, 24, 24, 16) float16."""
-    values, scales = (torch.from_numpy(np.stack([row[i] for row in rows])) for i in (1, 2))
-    return [int(row[0]) for row in rows], values, scales
+def collate(rows: list[Row]) -> tuple[list[int], *tuple[torch.Tensor, ...]]:
+    """Make a batch: row numbers, and the arrays of SHAPES with the rows in front."""
+    numbers, *arrays = zip(*rows, strict=True)
+    return [int(number) for number in numbers], *(torch.from_numpy(np.stack(array)) for array in arrays)
 
 
 # ---- writing
 
 
 def stored_rows(layout: Layout) -> Iterator[tuple[int, dict[str, bytes]]]:
-    """Yield each row's two chunks as they are in the store's shard files."""
+    """Yield each row's chunks as they are in the store's shard files."""
     store = FeatureStore.open(layout.at("store"))
     for shard in range(layout.rows // layout.rows_per_shard):
-        files = {name: store.place.read(shard_file(TEACHER, shard, 4, name)) for name in SHAPES}
+        files = {
+            name: store.place.read(shard_file(TEACHER, shard, len(shape) + 1, name))
+            for name, (shape, _) in SHAPES.items()
+        }
         for i in range(layout.rows_per_shard):
             row = {}
             for name, data in files.items():
@@ -98,8 +106,8 @@ def write_raw(layout: Layout) -> None:
 def write_mds(layout: Layout) -> None:
     streaming = _streaming()
     # a shard of MDS is cut by its bytes
-    largest = max(len(row["values"]) + len(row["scale"]) for _, row in stored_rows(layout))
-    columns = {"row": "int", "values": "bytes", "scale": "bytes"}
+    largest = max(sum(map(len, row.values())) for _, row in stored_rows(layout))
+    columns = {"row": "int", **dict.fromkeys(SHAPES, "bytes")}
     limit = (largest + 64) * layout.rows_per_shard
     with streaming.MDSWriter(out=layout.at("mds"), columns=columns, size_limit=limit) as writer:
         for number, row in stored_rows(layout):
@@ -123,7 +131,7 @@ def write_tars(layout: Layout) -> None:
     Path(layout.at("tars")).mkdir()
     with webdataset.ShardWriter(layout.at("tars/%05d.tar"), maxcount=layout.rows_per_shard, verbose=0) as writer:
         for number, row in stored_rows(layout):
-            writer.write({"__key__": f"{number:08d}", "values": row["values"], "scale": row["scale"]})
+            writer.write({"__key__": f"{number:08d}", **row})
 
 
 # ---- reading by row number
@@ -164,8 +172,7 @@ class Raw(Rows):
         return [np.load(self.layout.at(f"{name}.npy"), mmap_mode="r") for name in SHAPES]
 
     def read(self, numbers: list[int]) -> list[Row]:
-        values, scale = self.opened
-        return [(number, np.array(values[number]), np.array(scale[number])) for number in numbers]
+        return [(number, *(np.array(array[number]) for array in self.opened)) for number in numbers]
 
 
 class Ours(Rows):
@@ -177,8 +184,8 @@ class Ours(Rows):
     def read(self, numbers: list[int]) -> list[Row]:
         rows = []
         for number in numbers:
-            stored = self.opened.read(number)
-            rows.append((number, stored.values, stored.scale))
+            arrays = self.opened.read(number).arrays
+            rows.append((number, *(arrays[name] for name in SHAPES)))
         return rows
 
 
@@ -196,11 +203,7 @@ class PlainZarr(Rows):
         return zarr.open_group(zarr.storage.ObjectStore(place, read_only=True), mode="r")[TEACHER]
 
     def read(self, numbers: list[int]) -> list[Row]:
-        found = []
-        for number in numbers:
-            values, scale = (self.opened[name][number] for name in SHAPES)
-            found.append((number, values, scale))
-        return found
+        return [(number, *(self.opened[name][number] for name in SHAPES)) for number in numbers]
 
 
 class Zarrs(PlainZarr):
@@ -234,8 +237,8 @@ class TensorStore(Rows):
         return [tensorstore.open(spec, read=True, open=True, context=context).result() for spec in specs]
 
     def read(self, numbers: list[int]) -> list[Row]:
-        values, scales = ([array[number].read() for number in numbers] for array in self.opened)
-        return [(n, v.result(), s.result()) for n, v, s in zip(numbers, values, scales, strict=True)]
+        asked = [(number, [array[number].read() for array in self.opened]) for number in numbers]
+        return [(number, *(array.result() for array in arrays)) for number, arrays in asked]
 
 
 # ---- reading in the format's own order
@@ -256,7 +259,7 @@ def _streaming() -> types.ModuleType:
 
 
 def _unpacked(sample: dict[str, Any]) -> Row:
-    return int(sample["row"]), unpack(sample["values"], "values"), unpack(sample["scale"], "scale")
+    return int(sample["row"]), *(unpack(sample[name], name) for name in SHAPES)
 
 
 def mds(layout: Layout, workers: int) -> Any:
@@ -297,7 +300,7 @@ class _Shaped(IterableDataset[Row]):
 
     def __iter__(self) -> Iterator[Row]:
         for sample in self.samples:
-            yield _unpacked({"row": sample["__key__"], "values": sample["values"], "scale": sample["scale"]})
+            yield _unpacked({"row": sample["__key__"], **{name: sample[name] for name in SHAPES}})
 
 
 def tars(layout: Layout, workers: int, *, buffer: int) -> Any:

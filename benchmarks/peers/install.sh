@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 "$python" -m venv --system-site-packages .venv-peers
-# a venv of a venv sees the system's packages only: a .pth shows it the project's
+# a venv of a venv sees the system's packages only: a .pth shows it the project's, and what is installed there in place
 own=$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-printf '%s\n' "$packages" >"$own/project.pth"
+printf 'import site; site.addsitedir("%s")\n' "$packages" >"$own/project.pth"
 .venv-peers/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements.txt

@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="write docs/results.md from what is there, run nothing")
     options = parser.parse_args()
     if not options.report:
-        prepare(options.work, options.teachers, options.student, options.size)
+        prepare(options.work, options.teachers, options.student, options.size, options.arms.split(","))
     if not options.report and not options.prepare:
         run(options)
     if not options.prepare:
@@ -65,9 +65,10 @@ def _given(kind: Any, defaults: dict[str, Any], over: dict[str, Any]) -> Any:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def prepare(work: Path, teachers: Path, student: Path, over: dict[str, Any]) -> None:
-    """Draw the world and extract the features, unless that is done; the extraction resumes by itself."""
+def prepare(work: Path, teachers: Path, student: Path, over: dict[str, Any], arms: Sequence[str]) -> None:
+    """Draw the world and extract the features that the arms need, unless that is done; extraction resumes by itself."""
     import corpus
+    from arms import ARMS
 
     size = _given(corpus.Size, PLAN["size"], over)
     world = work / "world"
@@ -76,12 +77,16 @@ def prepare(work: Path, teachers: Path, student: Path, over: dict[str, Any]) -> 
         shutil.rmtree(drawn, ignore_errors=True)
         corpus.write(drawn, size)
         drawn.rename(world)
-    untrained = work / "random-teacher"
-    if not untrained.is_dir():
-        _untrained_depth(untrained, teachers / "depth")
-    extract(world, work / "depth.zarr", "depth", teachers / "depth", f"grid={GRID}", "grid_resize=area")
-    extract(world, work / "random.zarr", "depth", untrained, f"grid={GRID}", "grid_resize=area")
-    extract(world, work / "own.zarr", "clip", student / "vision", f"grid={GRID}", "grid_resize=bilinear")
+    stores = {ARMS[name].store for name in arms}
+    if "depth.zarr" in stores:
+        extract(world, work / "depth.zarr", "depth", teachers / "depth", f"grid={GRID}", "grid_resize=area")
+    if "random.zarr" in stores:
+        untrained = work / "random-teacher"
+        if not untrained.is_dir():
+            _untrained_depth(untrained, teachers / "depth")
+        extract(world, work / "random.zarr", "depth", untrained, f"grid={GRID}", "grid_resize=area")
+    if "own.zarr" in stores:
+        extract(world, work / "own.zarr", "clip", student / "vision", f"grid={GRID}", "grid_resize=bilinear")
 
 
 def _untrained_depth(out: Path, trained: Path) -> None:

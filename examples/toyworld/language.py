@@ -15,6 +15,7 @@ always says the same is right once in as many times as there are choices. Things
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,10 +32,11 @@ SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 """Follows each question, as in CV-Bench."""
 DESCRIBE = "Describe the image."
 DESCRIBE_DEPTH = "Describe the image with distances."
+DESCRIBE_COLUMN = "Describe the image with columns."
 LEVELS = 8
 """Words for distances: `at-0` is the nearest eighth of the log distance, `at-7` the farthest."""
 CELLS = 6
-"""A written-out scene has as many rows and columns of words."""
+"""A scene is written out in as many rows and columns."""
 COUNTS = (2, 3, 4, 5)
 
 _SEEN = 0.005
@@ -117,11 +119,18 @@ def caption(scene: Scene, picture: Picture, *, distances: bool = False) -> str:
     return " ; ".join(f"{t.name} at-{level(t.distance)}" if distances else t.name for t in things) + " ."
 
 
-def written(scene: Scene, picture: Picture) -> str:
-    """Write a scene out: `CELLS` × `CELLS` words, row by row: `sky`, `ground`, or a thing with its distance.
+def columns(scene: Scene, picture: Picture) -> str:
+    """Name what shows, from left to right, each with the word for the column of cells that its middle stands in."""
+    things = sorted(shown(scene, picture), key=lambda thing: thing.x)
+    return " ; ".join(f"{t.name} in-{min(CELLS - 1, max(0, int(t.x * CELLS)))}" for t in things) + " ."
 
-    A cell names the thing that covers most of it if that is two fifths of the cell or more; each thing that shows has
-    at least the cell that it covers most.
+
+def written(scene: Scene, picture: Picture) -> str:
+    """Write a scene out in `CELLS` × `CELLS` cells, row by row: of each that holds a thing its place, and the thing.
+
+    A place is its column and row, `x0y0` the first; a thing is its name with the word for its distance. A cell holds
+    the thing that covers most of it if that is two fifths of the cell or more; each thing that shows has at least the
+    cell that it covers most.
     """
     height, width = picture.segments.shape
     rows = (np.arange(height) * CELLS // height)[:, None]
@@ -131,11 +140,10 @@ def written(scene: Scene, picture: Picture) -> str:
     counted = np.bincount(cells * kinds + picture.segments.ravel(), minlength=CELLS * CELLS * kinds)
     cover = counted.reshape(CELLS * CELLS, kinds).astype(np.float64)
     cover /= cover.sum(axis=1, keepdims=True)
-    names = np.where(cover[:, 0] > cover[:, 1], 0, 1)
+    names = np.full(CELLS * CELLS, -1)
     things = cover[:, 2:]
     if things.shape[1]:
-        most = things.argmax(axis=1)
-        names = np.where(things.max(axis=1) >= 0.4, 2 + most, names)
+        names = np.where(things.max(axis=1) >= 0.4, things.argmax(axis=1), -1)
     visible = shown(scene, picture)
     order = sorted(range(len(scene.things)), key=lambda n: float(things[:, n].sum()))
     taken: set[int] = set()
@@ -143,10 +151,27 @@ def written(scene: Scene, picture: Picture) -> str:
         if scene.things[number] in visible:
             best = next(cell for cell in np.argsort(-things[:, number], kind="stable") if int(cell) not in taken)
             taken.add(int(best))
-            names[best] = 2 + number
-    hidden = {2 + n for n, thing in enumerate(scene.things) if thing not in visible}
-    words = ["sky", "ground", *(f"{t.colour}-{t.shape}-{level(t.distance)}" for t in scene.things)]
-    return " ".join(words[1 if int(name) in hidden else int(name)] for name in names)
+            names[best] = number
+    found = [(cell, scene.things[int(name)]) for cell, name in enumerate(names) if name >= 0]
+    return " ".join(
+        f"{place(cell % CELLS, cell // CELLS)} {thing.colour}-{thing.shape}-{level(thing.distance)}"
+        for cell, thing in found
+        if thing in visible
+    )
+
+
+def place(column: int, row: int) -> str:
+    """Return the word for a cell's place."""
+    return f"x{column}y{row}"
+
+
+def parts(word: str) -> tuple[str, ...]:
+    """Return what a word is made of: `red-cross-3` of `red`, `cross` and `at-3`, `x1y2` of `x1` and `y2`."""
+    first, *others = word.replace(" ", "-").split("-")
+    if first in COLOURS and others:
+        return (first, others[0], *(f"at-{number}" for number in others[1:]))
+    found = re.fullmatch(r"(x\d+)(y\d+)", word)
+    return found.groups() if found else (word,)
 
 
 def vocabulary() -> list[str]:
@@ -155,12 +180,13 @@ def vocabulary() -> list[str]:
     cells = [f"{colour}-{shape}-{n}" for colour in COLOURS for shape in SHAPES for n in range(LEVELS)]
     sentences = [
         "Where is the compared to the ? left right", "How many things are there ?", "Which is closer ?",
-        "Which is nearer to the ?", "What colour is the ?", DESCRIBE, DESCRIBE_DEPTH, "Scene : ( ) ; .",
-        "USER ASSISTANT", *(f"({letter})" for letter in LETTERS), *LETTERS, *map(str, COUNTS),
+        "Which is nearer to the ?", "What colour is the ?", DESCRIBE, DESCRIBE_DEPTH, DESCRIBE_COLUMN,
+        "Scene : ( ) ; .", "USER ASSISTANT", *(f"({letter})" for letter in LETTERS), *LETTERS, *map(str, COUNTS),
     ]  # fmt: skip
     loose = [word for text in sentences for word in text.replace(".", " . ").split()]
-    distances = [f"at-{n}" for n in range(LEVELS)]
-    whole = [SUFFIX.strip(), *names, *cells, *distances, "sky", "ground", *COLOURS, *SHAPES, *loose]
+    distances = [*(f"at-{n}" for n in range(LEVELS)), *(f"in-{n}" for n in range(CELLS))]
+    places = [place(column, row) for row in range(CELLS) for column in range(CELLS)]
+    whole = [SUFFIX.strip(), *names, *cells, *places, *distances, *COLOURS, *SHAPES, *loose]
     return list(dict.fromkeys(whole))
 
 
@@ -216,7 +242,7 @@ def _distances(things: Sequence[Thing], rng: np.random.Generator, balance: Balan
     for number in rng.permutation(len(things)):
         middle = things[int(number)]
         others = [thing for thing in things if thing is not middle]
-        rng.shuffle(others)  # type: ignore[arg-type]  # a list is shuffled in place
+        rng.shuffle(others)
         for a, b in zip(others[::2], others[1::2], strict=False):
             apart = [float(np.linalg.norm(position(thing) - position(middle))) for thing in (a, b)]
             near, far = (a, b) if apart[0] < apart[1] else (b, a)

@@ -148,7 +148,7 @@ def _draw_thing(
     return None
 
 
-def plain_height(distance: float | np.ndarray) -> float | np.ndarray:
+def plain_height(distance: float) -> float:
     """Return where the plain at a distance appears, as a share of the picture's height from above."""
     return _HORIZON + (1.0 - _HORIZON) * NEAR / distance
 
@@ -188,16 +188,20 @@ def render(scene: Scene) -> Picture:
 
 
 def _fade(distance: np.ndarray) -> np.ndarray:
-    return 0.85 * (1.0 - np.exp(-(np.minimum(distance, 1e6) - NEAR) / 4.0))
+    fade: np.ndarray = 0.85 * (1.0 - np.exp(-(np.minimum(distance, 1e6) - NEAR) / 4.0))
+    return fade
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    inside: np.ndarray
     if shape == "disc":
-        return u**2 + v**2 <= 1.0
-    if shape == "square":
-        return (np.abs(u) <= 0.9) & (np.abs(v) <= 1.0)
-    if shape == "triangle":
-        return (np.abs(u) <= (v + 1.0) / 2.0) & (np.abs(v) <= 1.0)
-    if shape == "cross":
-        return ((np.abs(u) <= 0.34) & (np.abs(v) <= 1.0)) | ((np.abs(v) <= 0.34) & (np.abs(u) <= 1.0))
-    raise ValueError(f"no such shape: {shape}")
+        inside = u**2 + v**2 <= 1.0
+    elif shape == "square":
+        inside = (np.abs(u) <= 0.9) & (np.abs(v) <= 1.0)
+    elif shape == "triangle":
+        inside = (np.abs(u) <= (v + 1.0) / 2.0) & (np.abs(v) <= 1.0)
+    elif shape == "cross":
+        inside = ((np.abs(u) <= 0.34) & (np.abs(v) <= 1.0)) | ((np.abs(v) <= 0.34) & (np.abs(u) <= 1.0))
+    else:
+        raise ValueError(f"no such shape: {shape}")
+    return inside

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ GRID = SIDE // PATCH
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 TRAINING, HELD_OUT = 3000, 400
 """Scenes that both learn from, and that scores are taken on."""
+VARIANTS = 6
+"""Forms of each training text, in which choices are exchanged and hints are given."""
 FIRST = 200_000
 """Number of the first training scene: none of those that the questions or captions of a run are about."""
 ACCEPTED = 0.95
@@ -75,9 +79,12 @@ def make_world(split: Split, first: int, count: int, *, seed: int) -> World:
         patches.append(patch_names(scene, picture))
         fine = torch.from_numpy(nearest(picture.inverse_depth, SIDE))
         depths.append(fine.reshape(GRID, PATCH, GRID, PATCH).mean(dim=(1, 3)).flatten())
-        distances = bool(rng.integers(2))
-        prompt = language.DESCRIBE_DEPTH if distances else language.DESCRIBE
-        turns = [("caption", prompt, language.caption(scene, picture, distances=distances))]
+        turns = [
+            ("caption", language.DESCRIBE, language.caption(scene, picture)),
+            ("caption", language.DESCRIBE_DEPTH, language.caption(scene, picture, distances=True)),
+            ("caption", language.DESCRIBE_COLUMN, language.columns(scene, picture)),
+        ]
+        turns.pop(int(rng.integers(3)))
         turns += [
             (q.kind, q.prompt + language.SUFFIX, q.letter) for q in language.questions(scene, picture, rng, balance)
         ]
@@ -248,6 +255,7 @@ def llm_config(words: int) -> LlamaConfig:
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=False,
+        initializer_range=0.1,  # about one over the root of the width: with 0.02 so narrow a model starts mute
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
@@ -290,16 +298,82 @@ def renamings(tokenizer: Any, generator: torch.Generator) -> Tensor:
     return table
 
 
+@torch.no_grad()
+def compose_words(model: LlamaForCausalLM, tokenizer: Any) -> None:
+    """Start each word as the sum of what it is made of: `red cross` of `red` and `cross`, `x1y2` of a column and a row.
+
+    Otherwise each of the hundreds of words would have to be learnt on its own to be of that colour.
+    """
+    rows = model.get_input_embeddings().weight
+    known = tokenizer.get_vocab()
+    fresh: dict[str, Tensor] = defaultdict(lambda: 0.1 * torch.randn(rows.shape[1]))
+    for word, number in known.items():
+        parts = language.parts(word)
+        if len(parts) > 1:
+            rows[number] = torch.stack([rows[known[part]] if part in known else fresh[part] for part in parts]).sum(0)
+    model.get_output_embeddings().weight.copy_(rows)
+
+
+def varied(turns: list[tuple[str, str, str]], rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """Return turns whose two choices are exchanged, half of the time, and half of their names hinted at.
+
+    Without the first which letter is right is learnt by heart, scene by scene. The hints say what the written scene
+    does, a distance or a column, or which choice is right, so that each step of an answer is learnt on its own too.
+    """
+    cells = re.findall(r"x(\d)y\d (\w+)-(\w+)-(\d)", turns[0][1])
+    level = {f"{colour} {shape}": f"at-{number}" for _, colour, shape, number in cells}
+    found: dict[str, list[int]] = defaultdict(list)
+    for column, colour, shape, _ in cells:
+        found[f"{colour} {shape}"].append(int(column))
+    column = {name: f"in-{round(float(np.mean(numbers)))}" for name, numbers in found.items()}
+    hints: dict[str, list[dict[str, str]]] = {"depth": [level], "relation": [column], "distance": [column, level]}
+    names = re.compile("|".join(sorted(level, key=len)) or "$^")
+    changed = []
+    for kind, text, answer in turns:
+        scene, mark, question = text.rpartition(" .\n") if text.startswith("Scene") else ("", "", text)
+        choices = re.search(r"\(A\) (.+) \(B\) ([^()]+)(?=\nAnswer)", question)
+        if kind in language.KINDS and choices and "(C)" not in question:
+            first = answer
+            if rng.random() < 0.5:
+                exchanged = f"(A) {choices[2]} (B) {choices[1]}"
+                question = question.replace(choices[0], exchanged)
+                answer = "B" if answer == "A" else "A"
+            for hint in hints.get(kind, []):
+                given = {name: value for name, value in hint.items() if rng.random() < 0.5}
+                question = names.sub(partial(_told, given), question)
+            if kind in ("relation", "colour") and rng.random() < 0.5:
+                right = choices[1] if first == "A" else choices[2]
+                question = question.replace(" ?", f" {right} ?", 1)
+        changed.append((kind, f"{scene}{mark}{question}", answer))
+    return changed
+
+
+def _told(hint: dict[str, str], name: re.Match[str]) -> str:
+    return f"{name[0]} {hint[name[0]]}" if name[0] in hint else name[0]
+
+
 def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
     """Train the Llama on scenes written out, questions and answers; the answers count most."""
     torch.manual_seed(13)
     tokenizer = make_tokenizer()
-    ids, labels, _ = tokenise(tokenizer, world.texts)
+    rng = np.random.default_rng(13)
+    texts = [varied(turns, rng) for _ in range(VARIANTS) for turns in world.texts]
+    ids, labels, _ = tokenise(tokenizer, texts)
+    words = "|".join(COLOURS)
+    pattern = re.compile(rf"(at|in)-\d|left|right|{words}")
+    hint = torch.tensor([number for word, number in tokenizer.get_vocab().items() if pattern.fullmatch(word)])
+    offered = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(["(A)", "(B)"]))).roll(1, dims=1)
+    labels = torch.where(torch.isin(ids, hint) & ~offered, ids, labels)
     model = LlamaForCausalLM(llm_config(len(tokenizer)))
+    compose_words(model, tokenizer)
+
+    by_length = (ids != tokenizer.pad_token_id).sum(dim=1).argsort()  # a batch of like lengths has little padding
+    letters = torch.tensor(tokenizer.convert_tokens_to_ids(list(language.LETTERS)))
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(14_000_000 + step)
-        chosen = torch.randint(len(ids), (batch,), generator=generator)
+        first = int(torch.randint(len(ids) - batch + 1, (), generator=generator))
+        chosen = by_length[first : first + batch]
         table = renamings(tokenizer, generator)
         words, answers = table[ids[chosen]], labels[chosen]
         length = int((words != tokenizer.pad_token_id).sum(dim=1).max())
@@ -307,9 +381,12 @@ def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
         hidden = model.model(input_ids=words).last_hidden_state[:, :-1]
         supervised = answers[:, 1:] != IGNORED
         # padding is on the right, where nothing that counts looks
-        return functional.cross_entropy(model.lm_head(hidden[supervised]), words[:, 1:][supervised])
+        said = words[:, 1:][supervised]
+        each = functional.cross_entropy(model.lm_head(hidden[supervised]), said, reduction="none")
+        choice = torch.isin(said, letters)
+        return each[~choice].mean() + each[choice].sum() / choice.sum().clamp(min=1)
 
-    fit(model, loss, steps, lr=2e-3, out=out)
+    fit(model, loss, steps, lr=3e-3, out=out)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -345,7 +422,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="folder that holds vision/ and llm/")
     parser.add_argument("names", nargs="*", default=[], help="which; all by default")
     parser.add_argument("--vision-steps", type=int, default=1000)
-    parser.add_argument("--llm-steps", type=int, default=2500)
+    parser.add_argument("--llm-steps", type=int, default=6000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = options.names or ["vision", "llm"]

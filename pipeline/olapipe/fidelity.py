@@ -19,7 +19,7 @@ from olaschema.basis import Basis
 from olaschema.errors import ConfigError, ImageError
 from olaschema.manifest import Precision
 from olaschema.precision import decode, encode, is_centred, require_storable
-from olaschema.zarrbytes import ZSTD_LEVEL
+from olaschema.zarrbytes import zstd_level
 
 CENTRED_COSINES = (0.5, 0.8, 0.9)
 TIERS: tuple[Precision, ...] = ("float32", "float16", "int8", "int4", "klt")
@@ -65,7 +65,7 @@ def measure(exact: np.ndarray, mean: np.ndarray, precision: Precision, basis: Ba
             return Figures(precision, None, None, 0, 0.0, float("inf"), (), error.problem)
     stored = encode(exact, precision, basis, centred=centred)
     arrays = stored.arrays
-    zstd = Zstd(level=ZSTD_LEVEL)
+    zstd = Zstd(level=zstd_level(precision))
     together = max(1, (1 << 20) // arrays["values"][0].nbytes)  # rows of an inner chunk, as olaschema.layout has it
     packed = sum(
         len(zstd.encode(np.ascontiguousarray(array[first : first + together])))

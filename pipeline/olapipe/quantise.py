@@ -6,6 +6,7 @@ CPU, a GPU and numpy write the same bytes.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,7 +14,7 @@ from torch.nn import functional
 from olaschema.basis import Basis
 from olaschema.errors import StoreError
 from olaschema.manifest import Precision
-from olaschema.precision import GROUP, LARGEST_HALF, LARGEST_Q, Stored
+from olaschema.precision import EXACT_TOKENS, GROUP, LARGEST_HALF, LARGEST_Q, Stored
 
 
 class DeviceBasis:
@@ -46,6 +47,10 @@ def quantise(
         return Stored(features.cpu().numpy())
     if precision == "float16":
         return Stored(features.to(torch.float16).cpu().numpy())
+    if features.device.type == "cpu" and features.ndim == 4 and len(features) > 1 and precision != "klt":
+        # image by image, whose temporaries stay in the cache: a fifth of the time
+        images = [quantise(image[None], precision, centred=centred).arrays for image in features]
+        return Stored(**{name: np.concatenate([image[name] for image in images]) for name in images[0]})
     if precision == "klt":
         if basis is None:
             raise StoreError("features of the precision klt need their basis", "Read it with `FeatureStore.basis`.")
@@ -67,10 +72,14 @@ def quantise(
 
 
 def _offset(features: Tensor) -> Tensor:
-    halves = features.clamp(-LARGEST_HALF, LARGEST_HALF).to(torch.float16)
-    sums = (halves.double() * 2.0**24).long().sum(dim=(-3, -2)).double()
+    halves = features.clamp(-LARGEST_HALF, LARGEST_HALF).to(torch.float16).double()
+    tokens = features.shape[-3] * features.shape[-2]
+    if tokens <= EXACT_TOKENS:
+        sums = halves.sum(dim=(-3, -2)) * 2.0**24
+    else:
+        sums = (halves * 2.0**24).long().sum(dim=(-3, -2)).double()
     # a tensor, as in _scale
-    count = torch.full_like(sums, features.shape[-3] * features.shape[-2] * 2.0**24)
+    count = torch.full_like(sums, tokens * 2.0**24)
     return (sums / count).float().to(torch.float16)
 
 

@@ -16,6 +16,7 @@ from olaschema.manifest import Precision, TeacherRecord
 from olaschema.place import Place
 from olaschema.precision import is_centred
 from olaschema.store import FeatureStore
+from olaschema.zarrbytes import zstd_level
 
 if TYPE_CHECKING:
     from olapipe.sample import Sampled
@@ -35,8 +36,13 @@ class Tier:
     def settle(self, record: TeacherRecord) -> TeacherRecord:
         """Return a teacher's record with this precision."""
         basis = self.basis.record(self.images) if self.basis is not None else None
-        centred = is_centred(record.fingerprint.shape, self.precision)
-        return record.model_copy(update={"precision": self.precision, "basis": basis, "centred": centred})
+        changes = {
+            "precision": self.precision,
+            "basis": basis,
+            "centred": is_centred(record.fingerprint.shape, self.precision),
+            "zstd_level": zstd_level(self.precision),
+        }
+        return record.model_copy(update=changes)
 
 
 def present(config: ExtractConfig, store: FeatureStore | None) -> dict[str, Tier]:

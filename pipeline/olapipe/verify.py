@@ -195,8 +195,7 @@ class _Verifier:
 
     def _documents(self, record: TeacherRecord, shards: int) -> dict[str, bytes]:
         """Return what the `zarr.json` of each array of a teacher must be, by the array's name."""
-        rows = self.store.rows_per_shard
-        return array_documents(record.fingerprint, record.precision, rows, shards, centred=record.centred)
+        return array_documents(record, self.store.rows_per_shard, shards)
 
     def _array(self, name: str, array: str, document: bytes, record: TeacherRecord, plan: Plan | None) -> None:
         file = f"{name}/{array}/zarr.json"

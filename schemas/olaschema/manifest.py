@@ -166,13 +166,15 @@ class TeacherRecord(Frozen):
 
     True for maps that are stored as `int8` or `int4` from now on, False in stores of earlier versions.
     """
+    zstd_level: int = Field(default=3, ge=1, le=22)
+    """Level of the Zstandard frames; 3 in stores of earlier versions, which go on at that level."""
 
     @model_serializer(mode="wrap")
     def _without_absent(self, standard: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # records without these stay the bytes that they were before there were a basis and offsets
+        # records without these stay the bytes that they were before there were a basis, offsets and levels
         found: dict[str, Any] = standard(self)
-        for name in ("basis", "centred"):
-            if not getattr(self, name):
+        for name in ("basis", "centred", "zstd_level"):
+            if getattr(self, name) == type(self).model_fields[name].default:
                 found.pop(name, None)  # it is not there where other fields were asked for
         return found
 

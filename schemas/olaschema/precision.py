@@ -26,6 +26,8 @@ LARGEST_Q: Mapping[Precision, int] = MappingProxyType({"int8": 127, "int4": 7, "
 """Largest integer of each integer precision; the smallest is its negative, so 0 is exact and signs are alike."""
 
 LARGEST_HALF = 65504
+# so many numbers of 40 bits and a sign have a sum that float64 holds
+EXACT_TOKENS = 2**13
 """Largest finite float16."""
 _DTYPES: Mapping[Precision, np.dtype] = MappingProxyType(
     {
@@ -202,12 +204,16 @@ def _offset(features: np.ndarray) -> np.ndarray:
     """Return the mean of each channel over the tokens of its map, `(..., C)` float16.
 
     Of the features as float16 (the largest where they are larger): those are multiples of 2⁻²⁴ below 2¹⁶, and their
-    sums in integers are exact, so every device gets the same mean in whatever order it sums.
+    sums are exact, in float64 up to EXACT_TOKENS of them and in integers beyond, so every device gets the same mean in
+    whatever order it sums.
     """
-    halves = np.clip(features, -LARGEST_HALF, LARGEST_HALF).astype(np.float16)
-    sums = (halves.astype(np.float64) * 2.0**24).astype(np.int64).sum(axis=(-3, -2))
+    halves = np.clip(features, -LARGEST_HALF, LARGEST_HALF).astype(np.float16).astype(np.float64)
     tokens = features.shape[-3] * features.shape[-2]
-    mean: np.ndarray = (sums.astype(np.float64) / (tokens * 2.0**24)).astype(np.float32).astype("<f2")
+    if tokens <= EXACT_TOKENS:
+        sums = halves.sum(axis=(-3, -2)) * 2.0**24
+    else:
+        sums = (halves * 2.0**24).astype(np.int64).sum(axis=(-3, -2)).astype(np.float64)
+    mean: np.ndarray = (sums / (tokens * 2.0**24)).astype(np.float32).astype("<f2")
     return mean
 
 

@@ -284,7 +284,7 @@ class FeatureStore:
         """Make a teacher's group and arrays, or grow its arrays to the planned rows.
 
         A new teacher of the precision klt comes with its `basis`; one that is there keeps its own. One that is there
-        also stays with or without offsets (`TeacherRecord.centred`), whatever `record` says.
+        also stays with or without offsets (`TeacherRecord.centred`) and at its `zstd_level`, whatever `record` says.
 
         Raises FingerprintError if the store holds features of another meaning, StoreError for another precision.
         """
@@ -302,16 +302,14 @@ class FeatureStore:
                     f"{self.url}: {name} is stored as {present.precision}, {record.precision} was asked for",
                     remedy,
                 )
-            record = record.model_copy(update={"centred": present.centred})
+            record = record.model_copy(update={"centred": present.centred, "zstd_level": present.zstd_level})
             if basis is not None and present.basis != record.basis:
                 raise StoreError(f"{self.url}: {name} is stored in another basis", "Another --out holds another basis.")
         elif (record.precision == "klt") != (basis is not None and record.basis is not None):
             raise StoreError(f"{name}: the precision klt, and no other, comes with a basis", "Fit one.")
         elif basis is not None:
             self._publish_unless_there(basis_file(name), basis.to_bytes())
-        documents = array_documents(
-            record.fingerprint, record.precision, self.rows_per_shard, self.shard_count(), centred=record.centred
-        )
+        documents = array_documents(record, self.rows_per_shard, self.shard_count())
         for array, document in documents.items():
             self._publish_unless_there(array_document(name, array), document)
         if not self.place.exists(f"{name}/zarr.json"):
@@ -366,7 +364,7 @@ class FeatureStore:
 
         started = time.perf_counter()
         teacher = record.fingerprint.teacher
-        encoded = encode_shard(stored, record.fingerprint, record.precision, centred=record.centred)
+        encoded = encode_shard(stored, record)
         objects = {
             shard_file(teacher, shard, stored.arrays[array].ndim, array): data for array, data in encoded.items()
         }

@@ -20,10 +20,17 @@ from zarr.storage import MemoryStore
 from olaschema.digest import stamp
 from olaschema.errors import StoreError
 from olaschema.layout import chunk_rows
-from olaschema.manifest import Fingerprint, Precision, StoreRecord, TeacherRecord
-from olaschema.precision import ArrayFormat, Stored, array_formats
+from olaschema.manifest import Precision, StoreRecord, TeacherRecord
+from olaschema.precision import ArrayFormat, Stored, formats_of
 
-ZSTD_LEVEL = 3
+
+def zstd_level(precision: Precision) -> int:
+    """Return the Zstandard level of features that are stored for the first time.
+
+    int8 and int4: 1, which takes 0.3 and 1 % more bytes than 3 in a third of the time. Floats do not differ, and klt's
+    many zeros do (`benchmarks/codec.py`).
+    """
+    return 1 if precision in ("int8", "int4") else 3
 
 
 def root_document(record: StoreRecord) -> bytes:
@@ -36,41 +43,38 @@ def teacher_document(record: TeacherRecord) -> bytes:
     return _group_document({"ola": record.model_dump(mode="json")})
 
 
-def array_documents(
-    fingerprint: Fingerprint, precision: Precision, rows_per_shard: int, shards: int, *, centred: bool = False
-) -> dict[str, bytes]:
+def array_documents(record: TeacherRecord, rows_per_shard: int, shards: int) -> dict[str, bytes]:
     """`zarr.json` of each of a teacher's arrays by name, arrays of `shards * rows_per_shard` rows."""
     found = {}
-    formats = array_formats(fingerprint.shape, precision, centred=centred)
+    formats = formats_of(record)
     chunk = chunk_rows(formats["values"].row_bytes, rows_per_shard)
     for name, array in formats.items():
         store = MemoryStore()
-        _create_array(store, array, chunk, rows_per_shard, shards)
+        _create_array(store, array, record.zstd_level, chunk, rows_per_shard, shards)
         found[name] = _stamped(_get(store, "zarr.json"))
     return found
 
 
-def encode_shard(
-    stored: Stored, fingerprint: Fingerprint, precision: Precision, *, centred: bool = False
-) -> dict[str, bytes]:
+def encode_shard(stored: Stored, record: TeacherRecord) -> dict[str, bytes]:
     """Encode one shard's rows as the Zarr object of each array, by name.
 
-    Raises StoreError unless the arrays are those of `precision`: zarr would convert others without a word.
+    Raises StoreError unless the arrays are those of the record: zarr would convert others without a word.
     """
-    formats = array_formats(fingerprint.shape, precision, centred=centred)
+    formats = formats_of(record)
     rows = len(stored.values)
     given = {name: (array.shape, array.dtype) for name, array in stored.arrays.items()}
     wanted = {name: ((rows, *array.shape), array.dtype) for name, array in formats.items()}
     if given != wanted:
         raise StoreError(
-            f"{fingerprint.teacher}: {_listed(given)} cannot be stored as {precision}, which is {_listed(wanted)}",
+            f"{record.fingerprint.teacher}: {_listed(given)} cannot be stored as {record.precision}, "
+            f"which is {_listed(wanted)}",
             "Encode the features with the precision that the store holds.",
         )
     chunk = chunk_rows(formats["values"].row_bytes, rows)
     found = {}
     for name, array in formats.items():
         store = MemoryStore()
-        _create_array(store, array, chunk, rows, 1)[...] = stored.arrays[name]
+        _create_array(store, array, record.zstd_level, chunk, rows, 1)[...] = stored.arrays[name]
         found[name] = _get(store, "c/0" + "/0" * len(array.shape))
     return found
 
@@ -91,7 +95,7 @@ def _listed(arrays: dict[str, tuple[tuple[int, ...], np.dtype]]) -> str:
 
 
 def _create_array(
-    store: MemoryStore, array: ArrayFormat, rows_per_chunk: int, rows_per_shard: int, shards: int
+    store: MemoryStore, array: ArrayFormat, level: int, rows_per_chunk: int, rows_per_shard: int, shards: int
 ) -> zarr.Array[Any]:
     return zarr.create_array(
         store,
@@ -100,7 +104,7 @@ def _create_array(
         chunks=(rows_per_chunk, *array.shape),
         shards=(rows_per_shard, *array.shape),
         serializer=BytesCodec(endian="little"),
-        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+        compressors=[ZstdCodec(level=level), Crc32cCodec()],
         # a row without a feature decodes to NaN, by any reader, and never to a plausible zero
         fill_value=array.fill,
         dimension_names=("row", *(("height", "width") if len(array.shape) == 3 else ()), array.last_axis),

@@ -135,7 +135,8 @@ def test_they_can_be_extended(folder: str, precision: Precision, tmp_path: Path)
         present = store.teacher(teacher)
         store.put_teacher(present)
         # what a new store would be, whichever this one is: it keeps its own form
-        store.put_teacher(present.model_copy(update={"centred": is_centred(shape, precision)}))
+        store.put_teacher(present.model_copy(update={"centred": is_centred(shape, precision), "zstd_level": 9}))
+        assert store.teacher(teacher).zstd_level == 3
     assert {path: path.read_bytes() for path in before} == before
     assert store.add_generation(sample for sample in store.samples() if sample.row < 3) is not None
     store.put_teacher(store.teacher("depth"))

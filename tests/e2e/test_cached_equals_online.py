@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +11,14 @@ import torch
 from pipeline_support import GOLDEN
 from trainer_support import Corpus, conversation, make_images, make_student, settings, write_json
 
+from olapipe.corpus import list_corpus
+from olapipe.encode import Limits, ShardEncoder, execution
+from olapipe.load import teacher_record
 from olapipe.teachers import registry
 from olapipe.teachers.base import TeacherSettings
 from olaschema.config import load_config
 from olaschema.images import decode_image
+from olaschema.store import FeatureStore
 from olatrain.config import TrainConfig
 from olatrain.order import PositionSampler
 from olatrain.parallel import open_ranks
@@ -31,15 +32,19 @@ LAYERS = {"gen": [1, 3], "depth": [2], "seg": [3]}
 
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Photographs' features of the three golden teachers, through the command, as float16."""
+    """Features of the three golden teachers as a worker extracts them, as float16; without Ray around it."""
     root = tmp_path_factory.mktemp("cached")
     keys = make_images(root / "images", 5)
-    arguments = [sys.executable, "-m", "olapipe", "extract", root / "images", "--out", root / "store"]
-    arguments += ["--shard-size", "4", "--batch-size", "2", "--workers", "1"]
-    for name in TEACHERS:
-        arguments += ["--teacher", name, "--checkpoint", f"{name}={GOLDEN / name}"]
-    done = subprocess.run(map(str, arguments), env=os.environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    store = FeatureStore.create(root / "store", rows_per_shard=4)
+    store.add_generation(entry.sample() for entry in list_corpus(root / "images", None).entries)
+    teachers = {name: registry.load(name, TeacherSettings(checkpoint=str(GOLDEN / name))) for name in TEACHERS}
+    records = {name: teacher_record(teacher, "float16") for name, teacher in teachers.items()}
+    for record in records.values():
+        store.put_teacher(record)
+    limits = Limits(batch_size=2, max_pixels=1_000_000, decoders=1)
+    encoder = ShardEncoder(store, root / "images", teachers, records, limits, execution("cpu", 2))
+    for shard in range(store.shard_count()):
+        encoder.encode(shard, TEACHERS, lambda _teacher, _rows: None)
     entries = [conversation(key, f"picture {place}") for place, key in enumerate(keys)] + [conversation(None, "text")]
     file = write_json(root / "conversations.json", entries)
     return Corpus(root, root / "images", file, root / "store", keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from trainer_support import make_student
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
@@ -21,13 +21,9 @@ from olaschema.errors import CorpusError
 from olatrain.cli import app
 from olatrain.compose import load_processor
 from olatrain.cvbench import SUFFIX, Answer, Question, parse_letter, read_questions, score
+from olatrain.evaluate import remarks
 
 SHAPE = {"ADE20K": ("2D", ("Count", "Relation")), "COCO": ("2D", ("Count",)), "Omni3D": ("3D", ("Depth", "Distance"))}
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
 
 
 def picture(seed: int) -> bytes:
@@ -140,9 +136,37 @@ def test_the_published_average_and_its_interval() -> None:
         for _ in range(4000)
     ]
     assert found["overall"]["interval"] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.012)
-    without = score(answers({"COCO": [True, False]}))
-    assert (without["overall"], without["2D"], without["3D"]) == (None, None, None)
-    assert without["sources"].keys() == {"COCO"}
+    assert found["averaged"] == {"2D": ["ADE20K", "COCO"], "3D": ["Omni3D"]}
+    assert "as published" in said(found)
+    without = score(answers({"COCO": [True, False, False, False]}))
+    assert (without["overall"], without["3D"]) == (None, None)
+    assert without["2D"]["accuracy"] == 0.25
+    assert without["averaged"] == {"2D": ["COCO"], "3D": []}
+    assert "2D = mean of COCO; not CV-Bench's own sources (2D: ADE20K and COCO, 3D: Omni3D)" in said(without)
+
+
+def test_a_copy_with_other_sources_is_averaged_over_those() -> None:
+    """Of four sources of unequal size, two to a type; by hand. A mean over questions would be another number."""
+    pattern = {"ADE20K": [True] * 6, "COCO": [True, False], "Omni3D": [False] * 10}
+    made = answers(pattern)
+    others = {"ADE20K": "VOC", "COCO": "LVIS", "Omni3D": "KITTI"}
+    made = [replace(a, question=replace(a.question, source=others[a.question.source])) for a in made]
+    made += [replace(a, question=replace(a.question, source="SUNRGBD")) for a in answers({"Omni3D": [True]})]
+    found = score(made)
+    assert found["2D"]["accuracy"] == pytest.approx((1 + 0.5) / 2)
+    assert found["3D"]["accuracy"] == pytest.approx((0 + 1) / 2)
+    assert found["overall"]["accuracy"] == pytest.approx(0.625)
+    assert found["averaged"] == {"2D": ["LVIS", "VOC"], "3D": ["KITTI", "SUNRGBD"]}
+    assert {name: group["questions"] for name, group in found["sources"].items()} == {
+        "LVIS": 2, "VOC": 6, "KITTI": 10, "SUNRGBD": 1
+    }  # fmt: skip
+    assert "no figure to compare with published ones" in said(found)
+    both = [replace(a, question=replace(a.question, source="ARKit")) for a in answers(pattern)]
+    assert score(both)["sources"].keys() == {"ARKit 2D", "ARKit 3D"}
+
+
+def said(found: dict[str, Any]) -> str:
+    return "\n".join(remarks(found))
 
 
 def mean(rng: np.random.Generator, values: list[bool]) -> float:
@@ -178,7 +202,7 @@ def test_the_other_layout_and_what_is_refused(tmp_path: Path, bench: Path) -> No
     for changes, message in (
         ({"filename": "../../x.png"}, "leads out"),
         ({"answer": "(E)"}, "4 choices and the answer"),
-        ({"source": "LVIS"}, "is none of ADE20K"),
+        ({"type": "4D"}, "is none of 2D, 3D"),
         ({"prompt": None}, "has no prompt"),
     ):
         (folder / "test_2d.jsonl").write_text(

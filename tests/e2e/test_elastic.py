@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from pipeline_support import olapipe
+from run_support import newest
 from trainer_support import (
     Corpus,
     end_all,
     environment,
     make_corpus,
-    make_student,
     metrics,
     run_file,
     saved,
@@ -39,11 +39,6 @@ from olatrain.setup import set_up
 from olatrain.stream import Sample, make_loader
 
 SEED = int(os.environ.get("OLA_TEST_SEED", "6"))
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +119,6 @@ def test_any_stops_worlds_and_workers_load_each_sample_as_often_as_it_is_due(
             assert Counter(said.get(position) for position in range(epoch * size, (epoch + 1) * size)) == expected
 
 
-def newest(out: Path) -> Path:
-    latest = latest_checkpoint(out / "checkpoints")
-    assert latest is not None
-    return latest
-
-
 def test_an_epoch_has_each_sample_once_whatever_ranks_and_workers(
     corpus: Corpus, packed: Path, other: Corpus, student: Path, tmp_path: Path
 ) -> None:
@@ -160,13 +149,13 @@ def test_an_epoch_has_each_sample_once_whatever_ranks_and_workers(
 def test_ten_kills_at_random_moments_end_with_the_same_bits(corpus: Corpus, student: Path, tmp_path: Path) -> None:
     """And none loses a save point that a later step has been seen after."""
     rng = random.Random(SEED)
-    values = settings(corpus, student, tmp_path / "out", steps=120, checkpoint_every=3, workers=1)
+    values = settings(corpus, student, tmp_path / "out", steps=90, checkpoint_every=3, workers=1)
     end_all(start_ranks(values | {"out": str(tmp_path / "whole")}, 1))
     out = Path(values["out"])
     reached, kills = 0, 0
     while kills < 10:
         (rank,) = start_ranks(values, 1)
-        wait_for_step(out, reached + rng.randrange(1, 8))
+        wait_for_step(out, reached + rng.randrange(1, 6))
         time.sleep(rng.uniform(0, 0.05))
         rank.kill()
         rank.join(30)
@@ -181,11 +170,12 @@ def test_ten_kills_at_random_moments_end_with_the_same_bits(corpus: Corpus, stud
     one, other = (saved(newest(folder), "trainable") for folder in (out, tmp_path / "whole"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], value) for name, value in other.items())
-    assert [line["step"] for line in metrics(out)] == list(range(1, 121))
+    assert [line["step"] for line in metrics(out)] == list(range(1, 91))
+    assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in metrics(tmp_path / "whole")]
 
 
 def wait_for_step(out: Path, step: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     path = out / "metrics.jsonl"
     while f'"event": "train", "step": {step},' not in (path.read_text(encoding="utf-8") if path.exists() else ""):
         assert time.monotonic() < deadline, "the run does not get there"
@@ -208,7 +198,7 @@ def test_torchrun_on_two_nodes(corpus: Corpus, student: Path, tmp_path: Path) ->
         )
         for node in (0, 1)
     ]  # fmt: skip
-    said = [node.communicate(timeout=120)[0] for node in nodes]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert said[0].count("step 2/2: saved") == 1
     assert "saved" not in said[1]

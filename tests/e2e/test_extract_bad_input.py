@@ -245,10 +245,10 @@ def test_workers_and_clusters_that_are_not_there(tmp_path: Path) -> None:
     _refused(olapipe(*arguments, "--workers", 10_000), "10000 workers", code=2)
     started = time.monotonic()
     process = start_olapipe(*arguments, "--address", "127.0.0.1:1")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "no Ray cluster can be joined at 127.0.0.1:1" in output and "Traceback" not in output
-    assert time.monotonic() - started < 30, "Ray itself would try for minutes"
+    assert time.monotonic() - started < 90, "Ray itself would try for minutes"
 
 
 def test_a_store_made_by_other_settings(run: tuple[Result, Path], corpus: Path, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_a_corpus_is_extracted_grown_and_read(tmp_path: Path, precision: Precisi
     found = json.loads(olapipe("inspect", out, "--json").stdout)["teachers"]["depth"]
     assert found["images"] == {"planned": 4, "ok": 4, "failed": 0, "waiting": 0}
     assert found["bytes"]["stored"] == sum(array["bytes"] for array in found["arrays"].values())
+    assert FeatureStore.open(out).teacher("depth").zstd_level == 1
     assert found["bytes"]["ratio"] > {"int8": 3.5, "int4": 6.0}[precision]
     assert [array["path"] for array in found["arrays"].values()] == ["depth/values", "depth/scale", "depth/offset"]
     refused = olapipe(*depth_arguments(folder, out))

@@ -78,7 +78,7 @@ def test_workers_and_kills_change_no_byte(store: Path, corpus: Path, tmp_path: P
     assert result.exit_code == 0, result.output
     assert digests(tmp_path / "two") == wanted
     process = start_olapipe(*arguments(corpus, tmp_path / "killed"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list((tmp_path / "killed").glob("receipts/depth/*.json")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -14,6 +14,7 @@ import torch
 from family_support import FAMILIES, make_checkpoint
 from PIL import Image
 from rich.console import Console
+from run_support import prepared
 from torch import Tensor
 from torch.nn import functional
 from trainer_support import (
@@ -40,9 +41,10 @@ from olaschema.store import FeatureStore
 from olatrain.cli import app
 from olatrain.compose import load_processor, student_view
 from olatrain.config import TrainConfig
-from olatrain.parallel import Ranks
+from olatrain.cvbench import Question
+from olatrain.evaluate import Examinee
 from olatrain.prepare import prepare
-from olatrain.setup import Run, set_up
+from olatrain.setup import Run
 from olatrain.step import run_batch
 from olatrain.stream import Batch
 from olatrain.tokens import Items, TaskTokens, locate
@@ -79,10 +81,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def chosen(corpus: Corpus, student: Path, out: Path, **changes: Any) -> dict[str, Any]:
     return settings(corpus, student, out, teachers=TEACHERS, **changes)
-
-
-def prepared(values: dict[str, Any]) -> Run:
-    return set_up(load_config(TrainConfig, flags=values), Ranks(0, 1, torch.device("cpu")))
 
 
 def fit(values: dict[str, Any]) -> None:
@@ -340,3 +338,22 @@ def test_a_split_language_model_trains_as_a_whole_one_whatever_its_ranks_are_sho
     kept = [FeatureStore.open(tmp_path / out / "predictions/step-00000003/layer-02") for out in ("one", "two")]
     (mine, theirs) = ([FeatureReader(store, "depth").feature(row) for row in range(3)] for store in kept)
     np.testing.assert_allclose(theirs, mine, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_questions_asked_together_are_answered_as_one_by_one(
+    family: str, corpus: Corpus, students: dict[str, Path]
+) -> None:
+    examinee = Examinee(students[family], torch.device("cpu"))
+    keys = sorted(path.name for path in corpus.images.iterdir())[:4]
+    asked = [
+        Question(key, "2D", "Count", "COCO", "how many " + "x" * 9 * place, ("1", "2", "3", "4")[: 2 + place % 3], "A",
+                 (corpus.images / key).read_bytes())
+        for place, key in enumerate(keys)
+    ]  # fmt: skip
+    together = examinee.letter_scores(asked)
+    alone = [examinee.letter_scores([question])[0] for question in asked]
+    assert [len(scores) for scores in together] == [2, 3, 4, 2]
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert together[0] != pytest.approx(together[3], rel=1e-3)

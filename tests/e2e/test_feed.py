@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from rich.console import Console
-from torch import Tensor
-from trainer_support import Corpus, make_corpus, make_student, metrics, records, saved, settings
+from run_support import losses, prepared, require_gradients, run, weights, whole_gradients
+from safetensors.torch import load_file
+from trainer_support import Corpus, end_all, make_corpus, make_student, metrics, records, settings, start_ranks
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
@@ -23,43 +21,25 @@ from olaschema.config import load_config
 from olaschema.errors import ConfigError, FingerprintError, ViewError
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
-from olatrain.checkpoint import latest_checkpoint
 from olatrain.cli import app
 from olatrain.config import TrainConfig
 from olatrain.cvbench import read_questions
 from olatrain.evaluate import Examinee
 from olatrain.export import export
 from olatrain.feed import Fed, FeedProjector
-from olatrain.parallel import Ranks
 from olatrain.probe import fed_teachers
-from olatrain.setup import Run, set_up
+from olatrain.setup import Run
 from olatrain.sidecar import Sidecar
 from olatrain.step import fed_features, run_batch
 from olatrain.stream import Batch, Sample
-from olatrain.train import train
 
 MISSING = "03.png"
 GEN = {"gen": {"layers": [1, 3]}}
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
-
-
-@pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), failed={MISSING: "depth"})
-
-
-def run(values: dict[str, Any]) -> str:
-    text = io.StringIO()
-    train(load_config(TrainConfig, flags=values), Console(file=text, width=200))
-    return text.getvalue()
-
-
-def prepared(values: dict[str, Any]) -> Run:
-    return set_up(load_config(TrainConfig, flags=values), Ranks(0, 1, torch.device("cpu")))
+    return make_corpus(tmp_path_factory.mktemp("corpus"), texts=2, failed={MISSING: "depth"})
 
 
 def shown(ready: Run) -> list[str]:
@@ -72,12 +52,6 @@ def batch_of(ready: Run, count: int) -> Batch:
     found = ready.collate([ready.stream[position] for position in range(count)])
     assert isinstance(found, Batch)
     return found
-
-
-def newest(out: Path | str) -> dict[str, Tensor]:
-    found = latest_checkpoint(Path(out) / "checkpoints")
-    assert found is not None
-    return saved(found, "trainable")
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (5,)])
@@ -176,7 +150,7 @@ def test_it_trains_is_saved_and_resumed_and_goes_on_in_the_next_stage(
     again = values | {"out": str(tmp_path / "again")}
     run(again | {"stop_after": 3})
     run(again)
-    whole, parts = newest(values["out"]), newest(again["out"])
+    whole, parts = weights(values["out"]), weights(again["out"])
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     start = prepared(values).learner.state()
     moved = {name for name, value in whole.items() if not torch.equal(value, start[name])}
@@ -205,8 +179,38 @@ def test_it_trains_is_saved_and_resumed_and_goes_on_in_the_next_stage(
         assert torch.equal(value, whole[f"feeds.{name}"])
     said = run(stage)
     assert "trains: projector 544 at 0.001, feed 384 at 0.001, llm " in said
-    tuned = newest(tmp_path / "tuned")
+    tuned = weights(tmp_path / "tuned")
     assert not torch.equal(tuned["feeds.depth.linear_1.weight"], whole["feeds.depth.linear_1.weight"])
+
+
+@pytest.mark.parametrize("llm", [False, True])
+def test_ranks_feed_what_one_does(corpus: Corpus, student: Path, tmp_path: Path, llm: bool) -> None:
+    """The loss curve of one rank, whether the language model is whole or split over the ranks.
+
+    Text alone, an image without a feature, and a last batch that leaves a rank without any sample.
+    """
+    groups = ["projector", "predictors", "task_tokens", "feed", *(["llm"] if llm else [])]
+    values = settings(corpus, student, tmp_path / "one", teachers=GEN, feed="depth", train=groups)
+    values |= {"steps": None, "epochs": 1, "batch": 3, "lr": 3e-3}
+    assert len(prepared(values).stream) % 3 == 1
+    run(values)
+    two = values | {"out": str(tmp_path / "two"), "nproc": 2, "micro_batch": 1}
+    gradients = tmp_path / "gradients.safetensors"
+    end_all(start_ranks(two, world=2, gradients=gradients))
+    found = load_file(gradients)
+    require_gradients(found, whole_gradients(values))
+    assert {name for name in found if name.startswith("feeds.")} == {
+        f"feeds.depth.{name}"
+        for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias", "missing")
+    }
+    assert losses(two["out"]) == pytest.approx(losses(values["out"]), rel=1e-5)
+    for one, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one["fed"] == other["fed"]
+    missing = sum(line["fed"]["depth"]["missing"] for line in metrics(tmp_path / "two"))
+    assert missing == 1
+    after, expected = weights(two["out"]), weights(values["out"])
+    for name, value in expected.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-2, atol=2e-4, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +264,7 @@ def test_a_fed_student_is_scored_with_features_found_by_the_images_bytes(
     question = next(iter(read_questions(bench)))
     answer = examinee.answer(question, "generate")
     assert isinstance(answer.said, str)
-    inputs = examinee._inputs(question)
+    inputs = examinee._inputs([question])
     given = examinee._features.find(question.image, torch.device("cpu"))
     with torch.no_grad():
         ours = ready.learner.student(inputs, fed=given).logits

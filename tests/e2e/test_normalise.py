@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch.nn import functional
-from trainer_support import Corpus, make_corpus, make_student, settings
+from trainer_support import Corpus, make_corpus, settings
 
 from olaschema.config import load_config
 from olaschema.errors import ConfigError
@@ -33,11 +33,6 @@ ROUNDING = 2.0**-11
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
 
 
 def _train(corpus: Corpus, student: Path, out: Path, **changes: object) -> TrainConfig:

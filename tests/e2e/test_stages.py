@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,75 +9,31 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
+from run_support import losses, newest, prepared, require_gradients, run, whole_gradients
+from safetensors.torch import load_file
 from trainer_support import (
-    Corpus,
     end_all,
-    make_corpus,
     make_student,
     metrics,
     saved,
-    settings,
     start_ranks,
 )
 from transformers import AutoModelForImageTextToText, CLIPVisionModel
 from typer.testing import CliRunner
 
 import olatrain.step as step_module
-from olaschema.config import load_config
 from olaschema.errors import ConfigError
-from olatrain.checkpoint import latest_checkpoint
 from olatrain.cli import app
 from olatrain.compose import load_processor
-from olatrain.config import TrainConfig
 from olatrain.export import export
-from olatrain.parallel import Ranks
 from olatrain.resume import resume
-from olatrain.setup import Run, set_up
+from olatrain.setup import Run
 from olatrain.step import run_batch
 from olatrain.tokens import TaskTokens
 from olatrain.tower import on_grid
-from olatrain.train import make_optimiser, train
+from olatrain.train import make_optimiser
 
 LLM = ["projector", "predictors", "task_tokens", "llm"]
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), images=9)
-
-
-@pytest.fixture
-def chosen(corpus: Corpus, student: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def choose(**changes: Any) -> dict[str, Any]:
-        return settings(corpus, student, tmp_path / "out", **changes)
-
-    return choose
-
-
-def run(values: dict[str, Any]) -> str:
-    text = io.StringIO()
-    train(load_config(TrainConfig, flags=values), Console(file=text))
-    return text.getvalue()
-
-
-def prepared(values: dict[str, Any]) -> Run:
-    return set_up(load_config(TrainConfig, flags=values), Ranks(0, 1, torch.device("cpu")))
-
-
-def newest(out: Path | str) -> Path:
-    latest = latest_checkpoint(Path(out) / "checkpoints")
-    assert latest is not None
-    return latest
-
-
-def losses(out: Path | str) -> list[float]:
-    return [line["loss"] for line in metrics(Path(out))]
 
 
 def moved(values: dict[str, Any]) -> set[str]:
@@ -93,18 +48,53 @@ def moved(values: dict[str, Any]) -> set[str]:
 def test_a_split_language_model_trains_as_a_whole_one(
     chosen: Callable[..., dict[str, Any]], tmp_path: Path, lora: dict[str, Any] | None
 ) -> None:
-    """One rank; two, then four that go on where two stopped. The last batch leaves three ranks without a sample."""
-    values = chosen(steps=None, epochs=1, train=LLM, lora=lora, micro_batch=2, lrs={"llm": 2e-3})
+    """One rank whose batches pass as a whole; two, then more that go on where two stopped, sample by sample.
+
+    The gradients of the first step are those of the whole batch. The last batch leaves all ranks but one without a
+    sample, which must pass through the split model all the same.
+    """
+    values = chosen(steps=None, epochs=1, train=LLM, lora=lora, lrs={"llm": 2e-3})
     run(values)
-    split = values | {"out": str(tmp_path / "split")}
-    end_all(start_ranks(split | {"nproc": 2, "stop_after": 2}, world=2))
-    end_all(start_ranks(split | {"nproc": 4}, world=4))
+    split = values | {"out": str(tmp_path / "split"), "micro_batch": 1}
+    gradients = tmp_path / "gradients.safetensors"
+    end_all(start_ranks(split | {"nproc": 2, "stop_after": 2}, world=2, gradients=gradients))
+    require_gradients(load_file(gradients), whole_gradients(values))
+    world = 4 if lora is None else 2
+    end_all(start_ranks(split | {"nproc": world}, world=world))
     assert losses(split["out"]) == pytest.approx(losses(values["out"]), rel=1e-5)
+    norms, expected = ([line["grad_norm"] for line in metrics(Path(v["out"]))] for v in (split, values))
+    assert norms == pytest.approx(expected, rel=1e-3)
     one, many = (saved(newest(v["out"]), "trainable") for v in (values, split))
     assert one.keys() == many.keys()
     assert any(name.startswith("llm.") for name in moved(values))
     for name, value in one.items():
         torch.testing.assert_close(many[name], value, rtol=1e-2, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_accumulated_gradients_are_those_of_the_large_batch_while_everything_trains(
+    chosen: Callable[..., dict[str, Any]], micro: int
+) -> None:
+    """Contrastive term included: with the negatives of its own micro-batch, each gradient would be another one."""
+    values = chosen(batch=8, train=[*LLM, "vision"], contrastive=3.0, text=0.3)
+    whole = whole_gradients(values)
+    assert {name.partition(".")[0] for name in whole} >= {"projector", "latents", "predictors", "llm", "vision"}
+    ready = prepared(values | {"micro_batch": micro})
+    batch = ready.collate([ready.stream[p] for p in range(8)])
+    assert len(batch.micro) == -(-8 // micro)  # type: ignore[union-attr]
+    run_batch(ready.learner, batch, ready.ranks, ready.means, bf16=False)  # type: ignore[arg-type]
+    found = {name: p.grad for name, p in ready.learner.trainable().items() if p.grad is not None}
+    require_gradients(found, whole)
+    # what that would leave: the sum over micro-batches that each see their own targets alone
+    ready.learner.zero_grad()
+    for first in range(0, 8, micro):
+        alone = ready.collate([ready.stream[p] for p in range(first, min(first + micro, 8))])
+        run_batch(ready.learner, alone, ready.ranks, ready.means, bf16=False)  # type: ignore[arg-type]
+    name = "llm.model.language_model.layers.0.self_attn.q_proj.weight"
+    wrong = ready.learner.trainable()[name].grad
+    assert wrong is not None
+    cosine = torch.nn.functional.cosine_similarity(wrong.flatten(), whole[name].flatten(), dim=0)
+    assert cosine < 0.99
 
 
 def test_what_trains_is_exported_and_the_next_stage_starts_from_it(

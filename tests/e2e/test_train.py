@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
+from run_support import losses, prepared, run, weights
 from torch import Tensor
 from torch.nn import functional
 from trainer_support import (
@@ -29,13 +28,11 @@ from trainer_support import (
     metrics,
     records,
     run_file,
-    saved,
     settings,
     start_ranks,
     write_json,
 )
 
-from olaschema.config import load_config
 from olaschema.errors import (
     ConfigError,
     CorpusError,
@@ -48,57 +45,16 @@ from olaschema.errors import (
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.checkpoint import CheckpointError, latest_checkpoint
-from olatrain.config import TrainConfig
-from olatrain.parallel import Ranks
-from olatrain.setup import Run, set_up
+from olatrain.setup import Run
 from olatrain.step import run_batch
 from olatrain.stream import Batch
-from olatrain.train import TrainingError, _check, train
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), images=9)
-
-
-@pytest.fixture
-def chosen(corpus: Corpus, student: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def choose(**changes: Any) -> dict[str, Any]:
-        return settings(corpus, student, tmp_path / "out", **changes)
-
-    return choose
-
-
-def run(values: dict[str, Any]) -> str:
-    """Train in this process; returns what was printed."""
-    text = io.StringIO()
-    train(load_config(TrainConfig, flags=values), Console(file=text))
-    return text.getvalue()
-
-
-def prepared(values: dict[str, Any]) -> Run:
-    return set_up(load_config(TrainConfig, flags=values), Ranks(0, 1, torch.device("cpu")))
-
-
-def weights(out: Path | str) -> dict[str, Tensor]:
-    latest = latest_checkpoint(Path(out) / "checkpoints")
-    assert latest is not None
-    return saved(latest, "trainable")
+from olatrain.train import TrainingError, _check
 
 
 def require_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
-
-
-def losses(out: Path | str) -> list[float]:
-    return [line["loss"] for line in metrics(Path(out))]
 
 
 # --- the loss
@@ -191,7 +147,7 @@ def test_only_the_chosen_groups_move(chosen: Callable[..., dict[str, Any]], tmp_
 
 def test_bf16_autocast_follows_float32(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     run(chosen(steps=2))
-    run(chosen(steps=2, precision="bf16", out=str(tmp_path / "bf16")))
+    assert "precision = bf16 on a CPU" in run(chosen(steps=2, precision="bf16", out=str(tmp_path / "bf16")))
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "out"), rel=0.02)
     assert losses(tmp_path / "bf16") != losses(tmp_path / "out")
     assert all(value.dtype == torch.float32 for value in weights(tmp_path / "bf16").values())
@@ -243,15 +199,15 @@ def test_stopping_and_going_on_ends_with_the_same_bits(chosen: Callable[..., dic
     assert "all 6 steps are done already" in run(parts)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_sigkill_loses_only_the_steps_since_the_last_save(
-    chosen: Callable[..., dict[str, Any]], tmp_path: Path, world: int
+def test_sigkill_of_two_ranks_loses_only_the_steps_since_the_last_save(
+    chosen: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    values = chosen(steps=24, checkpoint_every=2, workers=1, nproc=world)
-    end_all(start_ranks(values | {"out": str(tmp_path / "whole")}, world))
+    """One rank is killed ten times in `test_elastic`."""
+    values = chosen(steps=12, checkpoint_every=2, workers=1, nproc=2)
+    end_all(start_ranks(values | {"out": str(tmp_path / "whole")}, 2))
     out = Path(values["out"])
-    for steps in (5, 13):
-        ranks = start_ranks(values, world)
+    for steps in (3, 7):
+        ranks = start_ranks(values, 2)
         wait_for_step(out, steps)
         for rank in ranks:
             rank.kill()
@@ -259,12 +215,12 @@ def test_sigkill_loses_only_the_steps_since_the_last_save(
         reached = metrics(out)[-1]["step"]
         newest = latest_checkpoint(out / "checkpoints")
         assert newest is not None
-        assert steps <= reached < 24
+        assert steps <= reached < 12
         # the save before the last is published: a save waits for the one before it, and is written in the background
         assert reached - int(newest.name.removeprefix("step-")) <= 2 * 2
-    end_all(start_ranks(values, world))
+    end_all(start_ranks(values, 2))
     require_same(weights(out), weights(tmp_path / "whole"))
-    assert [line["step"] for line in metrics(out)] == list(range(1, 25))
+    assert [line["step"] for line in metrics(out)] == list(range(1, 13))
     assert losses(out) == losses(tmp_path / "whole")
 
 
@@ -289,7 +245,7 @@ def test_sigterm_saves_and_exits(chosen: Callable[..., dict[str, Any]], tmp_path
 
 
 def wait_for_step(out: Path, step: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     path = out / "metrics.jsonl"
     while f'"event": "train", "step": {step},' not in (path.read_text(encoding="utf-8") if path.exists() else ""):
         assert time.monotonic() < deadline, "the run does not get there"
@@ -453,20 +409,3 @@ def test_the_floor_is_what_the_mean_training_map_would_get(
         assert floor["cosine"] == pytest.approx(cosine, rel=1e-5)
         layer = line["teachers"]["depth"]["layers"]["2"]
         assert layer["loss"] == pytest.approx(layer["smooth_l1"] + 0.3 * layer["contrastive"])
-
-
-def test_it_trains_without_teachers_or_their_libraries(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    values = run_file(tmp_path / "c.json", chosen(steps=1))
-    code = (
-        "import sys\nfrom olatrain.cli import main\n"
-        f"sys.argv = ['olatrain', 'run', '--config', {str(values)!r}]\n"
-        "try:\n main()\nexcept SystemExit as stop:\n assert not stop.code\n"
-        "banned = ('olapipe', 'ray', 'diffusers', 'depth_anything', 'oneformer')\n"
-        "found = [m for m in sys.modules if m.split('.')[0] in banned or any(b in m for b in banned[2:])]\n"
-        "assert 'torch' in sys.modules and not found, found\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step 1/1" in done.stdout

@@ -11,16 +11,16 @@ import pytest
 import torch
 import zarr
 from rich.console import Console
+from run_support import weights
 from store_support import DOCS, EXECUTION, decoding, record
 from torch import Tensor
-from trainer_support import Corpus, end_all, make_corpus, make_student, metrics, saved, settings, start_ranks
+from trainer_support import Corpus, end_all, make_corpus, metrics, settings, start_ranks
 
 from olaschema.config import load_config
 from olaschema.errors import DamagedStoreError
 from olaschema.manifest import ChannelStatistics, Precision
 from olaschema.precision import Stored
 from olaschema.store import FeatureStore
-from olatrain.checkpoint import latest_checkpoint
 from olatrain.config import TrainConfig
 from olatrain.parallel import Ranks
 from olatrain.setup import set_up
@@ -31,11 +31,6 @@ from olatrain.train import train
 CHANNELS = {"depth": 67, "gen": 131}
 GRIDS: dict[str, tuple[int, int] | None] = {"depth": (2, 2), "gen": None}
 TIERS = pytest.mark.parametrize("tier", ["int8", "int4"])
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
 
 
 def corpus_of(root: Path, tier: Precision) -> Corpus:
@@ -62,12 +57,6 @@ def decoded_copy(store: Path, tier: Precision, root: Path) -> Path:
             statistics = ChannelStatistics.from_json(receipt.statistics, channels)
             copy.commit_shard(made, shard, Stored(rows), list(receipt.rows), statistics, EXECUTION)
     return root
-
-
-def weights(out: Path) -> dict[str, Tensor]:
-    latest = latest_checkpoint(out / "checkpoints")
-    assert latest is not None
-    return saved(latest, "trainable")
 
 
 def run(values: dict[str, Any], world: int) -> None:

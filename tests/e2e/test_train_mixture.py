@@ -19,7 +19,6 @@ from trainer_support import (
     make_corpus,
     make_images,
     make_store,
-    make_student,
     metrics,
     records,
     saved,
@@ -42,11 +41,6 @@ from olatrain.stream import Sample
 from olatrain.train import train
 
 REPEATS = (2, 3, 1)
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
-from trainer_support import Corpus, end_all, make_corpus, make_student, metrics, settings, start_ranks
+from trainer_support import Corpus, end_all, make_corpus, metrics, settings, start_ranks
 from typer.testing import CliRunner
 
 from olapipe.cli import app as olapipe_app
@@ -34,11 +34,6 @@ from olatrain.train import train
 
 LLM = ["projector", "predictors", "task_tokens", "llm"]
 ALONE = Ranks(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_student(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +249,6 @@ def test_predictions_are_a_store_for_each_layer_that_preview_draws(
 def test_mlflow_keeps_the_figures_of_a_run_that_went_on(
     corpus: Corpus, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the store that mlflow-skinny has too
     values = settings(corpus, student, tmp_path / "out", steps=3, trackers=["mlflow"])
@@ -278,7 +272,6 @@ def test_mlflow_keeps_the_figures_of_a_run_that_went_on(
 def test_wandb_keeps_an_offline_run(
     corpus: Corpus, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

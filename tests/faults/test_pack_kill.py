@@ -26,7 +26,7 @@ def killed_after(process: subprocess.Popen[str], out: Path, tars: int, finished:
         time.sleep(0.002)
     time.sleep(random.uniform(0, 0.01))
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert not finished(), "it was stopped halfway"
 
 

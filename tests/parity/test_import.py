@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from golden_support import CASES, error, read, require_losses, run_case
+from import_support import HERE, published, tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from store_support import fingerprint
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from trainer_support import LLAMA, make_corpus, metrics
+from trainer_support import make_corpus, metrics
 from transformers import (
     CLIPVisionModel,
     LlamaConfig,
@@ -25,7 +25,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
-    PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
 
@@ -40,37 +39,6 @@ from olatrain.learner import Learner, build_learner, load_start
 from olatrain.prompts import PromptBuilder
 from olatrain.sidecar import SIDECAR_NAME, Sidecar
 from olatrain.tokens import TaskTokens
-
-HERE = Path(__file__).parents[1] / "golden/e2e"
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A token per printable character: fewer than the model has rows, as Phi-3's tokenizer."""
-    special = ["<s>", "</s>", "<|start|>", "<|sep|>", "<|eot|>"]
-    alphabet = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ", "é"]
-    vocabulary = {token: place for place, token in enumerate([*special, *alphabet])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",  # noqa: S106
-        eos_token="</s>",  # noqa: S106
-        additional_special_tokens=special[2:],
-    )
-    made.chat_template = LLAMA
-    return made
-
-
-def published(case: Path, target: Path, **changes: Any) -> Path:
-    """The case as a checkpoint folder: config.json and tokenizer beside the weights."""
-    target.mkdir(parents=True, exist_ok=True)
-    config = json.loads((case / "expected.json").read_text())["config"] | changes
-    (target / "config.json").write_text(json.dumps(config))
-    shutil.copy(case / "model.safetensors", target)
-    shutil.copytree(case / config["mm_vision_tower"], target / config["mm_vision_tower"])
-    tokenizer().save_pretrained(target)
-    return target
 
 
 def reloaded(folder: Path, **changes: Any) -> Learner:

@@ -17,16 +17,21 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module `benchmarks/teachers.py`, which is no package."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = importlib.util.spec_from_file_location("benchmark_of_teachers", BENCHMARKS / "teachers.py")
+def loaded(name: str) -> ModuleType:
+    """A script of `benchmarks/`, which is no package, as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
+    return module
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module `benchmarks/teachers.py`."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield loaded("teachers")
     sys.modules.pop("published_teachers", None)
 
 
@@ -74,3 +79,32 @@ def test_every_teacher_with_a_published_checkpoint_is_timed(script: ModuleType) 
     from olapipe.teachers.catalogue import BUILT_IN
 
     assert sorted(script.NAMES) == sorted(info.name for info in BUILT_IN if info.published)
+
+
+def test_every_mutation_has_its_place_in_the_code_and_was_seen_to_fail() -> None:
+    """The record is of the mutations that the script makes, and each could be made today."""
+    module = loaded("mutations")
+    for mutation in module.MUTATIONS:
+        text = (BENCHMARKS.parent / "trainer/olatrain" / mutation.file).read_text(encoding="utf-8")
+        assert text.count(mutation.before) == 1, mutation.name
+        assert mutation.before != mutation.after
+        assert (BENCHMARKS.parent / mutation.tests[0]).is_file()
+    record = json.loads((BENCHMARKS / "results/mutations.json").read_text(encoding="utf-8"))
+    assert [one["mutation"] for one in record["mutations"]] == [one.name for one in module.MUTATIONS]
+    assert all(one["failed"] for one in record["mutations"])
+    assert record["survived"] == []
+
+
+@pytest.mark.parametrize("reader", ["memmap", "ours", "zarr", "tensorstore"])
+def test_readers_see_the_rows_that_were_written(reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the comparison that are installed beside us; the others have an environment of their own."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = loaded("store_read")
+    layout = script.Layout(str(tmp_path), rows=4, rows_per_shard=2, batch=2, window=2)
+    spent = script.make(layout, 0)
+    assert spent["float32_mb"] == pytest.approx(4 * 24 * 24 * 1024 * 4 / 1e6)
+    script.WRITERS["raw"](layout)
+    found = script.measure(reader, 0, layout, 1, script.sums(layout))
+    assert 0 <= found["share_a_shard"] <= 1 and found["rows_per_cpu_s"] > 0
+    with pytest.raises(SystemExit, match=f"{reader}: row . is not what was written"):
+        script.measure(reader, 0, layout, 1, [0] * 4)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,11 @@ from olatrain.parallel import Ranks, open_ranks
 def ranks() -> Iterator[Ranks]:
     with open_ranks("cpu") as opened:
         yield opened
+
+
+def test_a_lone_rank_puts_no_number_before_tracebacks(ranks: Ranks) -> None:
+    assert ranks.world == 1
+    assert sys.excepthook.__name__ != "_distributed_excepthook"
 
 
 def save(ranks: Ranks, root: Path, step: int, tensors: Mapping[str, Tensor] | None = None, *, keep: int = 2) -> Path:

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 import zarr
-from store_support import fingerprint
+from numcodecs.zstd import Zstd
+from store_support import record
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -22,11 +23,11 @@ from olaschema.zarrbytes import array_documents, encode_like, encode_shard
 @pytest.mark.parametrize("precision", ["float16", "float32"])
 @pytest.mark.parametrize("empty", [(), (1,), (0, 1, 2, 3)])
 def test_a_shard_is_written_again_to_the_same_bytes(precision: str, empty: tuple[int, ...]) -> None:
-    meaning = fingerprint(grid=(24, 24), channels=600)  # a chunk for each row
-    document = array_documents(meaning, precision, 4, 9)["values"]  # type: ignore[arg-type]
+    teacher = record(precision, grid=(24, 24), channels=600)  # type: ignore[arg-type]  # a chunk for each row
+    document = array_documents(teacher, 4, 9)["values"]
     values = np.random.default_rng(0).normal(size=(4, 24, 24, 600)).astype(precision)
     values[list(empty)] = np.nan
-    data = encode_shard(Stored(values), meaning, precision)["values"]  # type: ignore[arg-type]
+    data = encode_shard(Stored(values), teacher)["values"]
     assert encode_like(document, values) == data
     stored = StoredArray(document, data, 4)
     assert stored.chunk_rows == 1
@@ -34,6 +35,18 @@ def test_a_shard_is_written_again_to_the_same_bytes(precision: str, empty: tuple
     np.testing.assert_array_equal(stored.slice(2, 3), values[2:3])
     assert stored.blank(values).tolist() == [row in empty for row in range(4)]
     assert array_shard_file("depth", "values", 7, document) == shard_file("depth", 7, 4)
+
+
+def test_a_shard_is_written_at_the_level_of_its_record() -> None:
+    """Zstandard itself says what each level makes of the rows; shards of an old store stay what they were."""
+    values = np.random.default_rng(0).normal(size=(2, 24, 24, 600)).round(1).astype(np.float16)
+    sizes = {level: sum(len(Zstd(level=level).encode(row)) for row in values) for level in (1, 3)}
+    assert sizes[1] != sizes[3]
+    for level, size in sizes.items():
+        teacher = record("float16", grid=(24, 24), channels=600, zstd_level=level)
+        data = encode_shard(Stored(values), teacher)["values"]
+        assert len(data) == size + 2 * 4 + 2 * 16 + 4  # a checksum for each row, then an index with its own
+        assert encode_like(array_documents(teacher, 2, 1)["values"], values) == data
 
 
 def test_an_array_of_integers_is_written_again_with_its_own_fill_value() -> None:
@@ -54,8 +67,9 @@ def test_an_array_of_integers_is_written_again_with_its_own_fill_value() -> None
 
 
 def test_damaged_bytes_raise_what_is_caught() -> None:
-    document = array_documents(fingerprint(), "float16", 4, 1)["values"]
-    data = encode_shard(Stored(np.ones((4, 3, 3, 5), np.float16)), fingerprint(), "float16")["values"]
+    teacher = record("float16")
+    document = array_documents(teacher, 4, 1)["values"]
+    data = encode_shard(Stored(np.ones((4, 3, 3, 5), np.float16)), teacher)["values"]
     for offset in range(len(data)):
         damaged = bytearray(data)
         damaged[offset] ^= 0x10
@@ -97,20 +111,20 @@ def test_the_bound_holds_for_floats() -> None:
 
 
 def test_the_document_names_the_dimensions() -> None:
-    document = array_documents(fingerprint(grid=None), "float32", 4, 2)["values"]
+    document = array_documents(record("float32", grid=None), 4, 2)["values"]
     assert json.loads(document)["shape"] == [8, 5]
     assert array_shard_file("gen", "scale", 3, document) == "gen/scale/c/3/0"
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_integer_tiers_as_they_are_stored(precision: str) -> None:
-    meaning = fingerprint(grid=(2, 2), channels=70)
+    teacher = record(precision, grid=(2, 2), channels=70, centred=False)  # type: ignore[arg-type]
     features = np.random.default_rng(3).normal(size=(4, 2, 2, 70)).astype(np.float32) * 5
-    stored = blank(4, meaning.shape, precision)  # type: ignore[arg-type]
+    stored = blank(4, teacher.fingerprint.shape, precision)  # type: ignore[arg-type]
     for row in (0, 1, 3):
         stored[row] = encode(features[row], precision)  # type: ignore[arg-type]
-    documents = array_documents(meaning, precision, 4, 1)  # type: ignore[arg-type]
-    objects = encode_shard(stored, meaning, precision)  # type: ignore[arg-type]
+    documents = array_documents(teacher, 4, 1)
+    objects = encode_shard(stored, teacher)
     assert set(objects) == {"values", "scale"}
     arrays = {name: StoredArray(documents[name], data, 4) for name, data in objects.items()}
     wholes = {name: array.whole() for name, array in arrays.items()}

@@ -119,9 +119,19 @@ def test_words_about_a_scene_say_what_shows_and_no_more(drawn: list[tuple[Any, A
         assert [name for name in said.split(" ; ") if name] == sorted(world, key=lambda name: world[name]["x"])
         assert not re.search(r"\d|near|far|clos", said)  # a caption tells no distance
         words = language.written(scene, picture).split()
-        assert len(words) == 36
         assert set(words) <= known
-        shown = {tuple(word.rsplit("-", 1)) for word in words if "-" in word}
+        places, cells = words[::2], words[1::2]
+        numbers = [int(place[3]) * 6 + int(place[1]) for place in places]
+        assert numbers == sorted(set(numbers))
+        assert all(re.fullmatch(r"x[0-5]y[0-5]", place) for place in places)
+        shown = {tuple(word.rsplit("-", 1)) for word in cells}
+        for name, thing in world.items():  # where most of a thing is, there it is named
+            column = int(6 * thing["x"])
+            assert any(abs(int(p[1]) - column) <= 1 for p, c in zip(places, cells, strict=True)
+                       if c.rsplit("-", 1)[0] == name.replace(" ", "-"))  # fmt: skip
+        entries = [entry for entry in language.columns(scene, picture).removesuffix(" .").split(" ; ") if entry]
+        told = dict(entry.rsplit(" in-", 1) for entry in entries)
+        assert told == {name: str(min(5, int(6 * thing["x"]))) for name, thing in world.items()}
         level = {name: min(7, int(8 * np.log(t["distance"]) / np.log(8.0))) for name, t in world.items()}
         assert shown == {(name.replace(" ", "-"), str(level[name])) for name in world}
 
@@ -176,6 +186,39 @@ def test_the_tokenizer_knows_every_word(asked: list[tuple[Any, Any, Any]]) -> No
         tokenizer.convert_tokens_to_ids(word) for word in ("red disc", "red-disc-3", "disc")
     ]
     assert tokenizer(language.SUFFIX.strip())["input_ids"] == [tokenizer.convert_tokens_to_ids(language.SUFFIX.strip())]
+
+
+def test_varied_texts_keep_the_right_answer_and_their_hints_are_true() -> None:
+    student, language = load("student"), load("language")
+    scene = "x0y2 red-disc-1 x4y3 blue-cross-6 x5y3 blue-cross-6"
+    right = {"depth": "red disc", "relation": "left"}
+    turns = [
+        ("depth", f"Scene : {scene} .\nWhich is closer ? (A) red disc (B) blue cross{language.SUFFIX}", "A"),
+        ("count", f"How many things are there ? (A) 2 (B) 3 (C) 4 (D) 5{language.SUFFIX}", "A"),
+        ("caption", language.DESCRIBE, "red disc ; blue cross ."),
+        ("relation", f"Where is the red disc compared to the blue cross ? (A) left (B) right{language.SUFFIX}", "A"),
+    ]
+    rng = np.random.default_rng(3)
+    seen: dict[str, set[str]] = defaultdict(set)
+    for _ in range(60):
+        changed = student.varied(turns, rng)
+        assert changed[1:3] == turns[1:3]
+        assert changed[0][1].startswith(f"Scene : {scene} .\n")
+        for kind, text, answer in (changed[0], changed[3]):
+            plain = re.sub(r" (at|in)-\d", "", text)
+            choices = re.search(r"\(A\) (.+) \(B\) (.+)\n", plain)
+            assert choices
+            assert choices["AB".index(answer) + 1] == right[kind]
+            question = text.split(" .\n")[-1]
+            hints = re.findall(r"(red disc|blue cross) ((?:at|in)-\d)", question)
+            truth = (
+                {"red disc": "at-1", "blue cross": "at-6"}
+                if kind == "depth"
+                else {"red disc": "in-0", "blue cross": "in-4"}
+            )
+            assert all(truth[name] == hint for name, hint in hints)
+            seen[kind].add(f"{answer}{len(hints)}")
+    assert seen == {kind: {f"{letter}{count}" for letter in "AB" for count in range(3)} for kind in right}
 
 
 def test_intervals_cover_and_p_values_are_corrected() -> None:

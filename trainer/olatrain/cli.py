@@ -310,6 +310,7 @@ def eval_command(
         str | None,
         typer.Option(help="Feature store of the benchmark's images, for a student that is fed features (run --feed)."),
     ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions in one pass, with --method likelihood.")] = 8,
 ) -> None:
     """Score a student on CV-Bench: count, relation, depth and distance, averaged by source."""
     _quiet()
@@ -326,7 +327,7 @@ def eval_command(
     with console.status("asking") as status:
         result = evaluate_cv_bench(
             student, cv_bench, method=method.value, device=torch.device(device), out=out, store=store,
-            tick=lambda count: status.update(f"{count} questions answered"),
+            batch=batch, tick=lambda count: status.update(f"{count} questions answered"),
         )  # fmt: skip
     console.print(table(result))
     for line in remarks(result):

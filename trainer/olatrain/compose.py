@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,14 +27,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.image_processing_backends import PilBackend
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from olaschema.errors import ConfigError, ViewError
 from olaschema.manifest import View
 from olatrain.chat import IMAGE_TOKEN, make_chat_template
 from olatrain.families import Parts
 from olatrain.folder import publish_folder, require_new
+from olatrain.imageside import make_image_processor, square
 from olatrain.tokens import TaskTokens
 
 PAD_TOKEN = "<pad>"  # noqa: S105 - a token of the vocabulary
@@ -72,7 +70,7 @@ def compose(
     template = own_template(tokenizer, llm)
     language = load_weights(AutoModelForCausalLM, llm, "--llm", "auto")
     tower = load_weights(CLIPVisionModel, vision, "--vision", language.dtype)
-    size, patch = _square(tower.config, vision)
+    size, patch = square(tower.config, vision)
     names = task_names(teachers, tokens_per_teacher)
     tokens, pad_id = _add_tokens(tokenizer, names, (size // patch) ** 2, "adapted" if template else "plain")
     grow(language, tokens.never_predicted)
@@ -106,11 +104,11 @@ def make_processor(
     `preprocessor_config.json` names mean, deviation and filter. `system` is said first where a conversation has no
     system message of its own.
     """
-    size, patch = _square(vision_config, vision)
+    size, patch = square(vision_config, vision)
     chat_template = make_chat_template(template, [name for group in names.values() for name in group], system=system)
     tokenizer.chat_template = chat_template
     return LlavaProcessor(  # type: ignore[no-untyped-call]
-        image_processor=_image_processor(vision, size, view),
+        image_processor=make_image_processor(vision, size, view),
         tokenizer=tokenizer,
         patch_size=patch,
         vision_feature_select_strategy="default",
@@ -352,34 +350,6 @@ def _init_linear(module: nn.Module, generator: torch.Generator) -> None:
             for parameter in layer.parameters():
                 drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                 parameter.copy_(drawn)
-
-
-def _square(config: Any, folder: Path) -> tuple[int, int]:
-    """Side of the tower's input and of a patch, in pixels."""
-    size, patch = config.image_size, config.patch_size
-    if not isinstance(size, int) or not isinstance(patch, int):
-        raise ConfigError(
-            f"{folder}: image size {size} and patch size {patch} are not squares", "Choose another tower."
-        )
-    return size, patch
-
-
-def _image_processor(vision: Path, size: int, view: str) -> PilBackend:
-    """CLIP's preprocessing with the tower's mean, standard deviation and filter where its folder names them."""
-    kept: dict[str, Any] = {}
-    path = vision / "preprocessor_config.json"
-    if path.is_file():
-        with loading(vision, "--vision"):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            kept = {k: found[k] for k in ("image_mean", "image_std", "resample", "rescale_factor") if k in found}
-    square = {"height": size, "width": size}
-    if view == "crop":
-        return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square, do_center_crop=True, **kept)
-    if view == "squash":
-        return CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False, **kept)
-    if view == "pad":
-        return LlavaImageProcessorPil(size=square, crop_size=square, do_center_crop=False, do_pad=True, **kept)
-    raise ConfigError(f"view {view!r} is unknown", "Choose squash, crop or pad.")
 
 
 # What transformers lets through for a damaged file, the last one for a .bin that is none.

@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    ConvNextConfig,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -19,6 +22,9 @@ from transformers import (
 )
 
 from olaschema.errors import ConfigError
+from olatrain.convnext import convnext_config, fold_epsilon, is_convnext, trunk
+from olatrain.convnext import published_name as convnext_name
+from olatrain.imageside import square
 from olatrain.losses import LossConfig
 from olatrain.predictors import PredictorBank, PredictorConfig
 from olatrain.student import Student
@@ -36,7 +42,27 @@ _LANGUAGE_CONFIGS = {
 _TUNED = ("llava_llama", "llava_phi3")
 _NEEDED = ("model_type", "vocab_size", "hidden_size", "num_task_tokens", "aux_mode", "mm_projector_type")
 _NEEDED_OF_A_TEACHER = ("output_dim", "num_tokens", "num_heads", "dim_head", "ff_mult", "depth")
-_OLD_VISION = "model.vision_tower.vision_tower.vision_model."
+_INSIDE = "model.vision_tower.vision_tower."
+_OLD_VISION = f"{_INSIDE}vision_model."
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """A published vision tower: what it is, and its tensors by the names they were published under."""
+
+    folder: Path
+    config: CLIPVisionConfig | ConvNextConfig
+    weights: dict[str, Tensor]
+
+    @property
+    def vectors(self) -> int:
+        """How many it gives for an image."""
+        size, patch = square(self.config, self.folder)
+        return (size // patch) ** 2
+
+    def published(self, ours: str) -> str:
+        """Name of one of transformers' tensors."""
+        return convnext_name(ours) if isinstance(self.config, ConvNextConfig) else ours
 
 
 @dataclass(frozen=True)
@@ -60,7 +86,10 @@ def import_ola(
     vision: Path | None = None,
     compat: Literal["ola"] | None = None,
 ) -> ImportedOla:
-    """Read a checkpoint in the published layout: `config.json`, weights, and the folder of its CLIP tower.
+    """Read a checkpoint in the published layout: `config.json`, weights, and its vision tower's.
+
+    A CLIP tower's config is in a folder of its own, a CLIP-ConvNeXT's is worked out from its name and tensors. The
+    latter's student is a `FastVlmForConditionalGeneration`, the former's a `LlavaForConditionalGeneration`.
 
     `config` stands in for `config.json`; `vision` for the tower's folder, by default the one named by the config's
     `mm_vision_tower` inside `folder`. The model keeps the dtype of its weights; latents and predictors are float32, as
@@ -71,8 +100,8 @@ def import_ola(
     """
     settings = dict(config) if config is not None else read_json(folder / "config.json")
     _require(settings, _NEEDED, "the config")
-    tower = vision if vision is not None else tower_folder(folder, settings)
     weights = read_weights(folder, skip=_TEACHER_PARTS)
+    tower = _read_tower(vision if vision is not None else tower_folder(folder, settings), settings, weights)
     tokens, pad_id = _new_tokens(settings)
     model = _build_model(settings, tower, tokens, pad_id, _dtype(weights, folder))
     tuned = settings["model_type"] in _TUNED
@@ -92,7 +121,7 @@ def import_ola(
             f"{folder}: the checkpoint has no predictors, though its model_type is {settings['model_type']}",
             "Import the checkpoint of the pretraining stage, which holds them.",
         )
-    _load(student, bank, weights, folder, _tower_weights(tower, weights))
+    _load(student, bank, weights, folder, tower)
     losses = LossConfig(
         contrastive=settings.get("contrastive_loss_weight", 0.3) if settings.get("use_contrastive", True) else 0.0,
         teachers={t: float(settings[_SECTIONS[t][0]][f"{_SECTIONS[t][1]}_loss_weight"]) for t in configs},
@@ -130,17 +159,18 @@ def published_name(ours: str, configs: Mapping[str, PredictorConfig]) -> str | N
     return None
 
 
-def _load(
-    student: Student, bank: PredictorBank, weights: dict[str, Tensor], folder: Path, tower: dict[str, Tensor]
-) -> None:
+def _load(student: Student, bank: PredictorBank, weights: dict[str, Tensor], folder: Path, tower: _Tower) -> None:
     named = {f"student.{n}": p for n, p in student.named_parameters()}
     named |= {f"bank.{n}": p for n, p in bank.named_parameters()}
     used = set()
     for ours, parameter in named.items():
         theirs = published_name(ours, bank.configs)
         if theirs is None:
-            theirs = ours.removeprefix("student.model.model.vision_tower.")
-            source = tower.get(theirs)
+            theirs = tower.published(ours.removeprefix("student.model.model.vision_tower."))
+            source = tower.weights.get(theirs)
+            used.add(theirs)
+            if source is None and theirs.startswith("head.norm."):
+                continue  # after the map that the student reads
         else:
             source = weights.get(theirs)
             used.add(theirs)
@@ -152,6 +182,8 @@ def _load(
             parameter.data = parameter.data.to(source.dtype)
         _copy(parameter, source, theirs, grows=ours.endswith(("embed_tokens.weight", "lm_head.weight")))
     left = [n for n in weights if n not in used and not _known(n)]
+    if isinstance(tower.config, ConvNextConfig):
+        left += [n for n in tower.weights if n not in used]
     if left:
         raise ConfigError(
             f"{folder}: {len(left)} tensors have no place in our student, the first is {left[0]}",
@@ -241,8 +273,8 @@ def _require(settings: Mapping[str, Any], names: Sequence[str], where: str) -> N
 
 
 def _build_model(
-    settings: dict[str, Any], tower: Path, tokens: TaskTokens, pad_id: int, dtype: torch.dtype
-) -> LlavaForConditionalGeneration:
+    settings: dict[str, Any], tower: _Tower, tokens: TaskTokens, pad_id: int, dtype: torch.dtype
+) -> LlavaForConditionalGeneration | FastVlmForConditionalGeneration:
     family = str(settings.get("model_type"))
     if family not in _LANGUAGE_CONFIGS:
         raise ConfigError(
@@ -263,21 +295,29 @@ def _build_model(
     }
     language = {k: v for k, v in settings.items() if k in known - dropped and v is not None}
     total = max((pad_id, *tokens.flat)) + 1
-    feature = settings.get("mm_vision_select_feature", "patch")
-    vision = read_json(tower / "config.json")
-    vision = dict(vision.get("vision_config", vision))
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**{k: v for k, v in vision.items() if k in CLIPVisionConfig().to_dict()}),
-        text_config=language_class(**language, vocab_size=total, pad_token_id=pad_id),
-        image_token_index=tokens.image_id,
-        vision_feature_layer=int(settings.get("mm_vision_select_layer", -2)),
-        vision_feature_select_strategy="default" if feature == "patch" else "full",
-        image_seq_length=(int(vision["image_size"]) // int(vision["patch_size"])) ** 2,
-        projector_hidden_act="gelu",
-    )
-    model: LlavaForConditionalGeneration = AutoModelForImageTextToText.from_config(  # type: ignore[no-untyped-call]
-        config, dtype=dtype
-    )
+    text = language_class(**language, vocab_size=total, pad_token_id=pad_id)
+    config: LlavaConfig | FastVlmConfig
+    if isinstance(tower.config, ConvNextConfig):
+        config = FastVlmConfig(
+            vision_config=tower.config,
+            text_config=text,
+            image_token_index=tokens.image_id,
+            image_seq_length=tower.vectors,
+            projector_hidden_act="gelu",
+        )
+    else:
+        feature = settings.get("mm_vision_select_feature", "patch")
+        config = LlavaConfig(
+            vision_config=tower.config,
+            text_config=text,
+            image_token_index=tokens.image_id,
+            vision_feature_layer=int(settings.get("mm_vision_select_layer", -2)),
+            vision_feature_select_strategy="default" if feature == "patch" else "full",
+            image_seq_length=tower.vectors,
+            projector_hidden_act="gelu",
+        )
+    model: LlavaForConditionalGeneration | FastVlmForConditionalGeneration
+    model = AutoModelForImageTextToText.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -288,9 +328,16 @@ def _dtype(weights: Mapping[str, Tensor], folder: Path) -> torch.dtype:
     return embeddings.dtype
 
 
-def _tower_weights(tower: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tower's tensors, from the checkpoint where it carries them, else from the tower's folder."""
-    inside = {n.removeprefix(_OLD_VISION): t for n, t in weights.items() if n.startswith(_OLD_VISION)}
-    if inside:
-        return inside
-    return {n.removeprefix("vision_model."): t for n, t in read_weights(tower).items()}
+def _read_tower(folder: Path, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> _Tower:
+    """The tower's tensors are the checkpoint's where it carries them, else those of the tower's folder."""
+    name = str(settings.get("mm_vision_tower", ""))
+    if is_convnext(name):
+        inside = {n.removeprefix(_INSIDE): t for n, t in weights.items() if n.startswith(_INSIDE)}
+        found = trunk(inside or read_weights(folder))
+        config = convnext_config(name, found, folder)
+        return _Tower(folder, config, fold_epsilon(found, config.num_stages, config.layer_norm_eps))
+    vision = read_json(folder / "config.json")
+    vision = dict(vision.get("vision_config", vision))
+    known = CLIPVisionConfig(**{k: v for k, v in vision.items() if k in CLIPVisionConfig().to_dict()})
+    old = {n.removeprefix(_OLD_VISION): t for n, t in weights.items() if n.startswith(_OLD_VISION)}
+    return _Tower(folder, known, old or {n.removeprefix("vision_model."): t for n, t in read_weights(folder).items()})

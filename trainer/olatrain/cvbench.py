@@ -1,13 +1,15 @@
 """CV-Bench (Tong et al., Cambrian-1, arXiv 2406.16860): its questions from a local copy, and its scores.
 
 The published layout: `test*.parquet` with the images inside, or `test*.jsonl` with `img/`. The benchmark's score is
-½ · [½ · (ADE20K + COCO) + Omni3D], each the accuracy over the questions of that source.
+½ · [½ · (ADE20K + COCO) + Omni3D], each the accuracy over the questions of that source: sources are averaged within
+2D and within 3D, and the two then. A copy with other sources is averaged in the same way, and the result says so.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,8 @@ from olaschema.keys import normalise_key
 
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 """Follows the prompt, as in the benchmark's own evaluation."""
-SOURCES = ("ADE20K", "COCO", "Omni3D")
+SOURCES = {"2D": ("ADE20K", "COCO"), "3D": ("Omni3D",)}
+"""The published ones, by type."""
 _FIELDS = ("type", "task", "question", "choices", "answer", "prompt", "source")
 _REMEDY = "Give a folder that holds CV-Bench as published: test_2d.parquet, test_3d.parquet, or test_*.jsonl and img/."
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -39,6 +42,7 @@ class Question:
     """`2D` or `3D`."""
     task: str
     source: str
+    """The data set that its image is of."""
     prompt: str
     """Question and choices, as published."""
     choices: tuple[str, ...]
@@ -100,26 +104,31 @@ class Answer:
 def score(answers: Sequence[Answer], *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Accuracies with 95 % bootstrap intervals, beside chance (1 / choices, averaged the same way).
 
-    `overall`, `2D`, `3D`, `sources` and `tasks`. 2D averages its sources, overall averages 2D and 3D, so each is None
-    where a source has no question. Questions are drawn anew within their source (within their task for a task's
-    interval), percentiles 2.5 and 97.5.
+    `overall`, `2D`, `3D`, `averaged`, `sources` and `tasks`. 2D and 3D average the sources that their questions are of,
+    `averaged` names these, overall averages 2D and 3D and is None without one of them. Questions are drawn anew within
+    their source (within their task for a task's interval), percentiles 2.5 and 97.5.
     """
     rng = np.random.default_rng(seed)
-    sources, tasks = {}, {}
-    for name in SOURCES:
-        sources[name] = _Group([a for a in answers if a.question.source == name], resamples, rng)
+    by_source: dict[tuple[str, str], list[Answer]] = {}
+    for answer in answers:
+        by_source.setdefault((answer.question.kind, answer.question.source), []).append(answer)
+    groups = {place: _Group(by_source[place], resamples, rng) for place in sorted(by_source)}
+    kinds = Counter(source for _, source in groups)
+    tasks = {}
     for name in sorted({a.question.task for a in answers}):
         tasks[name] = _Group([a for a in answers if a.question.task == name], resamples, rng)
-    two = _average([sources["ADE20K"], sources["COCO"]])
-    three = sources["Omni3D"] if sources["Omni3D"].count else None
-    overall = _average([two, three])
+    two, three = (_average([group for (kind, _), group in groups.items() if kind == wanted]) for wanted in SOURCES)
+    overall = _average([two, three]) if two and three else None
     return {
         "questions": len(answers),
         "unreadable": sum(answer.chosen is None for answer in answers),
         "overall": overall.report() if overall else None,
         "2D": two.report() if two else None,
         "3D": three.report() if three else None,
-        "sources": {name: group.report() for name, group in sources.items() if group.count},
+        "averaged": {wanted: [source for kind, source in groups if kind == wanted] for wanted in SOURCES},
+        "sources": {
+            source if kinds[source] == 1 else f"{source} {kind}": g.report() for (kind, source), g in groups.items()
+        },
         "tasks": {name: group.report() for name, group in tasks.items()},
     }
 
@@ -141,15 +150,14 @@ class _Group:
         return {"accuracy": self.accuracy, "interval": interval, "chance": self.chance, "questions": self.count}
 
 
-def _average(groups: Sequence[_Group | None]) -> _Group | None:
-    whole = [group for group in groups if group is not None and group.count]
-    if len(whole) < len(groups):
+def _average(groups: Sequence[_Group]) -> _Group | None:
+    if not groups:
         return None
     made = _Group((), 0, np.random.default_rng(0))
-    made.count = sum(group.count for group in whole)
-    made.accuracy = float(np.mean([group.accuracy for group in whole]))
-    made.chance = float(np.mean([group.chance for group in whole]))
-    made.draws = np.mean([group.draws for group in whole], axis=0)
+    made.count = sum(group.count for group in groups)
+    made.accuracy = float(np.mean([group.accuracy for group in groups]))
+    made.chance = float(np.mean([group.chance for group in groups]))
+    made.draws = np.mean([group.draws for group in groups], axis=0)
     return made
 
 
@@ -180,8 +188,8 @@ def _question(row: Mapping[str, Any], name: str, folder: Path) -> Question:
     answer = str(row["answer"]).strip().strip("()").upper()
     if not 2 <= len(choices) <= len(_LETTERS) or answer not in _LETTERS[: len(choices)] or len(answer) != 1:
         raise CorpusError(f"{folder.name}/{name}: {len(choices)} choices and the answer {row['answer']!r}", _REMEDY)
-    if row["source"] not in SOURCES:
-        raise CorpusError(f"{folder.name}/{name}: source {row['source']!r} is none of {', '.join(SOURCES)}", _REMEDY)
+    if row["type"] not in SOURCES:
+        raise CorpusError(f"{folder.name}/{name}: type {row['type']!r} is none of {', '.join(SOURCES)}", _REMEDY)
     image = row.get("image")
     data = image.get("bytes") if isinstance(image, Mapping) else None
     if data is None:

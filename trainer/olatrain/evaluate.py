@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,14 +10,16 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from olaschema.errors import ConfigError
 from olaschema.images import DEFAULT_MAX_PIXELS, decode_image
 from olaschema.manifest import canonical_json
 from olatrain.compose import load_processor
 from olatrain.conversations import IMAGE_MARK, parse_conversation
-from olatrain.cvbench import SUFFIX, Answer, Question, parse_letter, read_questions, score
+from olatrain.cvbench import SOURCES, SUFFIX, Answer, Question, parse_letter, read_questions, score
 from olatrain.families import Vision, open_vision
+from olatrain.feed import joined
 from olatrain.feedstore import open_feeds
 from olatrain.learner import load_student
 from olatrain.prompts import PromptBuilder
@@ -46,23 +49,44 @@ class Examinee:
         self._feeds.to(device)
         self._device = device
         self._max_pixels = max_pixels
+        filler = self._tokenizer.pad_token_id
+        self._filler = filler if filler is not None else self._tokenizer.eos_token_id
 
     @torch.no_grad()
     def answer(self, question: Question, method: Method) -> Answer:
         """Answer greedily in words, from which the letter is read, or with the likeliest of the letters."""
-        inputs = self._inputs(question)
+        if method == "likelihood":
+            return self.likeliest([question])[0]
+        inputs = self._inputs([question])
         with self._feeds.given(self._features.find(question.image, self._device)):
-            if method == "generate":
-                out = self._model.generate(**inputs, do_sample=False, max_new_tokens=_MOST_TOKENS)
-            else:
-                logits = self._model(**inputs, use_cache=False).logits[0, -1].float().log_softmax(dim=0)
-        if method == "generate":
-            said = self._tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            return Answer(question, said, parse_letter(said, question.choices))
-        letters = [chr(ord("A") + n) for n in range(len(question.choices))]
-        scores = [max(float(logits[id_]) for id_ in self._first_ids(letter)) for letter in letters]
-        chosen = letters[scores.index(max(scores))]
-        return Answer(question, chosen, chosen)
+            out = self._model.generate(**inputs, do_sample=False, max_new_tokens=_MOST_TOKENS)
+        said = self._tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return Answer(question, said, parse_letter(said, question.choices))
+
+    def likeliest(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer questions in one pass, each with the likeliest of its letters."""
+        answers = []
+        for question, scores in zip(questions, self.letter_scores(questions), strict=True):
+            letter = chr(ord("A") + scores.index(max(scores)))
+            answers.append(Answer(question, letter, letter))
+        return answers
+
+    @torch.no_grad()
+    def letter_scores(self, questions: Sequence[Question]) -> list[list[float]]:
+        """Return of each question its letters' log-likelihoods as the first word of the answer."""
+        inputs = self._inputs(questions)
+        # padding is on the right, where no position of a causal model that counts looks
+        ends = inputs["attention_mask"].sum(dim=1) - 1
+        kept = torch.tensor(sorted(set(ends.tolist())), device=ends.device)
+        place = torch.searchsorted(kept, ends)
+        fed = joined([self._features.find(question.image, self._device) for question in questions])
+        with self._feeds.given(fed):
+            logits = self._model(**inputs, use_cache=False, logits_to_keep=kept).logits
+        last = logits[torch.arange(len(questions)), place].float().log_softmax(dim=1).cpu()
+        return [
+            [max(float(row[id_]) for id_ in self._first_ids(chr(ord("A") + n))) for n in range(len(question.choices))]
+            for row, question in zip(last, questions, strict=True)
+        ]
 
     @property
     def fed(self) -> dict[str, dict[str, int]]:
@@ -73,15 +97,19 @@ class Examinee:
         """Ids that an answer of that letter may be, after a space or not."""
         return {self._tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in (letter, f" {letter}")}
 
-    def _inputs(self, question: Question) -> dict[str, Tensor]:
-        image = decode_image(question.image, name=question.name, max_pixels=self._max_pixels).oriented(exif=True)
-        shown = self._vision.show(image)
-        asked = {"image": "image", "conversations": [
-            {"from": "human", "value": f"{IMAGE_MARK}\n{question.prompt}{SUFFIX}"}, {"from": "gpt", "value": "?"},
-        ]}  # fmt: skip
-        ids = torch.tensor([self._prompts.ask(parse_conversation(asked, 0), [shown.block])])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs |= self._vision.sequence(ids) | self._vision.collate([shown])
+    def _inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        shown, rows = [], []
+        for question in questions:
+            image = decode_image(question.image, name=question.name, max_pixels=self._max_pixels).oriented(exif=True)
+            shown.append(self._vision.show(image))
+            asked = {"image": "image", "conversations": [
+                {"from": "human", "value": f"{IMAGE_MARK}\n{question.prompt}{SUFFIX}"}, {"from": "gpt", "value": "?"},
+            ]}  # fmt: skip
+            rows.append(torch.tensor(self._prompts.ask(parse_conversation(asked, 0), [shown[-1].block])))
+        ids = pad_sequence(rows, batch_first=True, padding_value=self._filler)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs |= self._vision.sequence(ids) | self._vision.collate(shown)
         return {name: value.to(self._device) for name, value in inputs.items()}
 
 
@@ -93,20 +121,26 @@ def evaluate_cv_bench(
     device: torch.device,
     out: Path | None,
     store: str | None = None,
+    batch: int = 8,
     tick: Any = None,
 ) -> dict[str, Any]:
     """Score a student on CV-Bench (`cvbench.score`); with `out`, result and every answer are written there as JSON.
 
-    `store` holds features of the questions' images for a student that is fed some, and is for no other. `tick` is
-    called after each question. Raises CorpusError for a folder that is not CV-Bench, ImageError naming an
-    image that cannot be decoded, ConfigError for a student that cannot be loaded.
+    `store` holds features of the questions' images for a student that is fed some, and is for no other. `batch`
+    questions are answered in one pass, by likelihood; words are generated for one question at a time. `tick` is called
+    after each pass with the number of answers so far. Raises CorpusError for a folder that is not CV-Bench, ImageError
+    naming an image that cannot be decoded, ConfigError for a student that cannot be loaded.
     """
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--out {out} cannot be written", "Give a file in a folder that exists.")
     examinee = Examinee(student, device, store=store)
     answers: list[Answer] = []
-    for question in read_questions(folder):
-        answers.append(examinee.answer(question, method))
+    rest = read_questions(folder)
+    while questions := list(itertools.islice(rest, batch if method == "likelihood" else 1)):
+        if method == "likelihood":
+            answers += examinee.likeliest(questions)
+        else:
+            answers += [examinee.answer(question, method) for question in questions]
         if tick is not None:
             tick(len(answers))
     result = {"benchmark": "CV-Bench", "student": student.resolve().name, "method": method, **score(answers)}
@@ -142,9 +176,17 @@ def _record(answer: Answer) -> dict[str, Any]:
 
 
 def remarks(result: dict[str, Any]) -> Sequence[str]:
-    """What to know beside the scores: answers without a letter, and for how many questions there were features."""
+    """What to know beside the scores: of what they are averages, answers without a letter, questions with features."""
     count = result["unreadable"]
-    lines = [f"{count} of {result['questions']} answers name no choice; they count as wrong"] if count else []
+    parts = [f"{kind} = mean of {', '.join(names)}" for kind, names in result["averaged"].items() if names]
+    ours = {kind: set(names) for kind, names in result["averaged"].items()}
+    if ours == {kind: set(names) for kind, names in SOURCES.items()}:
+        parts.append("as published")
+    else:
+        published = ", ".join(f"{kind}: {' and '.join(names)}" for kind, names in SOURCES.items())
+        parts.append(f"not CV-Bench's own sources ({published}), so no figure to compare with published ones")
+    lines = ["; ".join(parts)]
+    lines += [f"{count} of {result['questions']} answers name no choice; they count as wrong"] if count else []
     for teacher, found in result.get("fed", {}).items():
         lines.append(f"fed features of {teacher} for {found['images']} questions, none for {found['missing']}")
     return lines

@@ -8,7 +8,7 @@ hold no latents, so K is their number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -34,6 +34,16 @@ class Fed:
     def part(self, first: int, count: int) -> Fed:
         """Return `count` images from number `first` on, fewer at the end."""
         return Fed(self.values[first : first + count], self.valid[first : first + count])
+
+
+def joined(images: Sequence[Mapping[str, Fed]]) -> dict[str, Fed]:
+    """Return the features of several images as one, by teacher; all have the same teachers."""
+    return {
+        teacher: Fed(
+            torch.cat([fed[teacher].values for fed in images]), torch.cat([fed[teacher].valid for fed in images])
+        )
+        for teacher in images[0]
+    }
 
 
 class FeedProjector(nn.Module):

@@ -13,6 +13,7 @@ from olaschema.manifest import canonical_json
 from olatrain.chat import IMAGE_TOKEN
 from olatrain.compose import load_tokenizer, make_processor, own_template, task_names
 from olatrain.convert import ImportedOla, import_ola, tower_folder
+from olatrain.convnext import is_convnext
 from olatrain.folder import publish_folder, require_new
 from olatrain.sidecar import Sidecar
 from olatrain.tokenformat import in_format
@@ -55,7 +56,8 @@ def import_student(
             "Only students that see the patch tokens alone are supported.",
         )
     tower = vision if vision is not None else tower_folder(folder, settings)
-    if not (tower / "config.json").is_file():
+    # a ConvNeXT is known by its name, and instruction-tuned checkpoints hold the tower's weights
+    if not is_convnext(str(settings.get("mm_vision_tower"))) and not (tower / "config.json").is_file():
         raise ConfigError(
             f"the vision tower {settings.get('mm_vision_tower')} is not inside {folder}",
             "Give its folder with --vision.",

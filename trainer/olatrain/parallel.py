@@ -7,6 +7,7 @@ global counts already, so a sum is all that is wanted, and a rank may have nothi
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,7 +145,9 @@ def open_ranks(choice: DeviceChoice = "auto", *, nproc: int = 1, negatives: Nega
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
     else:  # a group of one needs no network; checkpoints are written through it like those of many
         store = dist.HashStore()  # type: ignore[attr-defined]
+        hook = sys.excepthook
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        sys.excepthook = hook  # torch's puts "[rank0]:" before every line of every later traceback of this process
     try:
         peers, peer_group = _peers(negatives, rank, world)
         yield Ranks(rank, world, device, peers, peer_group, dist.new_group(backend="gloo"))

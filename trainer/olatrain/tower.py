@@ -42,6 +42,7 @@ class Tower(nn.Module):
         self._tower = copy.deepcopy(tower).requires_grad_(False) if frozen_copy else tower
         layers = config.vision_feature_layer
         self._layers: list[int] = [layers] if isinstance(layers, int) else list(layers)
+        self._is_map = config.model_type == "fast_vlm"
         self._drop_first = config.vision_feature_select_strategy == "default"
         self.channels = int(tower.config.hidden_size) * len(self._layers)
 
@@ -52,6 +53,9 @@ class Tower(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return the features (I, h, w, C) of images (I, 3, H, W) as they enter the student's projector, float32."""
+        if self._is_map:  # (I, C, h, w), the whole of it as the projector reads it
+            found: Tensor = self._tower(pixel_values).last_hidden_state
+            return found.permute(0, 2, 3, 1).float()
         states = self._tower(pixel_values, output_hidden_states=True).hidden_states
         chosen = [states[layer][:, 1:] if self._drop_first else states[layer] for layer in self._layers]
         patches = torch.cat(chosen, dim=-1).float()

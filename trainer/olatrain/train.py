@@ -53,6 +53,9 @@ def train(config: TrainConfig, console: Console) -> None:
     ):
         torch.manual_seed(config.seed + ranks.rank)
         run = set_up(config, ranks)
+        if ranks.first and ranks.device.type == "cpu" and config.precision == "bf16":
+            text = "precision = bf16 on a CPU: one that has no bfloat16 arithmetic is faster with --precision float32"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
         optimiser = make_optimiser(run)
         progress = resume(run, optimiser)
         if progress.step == run.steps:

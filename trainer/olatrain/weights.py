@@ -16,14 +16,14 @@ from torch import Tensor
 from olaschema.errors import ConfigError
 
 # In order of preference: where a folder has both, they hold the same weights.
-_LAYOUTS = ("model.safetensors", "pytorch_model.bin")
+_LAYOUTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def read_weights(folder: Path, *, skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Read all tensors of a checkpoint on the CPU, but those whose names begin with one of `skip`.
 
-    Takes `model.safetensors` or `pytorch_model.bin`, or the shards that `….index.json` names. Raises ConfigError naming
-    the file that is missing or unreadable.
+    Takes `model.safetensors` or `pytorch_model.bin`, the same of OpenCLIP, or the shards that `….index.json` names.
+    Raises ConfigError naming the file that is missing or unreadable.
     """
     weights: dict[str, Tensor] = {}
     for path in _files(folder):

@@ -109,6 +109,21 @@ def test_images_of_a_batch_have_offsets_of_their_own(tier: Precision) -> None:
             assert array.tobytes() == alone.arrays[name].tobytes()
 
 
+@pytest.mark.parametrize("tokens", [8192, 8193])  # float64 holds the sum of so many, and of one more no longer
+def test_the_mean_of_a_large_map_is_exact(tokens: int) -> None:
+    """All as large as they can be but one, in three channels: sums of 53 bits."""
+    found = np.full((2, tokens, 1, 3), 65504, np.float32)
+    found[:, 0, 0] = [2**-24, 0.3, -65504]
+    found[1] *= -1
+    require_agreement(found, "int8", "cpu")
+    offset = encode(found, "int8", centred=True).offset
+    assert offset is not None
+    for channel in range(3):
+        values = found[0, :, 0, channel].astype(np.float16).tolist()
+        mean = sum(map(Fraction, values), Fraction()) / tokens
+        assert float(offset[0, channel]) == float(np.float16(np.float32(float(mean)))) == -float(offset[1, channel])
+
+
 def require_agreement(found: np.ndarray, tier: Precision, device: str) -> None:
     wanted = encode(found, tier, centred=True)
     stored = quantise(torch.from_numpy(found).to(device), tier, centred=True)
