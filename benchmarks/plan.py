@@ -2,8 +2,9 @@
 
 The pictures are drawn by numpy, 5 sizes from 128 × 96 to 1280 × 960; the checkpoint is any that --checkpoint names (the
 tests' tiny one by default, so reading and writing weigh more than with a published one). The prediction of the job's
-seconds is compared with images over the steady rate of the run (from its `_log/timings.jsonl`, as in extract.py), so
-start-up and the last shards, when a worker has run out of work, are left out of both. The trivial baseline is what one
+seconds is compared with images over the steady rate of the run, from its `_log/timings.jsonl`: shards finished while
+all workers were at work, over that time. So start-up (a worker that loads takes the core of one that encodes) and the
+last shards, when a worker has run out of work, are left out of both. The trivial baseline is what one
 worker takes that runs alone, over the number of workers, as if they shared nothing.
 Run `python benchmarks/plan.py`; it writes benchmarks/results/plan.json and prints the table.
 """
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from extract import rate
 from PIL import Image
 
 from olapipe.config import ExtractConfig
@@ -44,6 +44,19 @@ def write_images(folder: Path, size: tuple[int, int], count: int) -> None:
         coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{place:05d}.jpg", quality=90)
 
 
+def rate_of_all(store: Path, shard_size: int) -> float:
+    """Return images per second while every worker was at work."""
+    lines = [json.loads(line) for line in (store / "_log" / "timings.jsonl").read_text().splitlines()]
+    workers: dict[int, list[float]] = {}
+    for line in lines:
+        workers.setdefault(line["pid"], []).append(line["finished"])
+    # each has two shards under way, and those that began together at the start end together
+    begin = max(sorted(times)[1] for times in workers.values())
+    end = min(max(times) for times in workers.values())
+    finished = sorted(line["finished"] for line in lines if begin <= line["finished"] <= end)
+    return shard_size * (len(finished) - 1) / (finished[-1] - finished[0])
+
+
 def measure(size: tuple[int, int], arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     corpus = work / f"{size[0]}"
     write_images(corpus, size, arguments.images)
@@ -57,7 +70,7 @@ def measure(size: tuple[int, int], arguments: argparse.Namespace, work: Path) ->
         alone = make_plan(config.model_copy(update={"workers": 1}), Assumptions(seconds=arguments.seconds))
         extract(config, LineReporter(nowhere))
     predicted = plan.hours * 3600
-    taken = arguments.images / rate(work / f"{size[0]}.zarr", arguments.shard_size)["images_per_second"]
+    taken = arguments.images / rate_of_all(work / f"{size[0]}.zarr", arguments.shard_size)
     bare = alone.hours * 3600 / plan.measured.workers
     return {
         "size": list(size),
