@@ -41,6 +41,8 @@ VARIANTS = 6
 """Forms of each training text, in which choices are exchanged and hints are given."""
 FIRST = 200_000
 """Number of the first training scene: none of those that the questions or captions of a run are about."""
+FRESH = FIRST + 100_000
+"""The first of the scenes that nothing was chosen by: the recipe was found by looking at those held out."""
 ACCEPTED = 0.95
 """Least share of right answers about written-out scenes."""
 LITTLE_DEPTH = (0.3, 0.6)
@@ -439,11 +441,13 @@ def main() -> int:
         if options.action == "train":
             train_llm(options.folder / "llm", world, options.llm_steps)
         scores["llm"] = score_llm(options.folder / "llm", held_out)
+        fresh = make_world("test", FRESH, HELD_OUT, seed=3)
+        scores["llm, fresh scenes"] = score_llm(options.folder / "llm", fresh)
     scores = {name: {key: round(value, 4) for key, value in found.items()} for name, found in scores.items()}
     write_json(path, scores)
     print(json.dumps(scores, indent=1, ensure_ascii=False))
     problems = []
-    if "llm" in names and scores["llm"]["all questions"] < ACCEPTED:
+    if "llm" in names and scores["llm, fresh scenes"]["all questions"] < ACCEPTED:
         problems.append(f"the language model answers less than {ACCEPTED:.0%} of the written-out scenes")
     if "vision" in names and not LITTLE_DEPTH[0] <= scores["vision"]["depth R² (centred)"] <= LITTLE_DEPTH[1]:
         problems.append("the tower's depth R² lies outside {} to {}".format(*LITTLE_DEPTH))
