@@ -47,6 +47,7 @@ class Nodes:
                     "num_cpus": 0,
                     "include_dashboard": True,
                     "dashboard_port": self.dashboard_port,
+                    "dashboard_agent_listen_port": free_port(),  # the usual one may be another Ray's of this machine
                     "metrics_export_port": self.metrics_port,
                     "_system_config": _SOON,
                 },
@@ -62,7 +63,12 @@ class Nodes:
 
     def _add(self) -> None:
         with _environment():
-            self.cluster.add_node(num_cpus=1, object_store_memory=80 << 20, wait=False)
+            self.cluster.add_node(
+                num_cpus=1,
+                object_store_memory=80 << 20,
+                dashboard_agent_listen_port=free_port(),
+                wait=False,
+            )
 
     def mend(self) -> None:
         """Start a new node for each one whose raylet is gone."""
@@ -97,7 +103,8 @@ def start(nodes: Nodes | None, corpus: Path, out: Path, checkpoint: Path, *more:
 
 def submit(nodes: Nodes, corpus: Path, out: Path, checkpoint: Path, *more: object) -> subprocess.Popen[str]:
     """The same as a job of the cluster, by `ray job submit`; it follows the job, whose exit status it returns."""
-    command = [*_extraction(corpus, out, checkpoint), "--address", "auto", *map(str, more)]
+    # `auto`, where only one Ray is: tests that run side by side have several on this machine
+    command = [*_extraction(corpus, out, checkpoint), "--address", nodes.address, *map(str, more)]
     ray = str(Path(sys.executable).with_name("ray"))
     address = f"http://127.0.0.1:{nodes.dashboard_port}"
     return _spawn(checkpoint, [ray, "job", "submit", "--address", address, "--", *command])
