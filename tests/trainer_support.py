@@ -281,7 +281,7 @@ def start_ranks(
 
 def end_all(ranks: Sequence[BaseProcess]) -> None:
     """Wait for all ranks, which must succeed; ranks that wait for one another for ever are ended."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     for rank in ranks:
         rank.join(max(0.0, deadline - time.monotonic()))
     codes = [rank.exitcode for rank in ranks]
@@ -329,10 +329,13 @@ def _record_gradients(path: Path, *, first: bool) -> None:
     from olatrain import train as module
 
     run_batch = module.run_batch
+    written = False  # of each rank: whether the file is there may be asked before and after another rank writes it
 
     def stepping(learner: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal written
         totals = run_batch(learner, *args, **kwargs)
-        if torch.is_grad_enabled() and not path.exists():
+        if torch.is_grad_enabled() and not written:
+            written = True
             found = {n: p.grad for n, p in learner.trainable().items() if p.grad is not None}
             whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
             if first:
