@@ -33,6 +33,7 @@ import numpy as np
 
 from olapipe.pack import PackSettings, pack
 from olapipe.progress import LineReporter
+from olapipe.tiers import Tier
 from olapipe.verify import verify
 from olapipe.verify_packed import verify_packed
 from olaschema.errors import OlaError
@@ -48,12 +49,11 @@ from olaschema.manifest import (
     View,
 )
 from olaschema.packed import PackedSet
-from olaschema.precision import blank, encode, is_centred
+from olaschema.precision import blank, encode
 from olaschema.reader import FeatureReader
 from olaschema.seal import seal
 from olaschema.store import FeatureStore
 from olaschema.tarshard import ROOT
-from olaschema.zarrbytes import zstd_level
 
 ROWS = 4
 CUT = -1
@@ -143,16 +143,8 @@ def teacher(name: str, grid: tuple[int, int] | None, channels: int, precision: P
         grid=grid,
         channels=channels,
     )
-    centred = is_centred(meaning.shape, precision)
-    return TeacherRecord(
-        fingerprint=meaning,
-        precision=precision,
-        centred=centred,
-        zstd_level=zstd_level(precision),
-        source="none",
-        licence="none",
-        libraries={},
-    )
+    record = TeacherRecord(fingerprint=meaning, precision=precision, source="none", licence="none", libraries={})
+    return Tier(precision).settle(record)
 
 
 def content(index: int) -> bytes:

@@ -169,7 +169,7 @@ class _Teacher:
         source = self.sources[first.source]
         if source.rows_per_shard != self.size or first.row % self.size:
             return False
-        if source.teacher(self.name).zstd_level != self.record.zstd_level:
+        if self._reader(first).record.zstd_level != self.record.zstd_level:
             return False  # its bytes are not those that a repair would write
         together = all(row.source == first.source and row.row == first.row + i for i, row in enumerate(rows))
         old = source.receipt(self.name, first.row // self.size) if together else None
