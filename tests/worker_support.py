@@ -33,6 +33,22 @@ def _kept_worker() -> type:
     return KeptWorker
 
 
+def _at_rest(slot: _Slot) -> bool:
+    """Whether a worker lives and does nothing; one whose teacher was refused does."""
+    import ray
+
+    if slot.doing or (slot.loading is not None and not ray.wait([slot.loading], timeout=0)[0]):
+        return False
+    if slot.loading is not None:
+        try:
+            ray.get(slot.loading)
+        except ray.exceptions.RayActorError:
+            return False
+        except ray.exceptions.RayTaskError:
+            return True
+    return True
+
+
 @contextmanager
 def kept_workers() -> Iterator[None]:
     """Let jobs on this process's Ray take workers that an earlier one has left idle, and leave theirs."""
@@ -59,7 +75,7 @@ def kept_workers() -> Iterator[None]:
             close(pool)
             return
         for slot in pool.slots:
-            if slot.loading is None and not slot.doing:
+            if _at_rest(slot):
                 idle.append(slot.actor)
             else:  # what is under way must end here, as it does where the worker ends
                 ray.kill(slot.actor)
