@@ -262,7 +262,7 @@ def test_a_fed_student_is_scored_with_features_found_by_the_images_bytes(
             if bool(own.valid):
                 torch.testing.assert_close(theirs[teacher].values, own.values.float())
     question = next(iter(read_questions(bench)))
-    answer = examinee.answer(question, "generate")
+    (answer,) = examinee.answers([question], "generate")
     assert isinstance(answer.said, str)
     inputs = examinee._inputs([question])
     given = examinee._features.find(question.image, torch.device("cpu"))

@@ -310,7 +310,7 @@ def eval_command(
         str | None,
         typer.Option(help="Feature store of the benchmark's images, for a student that is fed features (run --feed)."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Questions in one pass, with --method likelihood.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Questions in one pass.")] = 8,
 ) -> None:
     """Score a student on CV-Bench: count, relation, depth and distance, averaged by source."""
     _quiet()
