@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from run_support import losses, prepared, run, weights
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from trainer_support import (
@@ -314,6 +315,24 @@ def test_a_continuation_must_be_of_the_same_run(student: Path, tmp_path: Path) -
         run(values | {"out": str(corpus.images)})
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "processor_config.json", "tokenizer.json", "weights"])
+def test_a_student_changed_under_a_run_is_refused(name: str, corpus: Corpus, student: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "student"
+    shutil.copytree(student, mine)
+    values = settings(corpus, mine, tmp_path / "out", steps=2, stop_after=1)
+    run(values)
+    (mine / "README.md").write_text("notes")
+    (mine / "generation_config.json").write_text("{}")
+    run(values)  # nothing to do, and nothing that a run reads has changed
+    if name == "weights":  # of equal size, as those of the same model trained further are
+        weights = load_file(mine / "model.safetensors")
+        save_file({k: v + 1 for k, v in weights.items()}, mine / "model.safetensors", {"format": "pt"})
+    else:
+        (mine / name).write_text((mine / name).read_text() + "\n")
+    with pytest.raises(CheckpointError, match="the student's folder changed since"):
+        run(values | {"stop_after": 2})
+
+
 def test_wrong_inputs_are_refused(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], type[OlaError], str]] = [
         ({"store": str(tmp_path)}, StoreError, "missing"),
@@ -333,8 +352,13 @@ def test_a_loss_that_is_not_finite_names_the_batch(student: Path, tmp_path: Path
     with pytest.raises(StoreError, match="row 3 of depth holds NaN or infinity"):
         run(values)
     values |= {"mean_map_rows": 1}  # the mean map's rows are a part, the batches see all
-    with pytest.raises(TrainingError, match=r"gen\.1\.smooth_l1.* not finite in the batch of .*03\.png"):
+    message = r"gen\.1\.smooth_l1.* not finite: .* stored features of 03\.png \(depth\), 03\.png \(gen\)"
+    with pytest.raises(TrainingError, match=message):
         run(values)
+    # what is not finite for another reason is not put down to a feature
+    clean = make_corpus(tmp_path / "clean", texts=0)
+    with pytest.raises(TrainingError, match=r"not finite in the batch of .*\.png"):
+        run(settings(clean, student, tmp_path / "far", lr=1e30, clip=1e30, steps=9))
     kept = latest_checkpoint(tmp_path / "out" / "checkpoints")
     assert kept is None or all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
 

@@ -48,6 +48,9 @@ def test_a_stage_of_text_alone_needs_no_store() -> None:
     assert config.teachers == {}
 
 
+ONLY = {"layers": [2], "regression": "none"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -66,6 +69,13 @@ def test_a_stage_of_text_alone_needs_no_store() -> None:
         ({"teachers": None, "store": None, "target_control": "mean"}, "no teacher is named"),
         ({"target_control": "self", "normalise": "channel"}, "statistics and probes are not of a tower's features"),
         ({"negatives": "host"}, "negatives"),
+        ({"embedding_end": 0.5}, "embedding_end is given, but embedding_schedule is constant"),
+        ({"teachers": {"depth": ONLY}, "contrastive": 0}, "depth has no regression and contrastive is 0"),
+        ({"teachers": {"depth": ONLY | {"contrastive": 0}}}, "depth has no regression and contrastive is 0"),
+        ({"teachers": {"depth": ONLY}, "batch": 1}, "a batch of one image has no negatives"),
+        ({"teachers": {"depth": ONLY}, "batch": 2, "nproc": 2, "negatives": "rank"}, "no negatives"),
+        ({"probe": {}, "train": ["predictors"]}, "leave text at 0"),
+        ({"probe": {}, "train": ["predictors"], "text": 0, "compat": "ola"}, "leave it out of a probe"),
     ],
 )
 def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -281,7 +281,7 @@ def probe(
     flags = {
         "student": student, "store": store, "conversations": conversations, "images": images, "out": out,
         "teachers": {name: {"layers": layers, "weight": 1.0} for name in teacher}, "train": ["predictors"],
-        "contrastive": 0.0, "context": (context or ContextName.image).value, "probe.held_out": held_out,
+        "text": 0.0, "contrastive": 0.0, "context": (context or ContextName.image).value, "probe.held_out": held_out,
         "epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "workers": workers, "seed": seed,
         "allow_view_mismatch": allow_view_mismatch, "feed": fed_teachers(student),
     }  # fmt: skip

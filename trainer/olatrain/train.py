@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -26,7 +27,7 @@ from olatrain.resume import Progress, resume, save, saver, write_config
 from olatrain.setup import Run, locked, set_up
 from olatrain.signals import Stopped, StopRequest
 from olatrain.step import run_batch
-from olatrain.stream import Batch, Fault, SampleStream, make_loader
+from olatrain.stream import Batch, Fault, Sample, SampleStream, make_loader
 from olatrain.trackers import open_trackers
 from olatrain.watch import SKIPPED, Watch, record_skips, summary
 
@@ -199,6 +200,12 @@ def _check(run: Run, totals: dict[str, float], norm: float, position: int) -> No
     wrong = [name for name in parts if not math.isfinite(totals[name])]
     if wrong or not math.isfinite(norm):
         what = ", ".join(wrong) or "the gradient"
+        spoiled = _spoiled(run, position)
+        if spoiled:
+            raise TrainingError(
+                f"{what} not finite: there is NaN or infinity in the stored features of {', '.join(spoiled)}",
+                "Extract their shards again (`olapipe verify --live` compares features with their teacher's).",
+            )
         raise TrainingError(
             f"{what} not finite in the batch of {_names(run, position)}",
             "Look at these samples, or lower the learning rate.",
@@ -214,8 +221,23 @@ def _check(run: Run, totals: dict[str, float], norm: float, position: int) -> No
                     )
 
 
+def _spoiled(run: Run, position: int) -> list[str]:
+    """Images of the batch whose stored features are not finite, by key and teacher."""
+    found = []
+    for sample in (run.stream[p] for p in _positions(run, position)):
+        for key, features in zip(sample.keys, sample.features, strict=True) if isinstance(sample, Sample) else ():
+            for teacher, stored in features.items():
+                if stored is not None and not all(np.isfinite(array).all() for array in stored.arrays.values()):
+                    found.append(f"{key} ({teacher})")
+    return found
+
+
+def _positions(run: Run, position: int) -> range:
+    return range(position, min(position + run.config.batch, run.end))
+
+
 def _names(run: Run, position: int) -> str:
-    names = [run.stream.name(p) for p in range(position, min(position + run.config.batch, run.end))]
+    names = [run.stream.name(p) for p in _positions(run, position)]
     more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
     return ", ".join(names[:_SHOWN_KEYS]) + more
 
