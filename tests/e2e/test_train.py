@@ -377,6 +377,18 @@ def test_an_embedding_loss_of_exactly_zero_names_the_batch(chosen: Callable[...,
 # --- what it tells, and what it needs
 
 
+@pytest.mark.parametrize(("changes", "size"), [({}, 4), ({"micro_batch": 3}, 3), ({"micro_batch": 9}, 4)])
+def test_too_little_memory_says_what_to_change(
+    changes: dict[str, Any], size: int, chosen: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr("olatrain.train.run_batch", full)
+    with pytest.raises(TrainingError, match=rf"passes of {size} samples: CUDA out of memory.*2 GiB\n.*micro_batch=N"):
+        run(chosen(batch=4, **changes))
+
+
 def test_skipped_images_are_recorded_and_text_alone_trains(student: Path, tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
     (corpus.images / "04.png").unlink()

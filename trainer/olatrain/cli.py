@@ -18,6 +18,10 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+PROBE_MICRO_BATCH = 8
+"""Images of one forward pass of a probe: it keeps what every layer's resampler computes."""
+
+
 class ViewKind(enum.StrEnum):
     """What part of an image the student sees."""
 
@@ -68,7 +72,7 @@ class DtypeName(enum.StrEnum):
 @app.command()
 def compose(
     llm: Annotated[Path, typer.Option(help="Folder of a Llama or Phi-3 causal language model with its tokenizer.")],
-    vision: Annotated[Path, typer.Option(help="Folder of a CLIP vision tower.")],
+    vision: Annotated[Path, typer.Option(help="Folder of a CLIP vision tower, or of OpenCLIP's ConvNeXT.")],
     out: Annotated[Path, typer.Option(help="Folder to write the student to; new or empty.")],
     teacher: Annotated[
         list[str] | None, typer.Option(help="Teacher with task tokens; repeat, in prompt order. [gen, depth, seg]")
@@ -282,6 +286,7 @@ def probe(
         "student": student, "store": store, "conversations": conversations, "images": images, "out": out,
         "teachers": {name: {"layers": layers, "weight": 1.0} for name in teacher}, "train": ["predictors"],
         "text": 0.0, "contrastive": 0.0, "context": (context or ContextName.image).value, "probe.held_out": held_out,
+        "micro_batch": PROBE_MICRO_BATCH,
         "epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "workers": workers, "seed": seed,
         "allow_view_mismatch": allow_view_mismatch, "feed": fed_teachers(student),
     }  # fmt: skip

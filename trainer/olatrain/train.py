@@ -21,7 +21,7 @@ from olatrain.insight import Insight, due, merged
 from olatrain.losses import MAX_TEMPERATURE
 from olatrain.meter import add_totals, figures
 from olatrain.order import PositionSampler
-from olatrain.parallel import open_ranks
+from olatrain.parallel import Ranks, open_ranks
 from olatrain.predicted import keep_predictions
 from olatrain.resume import Progress, resume, save, saver, write_config
 from olatrain.setup import Run, locked, set_up
@@ -44,7 +44,7 @@ def train(config: TrainConfig, console: Console) -> None:
     """Train from the newest checkpoint in `config.out`, or from the start.
 
     Raises the errors of `set_up`, CheckpointError, TrainingError for a loss that is not finite or is zero without
-    reason, and Stopped after a signal.
+    reason or where the device has too little memory, and Stopped after a signal.
     """
     config.require_inputs()
     with (
@@ -69,9 +69,21 @@ def train(config: TrainConfig, console: Console) -> None:
             if progress.step == 0:
                 _evaluate(run, 0, watch)
             _loop(run, optimiser, progress, stop, watch)
+        except torch.OutOfMemoryError as error:
+            raise _too_large(config, ranks, error) from error
         finally:
             if watch is not None:
                 watch.close()
+
+
+def _too_large(config: TrainConfig, ranks: Ranks, error: torch.OutOfMemoryError) -> TrainingError:
+    own = -(-config.batch // ranks.world)
+    size = min(config.micro_batch or own, own)
+    smaller = "" if config.gradient_checkpointing else ", or gradient_checkpointing=true"
+    return TrainingError(
+        f"the device has too little memory for passes of {size} samples: {str(error).splitlines()[0]}",
+        f"Run fewer at a time (--set micro_batch=N, results stay the same){smaller}, then run the same command again.",
+    )
 
 
 def make_optimiser(run: Run) -> torch.optim.AdamW:
