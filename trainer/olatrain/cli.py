@@ -150,7 +150,7 @@ def run(
     store: Annotated[
         str | None, typer.Option(help="Feature store of `olapipe extract`, or packed training set of `olapipe pack`.")
     ] = None,
-    conversations: Annotated[Path | None, typer.Option(help="LLaVA-style JSON or JSONL.")] = None,
+    conversations: Annotated[Path | None, typer.Option(help="LLaVA-style JSON, JSONL or parquet.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder that the conversations' images are relative to.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; a run in it is continued.")] = None,
     layers: Annotated[
@@ -244,7 +244,8 @@ def probe(
     teacher: Annotated[list[str], typer.Option(help="Teacher whose features to read from the layers; repeat.")],
     out: Annotated[Path, typer.Option(help="Folder of the probe; one in it is continued.")],
     conversations: Annotated[
-        Path | None, typer.Option(help="LLaVA-style JSON or JSONL; one of each image is used. Not for a packed set.")
+        Path | None,
+        typer.Option(help="LLaVA-style JSON, JSONL or parquet; one of each image is used. Not for a packed set."),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder that the conversations' images are relative to. Not for a packed set.")

@@ -135,7 +135,7 @@ class TrainConfig(Frozen):
     """Feature store that `olapipe extract` wrote, or packed training set of `olapipe pack`: a folder, or an address
     such as `s3://bucket/prefix`; none where no teacher is named."""
     conversations: Path | None = None
-    """LLaVA-style JSON or JSONL; not beside a packed set, which holds its own, and so does it the images."""
+    """LLaVA-style JSON, JSONL or parquet; not beside a packed set, which holds its own, and so does it the images."""
     images: Path | None = None
     """Folder that the images of the conversations are relative to."""
     sources: tuple[SourceSettings, ...] = ()
