@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -387,6 +388,20 @@ def test_too_little_memory_says_what_to_change(
     monkeypatch.setattr("olatrain.train.run_batch", full)
     with pytest.raises(TrainingError, match=rf"passes of {size} samples: CUDA out of memory.*2 GiB\n.*micro_batch=N"):
         run(chosen(batch=4, **changes))
+
+
+def test_a_disk_that_takes_no_more_figures_says_so(
+    chosen: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    values = chosen(steps=2, checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("olatrain.watch.Watch.step", full)
+        with pytest.raises(TrainingError, match=r"out cannot be written: No space left on device\nFree some space"):
+            run(values)
+    run(values)  # nothing else is lost
 
 
 def test_skipped_images_are_recorded_and_text_alone_trains(student: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import processors
 from trainer_support import LLAMA, PHI3, VICUNA, byte_tokenizer, conversation, write_json
 
 from olaschema.errors import ConfigError, CorpusError
@@ -271,3 +272,19 @@ def test_parquet_holds_what_json_does(tmp_path: Path) -> None:
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "c.parquet").read_bytes()[:-9])
     with pytest.raises(CorpusError, match=r"cut\.parquet cannot be read"):
         Conversations.read(tmp_path / "cut.parquet")
+
+
+def test_a_tokenizer_that_ends_every_text_ends_no_question() -> None:
+    """Some add an end token after any text: behind a question it would be what the answer is generated from."""
+    _, tokenizer, tokens = builder(VICUNA, adds_bos=True)
+    plain = PromptBuilder(tokenizer, tokens, max_length=4096)
+    ends = [("<s>", 0), ("</s>", 1)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ends
+    )
+    ending = PromptBuilder(tokenizer, tokens, max_length=4096)
+    conversation = parsed(TWO_TURNS, "a.png")
+    blocks = [[tokens.image_id] * IMAGE_LENGTH]
+    assert ending.ask(conversation, blocks) == plain.ask(conversation, blocks)
+    assert ending.build(conversation) == plain.build(conversation)
+    assert plain.ask(conversation, blocks)[0] == 0

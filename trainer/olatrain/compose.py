@@ -326,7 +326,7 @@ def _join(
     language.config.pad_token_id = pad_id
     for part in (language.config, tower.config):
         part._name_or_path = ""  # the folder it was loaded from, which is nobody's business
-    shared = {
+    shared: dict[str, Any] = {
         "vision_config": tower.config,
         "text_config": language.config,
         "image_token_index": tokens.image_id,
@@ -338,8 +338,7 @@ def _join(
     if tower.config.model_type == "convnext":
         config = FastVlmConfig(**shared)
     else:
-        chosen = {"vision_feature_layer": VISION_LAYER, "vision_feature_select_strategy": "default"}
-        config = LlavaConfig(**shared, **chosen)
+        config = LlavaConfig(**shared, vision_feature_layer=VISION_LAYER, vision_feature_select_strategy="default")
     config.pad_token_id = pad_id
     # without memory of its own: everything but the projector comes from the two models
     with torch.device("meta"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,7 @@ def train(config: TrainConfig, console: Console) -> None:
     """Train from the newest checkpoint in `config.out`, or from the start.
 
     Raises the errors of `set_up`, CheckpointError, TrainingError for a loss that is not finite or is zero without
-    reason or where the device has too little memory, and Stopped after a signal.
+    reason, or where memory or disk do not suffice, and Stopped after a signal.
     """
     config.require_inputs()
     with (
@@ -64,16 +66,31 @@ def train(config: TrainConfig, console: Console) -> None:
                 text = f"{config.out}: all {run.steps} steps are done already"
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
             return
-        watch = _watch(run, progress, console) if ranks.first else None
-        try:
-            if progress.step == 0:
-                _evaluate(run, 0, watch)
-            _loop(run, optimiser, progress, stop, watch)
-        except torch.OutOfMemoryError as error:
-            raise _too_large(config, ranks, error) from error
-        finally:
-            if watch is not None:
-                watch.close()
+        with _explained(config, ranks):
+            watch = _watch(run, progress, console) if ranks.first else None
+            try:
+                if progress.step == 0:
+                    _evaluate(run, 0, watch)
+                _loop(run, optimiser, progress, stop, watch)
+            finally:
+                if watch is not None:
+                    watch.close()
+
+
+@contextmanager
+def _explained(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
+    """Turn what a machine runs out of into a TrainingError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _too_large(config, ranks, error) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TrainingError(
+            f"{config.out} cannot be written: {error.strerror}",
+            "Free some space, then run the same command again: it goes on from the last checkpoint.",
+        ) from error
 
 
 def _too_large(config: TrainConfig, ranks: Ranks, error: torch.OutOfMemoryError) -> TrainingError:
