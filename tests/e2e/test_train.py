@@ -49,7 +49,7 @@ from olaschema.store import FeatureStore
 from olatrain.checkpoint import CheckpointError, latest_checkpoint
 from olatrain.setup import Run
 from olatrain.step import run_batch
-from olatrain.stream import Batch
+from olatrain.stream import Batch, Fault
 from olatrain.train import TrainingError, _check
 
 
@@ -300,6 +300,32 @@ def test_other_features_are_refused_by_the_pin_and_by_the_checkpoint(student: Pa
         run(values)
     with pytest.raises(FingerprintError, match=r"weights: 'w' \(pinned\) against 'other'"):
         run(pinned | {"out": str(tmp_path / "new")})
+
+
+def test_features_exchanged_while_a_run_goes_on_reach_no_figure(student: Path, tmp_path: Path) -> None:
+    """Evaluations open the store anew, long after the run's fingerprints were compared with it."""
+    corpus = make_corpus(tmp_path)
+    values = settings(corpus, student, tmp_path / "out", evaluation={"conversations": str(corpus.conversations)})
+    ready = prepared(values)
+    shutil.rmtree(corpus.store)
+    changed = {
+        name: record.model_copy(update={"fingerprint": record.fingerprint.model_copy(update={"weights": "other"})})
+        for name, record in records().items()
+    }
+    make_store(corpus.store, corpus.images, corpus.keys, teachers=changed)
+    assert ready.heldout is not None
+    fault = ready.heldout[0]
+    assert isinstance(fault, Fault)
+    assert isinstance(fault.error, StoreError)
+    assert "features of depth are others than when the run began" in str(fault.error)
+
+
+def test_one_image_has_no_other_to_be_shuffled_with(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    entries = json.loads(corpus.conversations.read_text())
+    write_json(corpus.conversations, [entry for entry in entries if entry.get("image") == corpus.keys[0]])
+    with pytest.raises(ConfigError, match="there is one image in the store"):
+        prepared(settings(corpus, student, tmp_path / "out", target_control="shuffle"))
 
 
 def test_a_continuation_must_be_of_the_same_run(student: Path, tmp_path: Path) -> None:

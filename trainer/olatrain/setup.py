@@ -211,6 +211,11 @@ def _partners(config: TrainConfig, listing: Listing) -> dict[int, int] | None:
     planned = listing.image_rows >= 0
     places = dict(zip(listing.image_rows[planned].tolist(), listing.image_places[planned].tolist(), strict=True))
     found = cyclic_partners(listing.image_rows[planned], seed=config.seed)
+    if len(found) == 1:
+        raise ConfigError(
+            "target_control = shuffle gives every image another's features, and there is one image in the store",
+            "Train on more images.",
+        )
     return {row: places[other] for row, other in found.items()}
 
 
