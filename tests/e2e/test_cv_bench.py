@@ -196,6 +196,8 @@ def test_the_other_layout_and_what_is_refused(tmp_path: Path, bench: Path) -> No
         (folder / "img" / row["filename"]).write_bytes(row["image"]["bytes"])
         lines.append(json.dumps({k: v for k, v in row.items() if k != "image"}))
     (folder / "test_2d.jsonl").write_text("\n".join(lines))
+    lines[0] = lines[0].replace('"idx"', '"image": {"bytes": "no bytes", "path": null}, "idx"')
+    (folder / "test_2d.jsonl").write_text("\n".join(lines))
     ours = [(q.prompt, q.answer, q.image) for q in read_questions(folder)]
     assert ours == [(q.prompt, q.answer, q.image) for q in read_questions(bench)]
     (folder / "img/3.png").unlink()

@@ -296,6 +296,14 @@ def probe(
     run_probe(settings, Console(highlight=False), compare=compare or ())
 
 
+class DeviceName(enum.StrEnum):
+    """Where a student answers."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class MethodName(enum.StrEnum):
     """How an answer is read."""
 
@@ -310,7 +318,7 @@ def eval_command(
     method: Annotated[
         MethodName, typer.Option(help="Letter read from a generated answer, or the likeliest letter.")
     ] = MethodName.generate,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[DeviceName, typer.Option(help="auto: a GPU where there is one.")] = DeviceName.auto,
     out: Annotated[Path | None, typer.Option(help="JSON file for scores and answers.")] = None,
     store: Annotated[
         str | None,
@@ -327,12 +335,14 @@ def eval_command(
 
     if not cv_bench.is_dir():
         raise ConfigError(f"--cv-bench {cv_bench}: no such folder", "Give a local copy of nyu-visionx/CV-Bench.")
-    if device == "cuda" and not torch.cuda.is_available():
+    present = torch.cuda.is_available()
+    if device is DeviceName.cuda and not present:
         raise ConfigError("--device cuda: there is no GPU", "Use --device cpu.")
+    chosen = "cuda" if present and device is not DeviceName.cpu else "cpu"
     console = Console(highlight=False)
     with console.status("asking") as status:
         result = evaluate_cv_bench(
-            student, cv_bench, method=method.value, device=torch.device(device), out=out, store=store,
+            student, cv_bench, method=method.value, device=torch.device(chosen), out=out, store=store,
             batch=batch, tick=lambda count: status.update(f"{count} questions answered"),
         )  # fmt: skip
     console.print(table(result))

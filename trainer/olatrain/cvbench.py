@@ -199,7 +199,7 @@ def _question(row: Mapping[str, Any], name: str, folder: Path) -> Question:
         raise CorpusError(f"{folder.name}/{name}: type {row['type']!r} is none of {', '.join(SOURCES)}", _REMEDY)
     image = row.get("image")
     data = image.get("bytes") if isinstance(image, Mapping) else None
-    if data is None:
+    if not isinstance(data, bytes):  # JSON can hold none
         data = _file(row, name, folder)
     return Question(
         name, str(row["type"]), str(row["task"]), str(row["source"]), str(row["prompt"]), choices, answer, data
