@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import shutil
 import signal
 import subprocess
@@ -414,6 +415,19 @@ def test_too_little_memory_says_what_to_change(
     monkeypatch.setattr("olatrain.train.run_batch", full)
     with pytest.raises(TrainingError, match=rf"passes of {size} samples: CUDA out of memory.*2 GiB\n.*micro_batch=N"):
         run(chosen(batch=4, **changes))
+
+
+def test_a_loader_process_that_is_killed_is_no_traceback(
+    chosen: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_args: Any, **_kwargs: Any) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+
+    monkeypatch.setattr("olatrain.watch.Watch.step", killed)
+    with pytest.raises(TrainingError, match=r"a loader process ended: DataLoader worker .*\n.*fewer --workers"):
+        run(chosen(workers=1, steps=60))
 
 
 def test_a_disk_that_takes_no_more_figures_says_so(

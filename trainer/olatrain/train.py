@@ -84,6 +84,13 @@ def _explained(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise _too_large(config, ranks, error) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # torch has no class of its own for it
+            raise
+        raise TrainingError(
+            f"a loader process ended: {str(error).splitlines()[0]}",
+            "Has this machine too little memory? Take fewer --workers, then run the same command again.",
+        ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
