@@ -7,6 +7,7 @@ import pytest
 
 from olaschema.config import load_config
 from olaschema.errors import ConfigError
+from olatrain.card import _how
 from olatrain.config import TrainConfig
 from olatrain.order import epoch_order, group_by_modality
 from olatrain.train import embedding_factor
@@ -119,3 +120,12 @@ def test_grouped_batches_hold_one_modality(images: int, texts: int, batch: int) 
     assert all(count <= 1 for count in mixed.values())
     if (images, texts, batch) == (40, 17, 8):
         assert run.reshape(-1)[: 7 * 8].reshape(7, 8).all(axis=1).sum() == 2
+
+
+def test_the_card_of_a_control_arm_claims_no_features_of_the_images() -> None:
+    said = {control: _how(build(target_control=control)) for control in ("none", "shuffle", "mean", "self")}
+    assert "supervised with features of depth" in said["none"]
+    assert "supervised with other images' features of depth" in said["shuffle"]
+    assert "supervised with the mean features of depth" in said["mean"]
+    assert "supervised with its own initial vision tower's features in place of those of depth" in said["self"]
+    assert all("a control arm" in words for control, words in said.items() if control != "none")
