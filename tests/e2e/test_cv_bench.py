@@ -178,8 +178,10 @@ def mean(rng: np.random.Generator, values: list[bool]) -> float:
     [
         ("(B)", "B"), ("B", "B"), (" B.", "B"), ("B) the lamp", "B"), ("B: the lamp", "B"),
         ("The answer is (A).", "A"), ("The correct answer is B", "B"), ("the lamp", "B"), ("It is the cup.", "A"),
-        ("(A) or (B)", "A"), ("either (A) or (B)", None), ("Both are", None), ("", None),
+        ("(A) or (B)", None), ("(A) the cup (B) the lamp", None), ("A, B", None), ("B, as A is the cup", "B"),
+        ("either (A) or (B)", None), ("Both are", None), ("", None),
         ("the cup and the lamp", None), ("C", None), ("A lamp", None), ("B the lamp", "B"), ("Bananas", None),
+        ("The answer is a lamp, the lamp", "B"), ("the answer is b.", "B"), ("Answer: A", "A"),
     ],
 )  # fmt: skip
 def test_letters_are_read_from_answers(text: str, letter: str | None) -> None:
@@ -194,6 +196,8 @@ def test_the_other_layout_and_what_is_refused(tmp_path: Path, bench: Path) -> No
         (folder / "img" / row["filename"]).write_bytes(row["image"]["bytes"])
         lines.append(json.dumps({k: v for k, v in row.items() if k != "image"}))
     (folder / "test_2d.jsonl").write_text("\n".join(lines))
+    lines[0] = lines[0].replace('"idx"', '"image": {"bytes": "no bytes", "path": null}, "idx"')
+    (folder / "test_2d.jsonl").write_text("\n".join(lines))
     ours = [(q.prompt, q.answer, q.image) for q in read_questions(folder)]
     assert ours == [(q.prompt, q.answer, q.image) for q in read_questions(bench)]
     (folder / "img/3.png").unlink()
@@ -204,6 +208,7 @@ def test_the_other_layout_and_what_is_refused(tmp_path: Path, bench: Path) -> No
         ({"answer": "(E)"}, "4 choices and the answer"),
         ({"type": "4D"}, "is none of 2D, 3D"),
         ({"prompt": None}, "has no prompt"),
+        ({"choices": "two"}, "its choices are no list but 'two'"),
     ):
         (folder / "test_2d.jsonl").write_text(
             json.dumps({k: v for k, v in (rows()[0] | changes).items() if k != "image"})
@@ -212,3 +217,10 @@ def test_the_other_layout_and_what_is_refused(tmp_path: Path, bench: Path) -> No
             list(read_questions(folder))
     with pytest.raises(CorpusError, match="holds no test"):
         list(read_questions(tmp_path))
+
+
+def test_files_without_a_question_give_no_score(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "test_2d.jsonl").write_text("\n")
+    result = CliRunner().invoke(app, ["eval", "--student", str(student), "--cv-bench", str(tmp_path)])
+    assert isinstance(result.exception, CorpusError)
+    assert "holds no question" in str(result.exception)

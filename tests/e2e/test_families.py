@@ -357,3 +357,6 @@ def test_questions_asked_together_are_answered_as_one_by_one(
     for ours, theirs in zip(together, alone, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert together[0] != pytest.approx(together[3], rel=1e-3)
+    spoken = [answer.said for answer in examinee.answers(asked, "generate")]
+    assert spoken == [examinee.answers([question], "generate")[0].said for question in asked]
+    assert len(set(spoken)) == 4, "answers that are all alike would hide that one question got another's"

@@ -262,7 +262,7 @@ def test_a_fed_student_is_scored_with_features_found_by_the_images_bytes(
             if bool(own.valid):
                 torch.testing.assert_close(theirs[teacher].values, own.values.float())
     question = next(iter(read_questions(bench)))
-    answer = examinee.answer(question, "generate")
+    (answer,) = examinee.answers([question], "generate")
     assert isinstance(answer.said, str)
     inputs = examinee._inputs([question])
     given = examinee._features.find(question.image, torch.device("cpu"))
@@ -307,7 +307,9 @@ def test_what_is_fed_must_be_what_the_student_sees_and_not_the_answer(
 def test_a_fed_student_is_probed_as_it_is_used(corpus: Corpus, exported: Path, tmp_path: Path) -> None:
     """The states that a probe reads are those of the fed student, here beside the trained one's."""
     assert fed_teachers(exported) == ["depth", "gen"]
-    values = settings(corpus, exported, tmp_path / "probe", teachers={"gen": {"layers": [2]}}, train=["predictors"])
+    values = settings(
+        corpus, exported, tmp_path / "probe", teachers={"gen": {"layers": [2]}}, train=["predictors"], text=0
+    )
     values |= {"probe": {"held_out": 0.2}, "contrastive": 0.0, "context": "image"}
     ready = prepared(values | {"feed": fed_teachers(exported)})
     batch = batch_of(ready, 4)

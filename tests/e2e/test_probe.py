@@ -243,6 +243,7 @@ def test_students_are_compared_on_the_same_images_only(
     again = CliRunner().invoke(app, arguments(corpus, student, tmp_path / "third", *compared, "--seed", "5"))
     assert isinstance(again.exception, ConfigError)
     assert "was scored on other images" in str(again.exception)
+    assert not (tmp_path / "third").exists(), "it was refused after the probes had trained"
     missing = CliRunner().invoke(
         app, arguments(corpus, student, tmp_path / "fourth", "--teacher", "colour", "--compare", str(tmp_path))
     )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from run_support import losses, prepared, run, weights
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from trainer_support import (
@@ -47,7 +50,7 @@ from olaschema.store import FeatureStore
 from olatrain.checkpoint import CheckpointError, latest_checkpoint
 from olatrain.setup import Run
 from olatrain.step import run_batch
-from olatrain.stream import Batch
+from olatrain.stream import Batch, Fault
 from olatrain.train import TrainingError, _check
 
 
@@ -300,6 +303,32 @@ def test_other_features_are_refused_by_the_pin_and_by_the_checkpoint(student: Pa
         run(pinned | {"out": str(tmp_path / "new")})
 
 
+def test_features_exchanged_while_a_run_goes_on_reach_no_figure(student: Path, tmp_path: Path) -> None:
+    """Evaluations open the store anew, long after the run's fingerprints were compared with it."""
+    corpus = make_corpus(tmp_path)
+    values = settings(corpus, student, tmp_path / "out", evaluation={"conversations": str(corpus.conversations)})
+    ready = prepared(values)
+    shutil.rmtree(corpus.store)
+    changed = {
+        name: record.model_copy(update={"fingerprint": record.fingerprint.model_copy(update={"weights": "other"})})
+        for name, record in records().items()
+    }
+    make_store(corpus.store, corpus.images, corpus.keys, teachers=changed)
+    assert ready.heldout is not None
+    fault = ready.heldout[0]
+    assert isinstance(fault, Fault)
+    assert isinstance(fault.error, StoreError)
+    assert "features of depth are others than when the run began" in str(fault.error)
+
+
+def test_one_image_has_no_other_to_be_shuffled_with(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    entries = json.loads(corpus.conversations.read_text())
+    write_json(corpus.conversations, [entry for entry in entries if entry.get("image") == corpus.keys[0]])
+    with pytest.raises(ConfigError, match="there is one image in the store"):
+        prepared(settings(corpus, student, tmp_path / "out", target_control="shuffle"))
+
+
 def test_a_continuation_must_be_of_the_same_run(student: Path, tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
     values = settings(corpus, student, tmp_path / "out", stop_after=1)
@@ -312,6 +341,24 @@ def test_a_continuation_must_be_of_the_same_run(student: Path, tmp_path: Path) -
         run(values)
     with pytest.raises(ConfigError, match="is not empty and holds no run"):
         run(values | {"out": str(corpus.images)})
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "processor_config.json", "tokenizer.json", "weights"])
+def test_a_student_changed_under_a_run_is_refused(name: str, corpus: Corpus, student: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "student"
+    shutil.copytree(student, mine)
+    values = settings(corpus, mine, tmp_path / "out", steps=2, stop_after=1)
+    run(values)
+    (mine / "README.md").write_text("notes")
+    (mine / "generation_config.json").write_text("{}")
+    run(values)  # nothing to do, and nothing that a run reads has changed
+    if name == "weights":  # of equal size, as those of the same model trained further are
+        weights = load_file(mine / "model.safetensors")
+        save_file({k: v + 1 for k, v in weights.items()}, mine / "model.safetensors", {"format": "pt"})
+    else:
+        (mine / name).write_text((mine / name).read_text() + "\n")
+    with pytest.raises(CheckpointError, match="the student's folder changed since"):
+        run(values | {"stop_after": 2})
 
 
 def test_wrong_inputs_are_refused(chosen: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -333,8 +380,13 @@ def test_a_loss_that_is_not_finite_names_the_batch(student: Path, tmp_path: Path
     with pytest.raises(StoreError, match="row 3 of depth holds NaN or infinity"):
         run(values)
     values |= {"mean_map_rows": 1}  # the mean map's rows are a part, the batches see all
-    with pytest.raises(TrainingError, match=r"gen\.1\.smooth_l1.* not finite in the batch of .*03\.png"):
+    message = r"gen\.1\.smooth_l1.* not finite: .* stored features of 03\.png \(depth\), 03\.png \(gen\)"
+    with pytest.raises(TrainingError, match=message):
         run(values)
+    # what is not finite for another reason is not put down to a feature
+    clean = make_corpus(tmp_path / "clean", texts=0)
+    with pytest.raises(TrainingError, match=r"not finite in the batch of .*\.png"):
+        run(settings(clean, student, tmp_path / "far", lr=1e30, clip=1e30, steps=9))
     kept = latest_checkpoint(tmp_path / "out" / "checkpoints")
     assert kept is None or all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
 
@@ -351,6 +403,45 @@ def test_an_embedding_loss_of_exactly_zero_names_the_batch(chosen: Callable[...,
 
 
 # --- what it tells, and what it needs
+
+
+@pytest.mark.parametrize(("changes", "size"), [({}, 4), ({"micro_batch": 3}, 3), ({"micro_batch": 9}, 4)])
+def test_too_little_memory_says_what_to_change(
+    changes: dict[str, Any], size: int, chosen: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr("olatrain.train.run_batch", full)
+    with pytest.raises(TrainingError, match=rf"passes of {size} samples: CUDA out of memory.*2 GiB\n.*micro_batch=N"):
+        run(chosen(batch=4, **changes))
+
+
+def test_a_loader_process_that_is_killed_is_no_traceback(
+    chosen: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_args: Any, **_kwargs: Any) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+
+    monkeypatch.setattr("olatrain.watch.Watch.step", killed)
+    with pytest.raises(TrainingError, match=r"a loader process ended: DataLoader worker .*\n.*fewer --workers"):
+        run(chosen(workers=1, steps=60))
+
+
+def test_a_disk_that_takes_no_more_figures_says_so(
+    chosen: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    values = chosen(steps=2, checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("olatrain.watch.Watch.step", full)
+        with pytest.raises(TrainingError, match=r"out cannot be written: No space left on device\nFree some space"):
+            run(values)
+    run(values)  # nothing else is lost
 
 
 def test_skipped_images_are_recorded_and_text_alone_trains(student: Path, tmp_path: Path) -> None:

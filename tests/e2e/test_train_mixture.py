@@ -131,7 +131,10 @@ def test_a_mixture_stopped_and_continued_on_other_workers_ends_with_the_same_bit
     root: Path, student: Path, tmp_path: Path
 ) -> None:
     values = mixed(root, student, tmp_path / "whole", workers=1)
-    train(load_config(TrainConfig, flags=values), Console(quiet=True))
+    kept = {"predictions": {"every": 8, "images": 3}}
+    train(load_config(TrainConfig, flags=values | kept), Console(quiet=True))
+    layer = FeatureStore.open(tmp_path / "whole/predictions/step-00000008/layer-02")
+    assert FeatureReader(layer, "depth").feature(2).shape == layer.teacher("depth").fingerprint.shape
     values |= {"out": str(tmp_path / "out")}
     for workers, stop in ((2, 4), (0, 9), (1, None)):
         end_all(start_ranks(values | {"workers": workers, "stop_after": stop}, 1, record=tmp_path))

@@ -1,4 +1,4 @@
-"""`olatrain import-ola` of students with a CLIP-ConvNeXT tower, against a forward pass written here from timm's."""
+"""Students with a CLIP-ConvNeXT tower, imported or composed afresh, against a forward pass written here from timm's."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ import pytest
 import torch
 from import_support import HERE, published
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from store_support import record
 from torch import Tensor
 from torch.nn import functional
-from trainer_support import make_corpus, metrics
+from trainer_support import Corpus, make_corpus, make_student, metrics, settings
 from transformers import AutoModelForImageTextToText, FastVlmForConditionalGeneration
 from typer.testing import CliRunner
 
+from olaschema.config import load_config
 from olaschema.errors import ConfigError
 from olatrain.cli import app
-from olatrain.compose import load_processor, student_view
+from olatrain.compose import compose, load_processor, student_view
+from olatrain.config import TrainConfig
 from olatrain.convnext import convnext_config, image_settings
+from olatrain.cvbench import Question
+from olatrain.evaluate import Examinee
 from olatrain.importing import import_student
 from olatrain.tokens import TaskTokens
 from olatrain.tower import Tower
+from olatrain.train import train
 
 NAME = "laion/CLIP-convnext_xxlarge-laion2B-toy-res64"
 WIDTHS, DEPTHS = (4, 8, 12, 16), (1, 2, 3, 1)
@@ -97,12 +103,7 @@ def checkpoint(target: Path, *, inside: bool) -> Path:
     if inside:
         weights |= {f"model.vision_tower.vision_tower.{n}": t for n, t in timm_trunk().items()}
     else:
-        tower = target / "tower"
-        tower.mkdir()
-        visual = {f"visual.trunk.{n}": t for n, t in timm_trunk().items()}
-        torch.save(visual | {"token_embedding.weight": torch.ones(3)}, tower / "open_clip_pytorch_model.bin")
-        preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bicubic"}
-        (tower / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": preprocess}))
+        open_clip(target / "tower")
     save_file(weights, folder / "model.safetensors")
     return folder
 
@@ -193,6 +194,87 @@ def test_a_tower_that_is_no_such_convnext_is_refused(tmp_path: Path) -> None:
     save_file(weights, made / "model.safetensors")
     with pytest.raises(ConfigError, match=r"no tensor stages.0.blocks.0.gamma"):
         import_student(made, tmp_path / "student")
+
+
+def open_clip(folder: Path) -> Path:
+    """The tower's folder as OpenCLIP publishes it."""
+    folder.mkdir(parents=True)
+    visual = {f"visual.trunk.{n}": t for n, t in timm_trunk().items()}
+    torch.save(visual | {"token_embedding.weight": torch.ones(3)}, folder / "open_clip_pytorch_model.bin")
+    preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bicubic"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": preprocess}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh student: a tiny language model and the tower, through the command."""
+    root = tmp_path_factory.mktemp("composed")
+    make_student(root / "clip")
+    tower = open_clip(root / NAME.rpartition("/")[2])
+    flags = ["--llm", str(root / "clip/llm"), "--vision", str(tower), "--out", str(root / "student")]
+    result = CliRunner().invoke(
+        app, ["compose", *flags, "--task-tokens", "2", "--teacher", "gen", "--teacher", "depth"]
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "4 tokens per image, view squash" in result.output
+    return root / "student"
+
+
+def test_a_fresh_student_is_composed_of_it(composed: Path, tmp_path: Path) -> None:
+    """What the tower computes is timm's, its mean is its own, and the language model stays as it was."""
+    model, report = FastVlmForConditionalGeneration.from_pretrained(composed, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    expected = timm_forward(timm_trunk(), pixels)
+    with torch.no_grad():
+        found = model.double().get_image_features(pixels.double())
+    assert ((found.last_hidden_state - expected).norm() / expected.norm()).item() < 1e-6
+    assert list(load_processor(composed).image_processor.image_mean) == [0.1, 0.2, 0.3]
+    llm = load_file(composed.parent / "clip/llm/model.safetensors")["model.layers.2.mlp.up_proj.weight"]
+    assert torch.equal(model.model.language_model.layers[2].mlp.up_proj.weight, llm.double())
+
+
+def test_a_fresh_student_trains_and_generates(composed: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", images=6, texts=1)
+    train(load_config(TrainConfig, flags=settings(corpus, composed, tmp_path / "run", steps=14, lr=2e-2, batch=7)),
+          Console(quiet=True))  # fmt: skip
+    lines = metrics(tmp_path / "run")
+    for teacher, layer in (("depth", "2"), ("gen", "1"), ("gen", "3")):
+        first, last = (line["teachers"][teacher]["layers"][layer]["loss"] for line in (lines[0], lines[-1]))
+        assert last < 0.95 * first, (teacher, layer)
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--out", str(tmp_path / "model")])
+    assert result.exit_code == 0, (result.output, result.exception)
+    question = Question("x", "2D", "Count", "COCO", "how many?", ("1", "2"), "A", picture(corpus))
+    (answer,) = Examinee(tmp_path / "model", torch.device("cpu")).answers([question], "generate")
+    assert answer.said
+
+
+def picture(corpus: Corpus) -> bytes:
+    return (corpus.images / corpus.keys[0]).read_bytes()
+
+
+def test_a_tower_that_cannot_be_composed_is_refused(composed: Path, tmp_path: Path) -> None:
+    whole = open_clip(tmp_path / NAME.rpartition("/")[2])
+    for folder, change, message in (
+        ("CLIP-convnext_base-soup", {}, "no ConvNeXT that this version knows"),
+        ("CLIP-convnext_xxlarge-a-res64", {"stages.0.blocks.0.gamma": None}, "has no tensor stages.0.blocks.0.gamma"),
+        ("CLIP-convnext_xxlarge-b-res64", {"stages.0.blocks.0.mlp.grn.weight": torch.ones(4)}, "has no place in the"),
+        (
+            "CLIP-convnext_xxlarge-c-res64",
+            {"stages.1.blocks.0.gamma": torch.ones(3)},
+            "cannot be loaded: size mismatch",
+        ),
+        ("CLIP-convnext_xxlarge-d-res100", {}, "no whole number"),
+    ):
+        other = tmp_path / folder
+        other.mkdir()
+        weights = torch.load(whole / "open_clip_pytorch_model.bin")
+        weights |= {f"visual.trunk.{name}": value for name, value in change.items()}
+        torch.save({n: t for n, t in weights.items() if t is not None}, other / "open_clip_pytorch_model.bin")
+        with pytest.raises(ConfigError, match=message):
+            compose(composed.parent / "clip/llm", other, tmp_path / "out", seed=0)
 
 
 def test_it_trains_and_is_exported_and_generates(student: Path, tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from tokenizers import processors
 from trainer_support import LLAMA, PHI3, VICUNA, byte_tokenizer, conversation, write_json
 
 from olaschema.errors import ConfigError, CorpusError
@@ -243,3 +246,45 @@ def test_nesting_without_end_is_an_error_of_the_file(tmp_path: Path, name: str) 
     (tmp_path / name).write_text("[" * 100_000)
     with pytest.raises(CorpusError, match="not valid JSON"):
         Conversations.read(tmp_path / name)
+
+
+def test_parquet_holds_what_json_does(tmp_path: Path) -> None:
+    """Paths, several paths, none; and images inside, which are named as in a corpus of parquet files."""
+    entries = [conversation("a.png", "one"), conversation(None, "two"), conversation("sub/c.png", "three")]
+    several = conversation("a.png", "four") | {"image": ["a.png", "b.png"]}
+    several["conversations"][0]["value"] = "<image> and <image>"
+    single = Conversations.read(write_json(tmp_path / "c.json", entries))
+    rows = [{"id": str(n), "image": None, **entry} for n, entry in enumerate(entries)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    found = Conversations.read(tmp_path / "c.parquet")
+    assert (found.digest, found.keys) == (single.digest, [("a.png",), (), ("sub/c.png",)])
+    pq.write_table(pa.Table.from_pylist([several, {**entries[1], "image": None}]), tmp_path / "many.parquet")
+    assert Conversations.read(tmp_path / "many.parquet").keys == [("a.png", "b.png"), ()]
+    for name, image in (("struct", {"bytes": b"x", "path": "x.png"}), ("plain", b"x"), ("bare", {"bytes": b"x"})):
+        inside = [row | {"image": image if row["image"] else None} for row in rows]
+        pq.write_table(pa.Table.from_pylist(inside), tmp_path / f"{name}.parquet")
+        assert Conversations.read(tmp_path / f"{name}.parquet").keys == [
+            (f"{name}.parquet/0",), (), (f"{name}.parquet/2",)
+        ]  # fmt: skip
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "other.parquet")
+    with pytest.raises(CorpusError, match="has no column conversations; its columns: text"):
+        Conversations.read(tmp_path / "other.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "c.parquet").read_bytes()[:-9])
+    with pytest.raises(CorpusError, match=r"cut\.parquet cannot be read"):
+        Conversations.read(tmp_path / "cut.parquet")
+
+
+def test_a_tokenizer_that_ends_every_text_ends_no_question() -> None:
+    """Some add an end token after any text: behind a question it would be what the answer is generated from."""
+    _, tokenizer, tokens = builder(VICUNA, adds_bos=True)
+    plain = PromptBuilder(tokenizer, tokens, max_length=4096)
+    ends = [("<s>", 0), ("</s>", 1)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ends
+    )
+    ending = PromptBuilder(tokenizer, tokens, max_length=4096)
+    conversation = parsed(TWO_TURNS, "a.png")
+    blocks = [[tokens.image_id] * IMAGE_LENGTH]
+    assert ending.ask(conversation, blocks) == plain.ask(conversation, blocks)
+    assert ending.build(conversation) == plain.build(conversation)
+    assert plain.ask(conversation, blocks)[0] == 0

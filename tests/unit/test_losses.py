@@ -15,7 +15,6 @@ from olatrain.losses import (
     LossReport,
     Regression,
     Targets,
-    alignment,
     compute_losses,
     count,
     info_nce_loss,
@@ -299,36 +298,3 @@ def test_autocast_does_not_lower_the_precision_of_the_losses() -> None:
     expected = losses(PREDICTED, given, counts, LOGITS, LABELS).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(losses(PREDICTED, given, counts, LOGITS, LABELS).loss, expected)
-
-
-# --- metrics ---
-
-
-def test_alignment_beside_the_floor_of_the_mean_map() -> None:
-    valid = torch.tensor([True, True, False, True, False])
-    mean = torch.randn(2, 2, 3, generator=GENERATOR)
-    values = VALUES.clone()
-    values[2] = math.nan
-    got = alignment(PREDICTED, targets(valid, values=values), mean)
-    p, t, m = (x.double().flatten(1).numpy() for x in (PREDICTED, VALUES, mean[None]))
-    used = [0, 1, 3]
-
-    def cosine(a: np.ndarray, b: np.ndarray) -> float:
-        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-
-    assert got.cosine.mean.item() == pytest.approx(np.mean([cosine(p[i], t[i]) for i in used]), rel=1e-5)
-    assert got.floor_cosine.mean.item() == pytest.approx(np.mean([cosine(m[0], t[i]) for i in used]), rel=1e-5)
-    assert got.floor_smooth_l1.mean.item() == pytest.approx(np.mean([smooth_l1(m[0], t[i]) for i in used]), rel=1e-5)
-    errors = sum(((t[i] - p[i]) ** 2).sum() for i in used)
-    spread = sum(((t[i] - m[0]) ** 2).sum() for i in used)
-    assert got.centred_r2.item() == pytest.approx(1 - errors / spread, rel=1e-5)
-
-
-def test_the_mean_map_itself_has_a_centred_r2_of_zero_and_the_target_one() -> None:
-    mean = VALUES.mean(dim=0) + 20.0  # a large common part, as raw features have
-    values = VALUES + 20.0
-    floor = alignment(mean.expand_as(values), targets(values=values), mean)
-    assert floor.centred_r2.item() == pytest.approx(0.0, abs=1e-6)
-    assert floor.cosine.mean.item() == pytest.approx(floor.floor_cosine.mean.item())
-    assert floor.floor_cosine.mean.item() > 0.95
-    assert alignment(values, targets(values=values), mean).centred_r2.item() == 1.0

@@ -233,22 +233,13 @@ def test_a_half_precision_student_is_read_in_the_predictors_precision() -> None:
             assert (predicted - exact[key]).norm() < 0.03 * exact[key].norm()
 
 
-def test_linear_2_and_3_only_serve_the_four_levels() -> None:
-    made = bank()
-    head = made.head("depth", 2)
+def test_linear_2_and_3_are_kept_and_do_not_train() -> None:
+    head = bank().head("depth", 2)
     trained = {name for name, p in head.named_parameters() if p.requires_grad}
     assert {name.split(".")[0] for name in trained} == {"projector", "linear_1"}
-    taps = states(1, 11)
-    items = layout(row(2, 1))
-    arguments = (taps[2], LATENTS["depth"][None], items.sample, items.context(1, "all"))
-    levels = head.levels(*arguments)
-    assert torch.equal(levels[0], head(*arguments))
-    plain = head.projector(*arguments)
-    assert torch.equal(levels[3], plain)
-    assert torch.allclose(levels[1], head.linear_2(plain))
-    assert torch.allclose(levels[2], head.linear_3(plain))
-    bare = Predictor(GEN, HIDDEN, own_latents=True)
-    assert len(bare.levels(taps[3], None, items.sample, items.context(0, "all"))) == 4
+    assert {name.split(".")[0] for name, _ in head.named_parameters()} == {
+        "projector", "linear_1", "linear_2", "linear_3"
+    }  # fmt: skip
 
 
 def test_names_and_shapes_are_those_of_published_checkpoints(request: pytest.FixtureRequest) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from olaschema.config import load_config
 from olaschema.errors import ConfigError
+from olatrain.card import _how
 from olatrain.config import TrainConfig
 from olatrain.order import epoch_order, group_by_modality
 from olatrain.train import embedding_factor
@@ -48,6 +49,9 @@ def test_a_stage_of_text_alone_needs_no_store() -> None:
     assert config.teachers == {}
 
 
+ONLY = {"layers": [2], "regression": "none"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -66,6 +70,13 @@ def test_a_stage_of_text_alone_needs_no_store() -> None:
         ({"teachers": None, "store": None, "target_control": "mean"}, "no teacher is named"),
         ({"target_control": "self", "normalise": "channel"}, "statistics and probes are not of a tower's features"),
         ({"negatives": "host"}, "negatives"),
+        ({"embedding_end": 0.5}, "embedding_end is given, but embedding_schedule is constant"),
+        ({"teachers": {"depth": ONLY}, "contrastive": 0}, "depth has no regression and contrastive is 0"),
+        ({"teachers": {"depth": ONLY | {"contrastive": 0}}}, "depth has no regression and contrastive is 0"),
+        ({"teachers": {"depth": ONLY}, "batch": 1}, "a batch of one image has no negatives"),
+        ({"teachers": {"depth": ONLY}, "batch": 2, "nproc": 2, "negatives": "rank"}, "no negatives"),
+        ({"probe": {}, "train": ["predictors"]}, "leave text at 0"),
+        ({"probe": {}, "train": ["predictors"], "text": 0, "compat": "ola"}, "leave it out of a probe"),
     ],
 )
 def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -109,3 +120,12 @@ def test_grouped_batches_hold_one_modality(images: int, texts: int, batch: int) 
     assert all(count <= 1 for count in mixed.values())
     if (images, texts, batch) == (40, 17, 8):
         assert run.reshape(-1)[: 7 * 8].reshape(7, 8).all(axis=1).sum() == 2
+
+
+def test_the_card_of_a_control_arm_claims_no_features_of_the_images() -> None:
+    said = {control: _how(build(target_control=control)) for control in ("none", "shuffle", "mean", "self")}
+    assert "supervised with features of depth" in said["none"]
+    assert "supervised with other images' features of depth" in said["shuffle"]
+    assert "supervised with the mean features of depth" in said["mean"]
+    assert "supervised with its own initial vision tower's features in place of those of depth" in said["self"]
+    assert all("a control arm" in words for control, words in said.items() if control != "none")

@@ -79,6 +79,10 @@ def test_only_what_changes_the_result_is_a_change() -> None:
     assert changed_settings(before, same) == []
     changed = changed_settings(before, build(steps=8, lr=0.5))
     assert changed == ["steps: 4 → 8", "lr: 0.001 → 0.5"]
+    assert changed_settings(before, build(steps=4, mean_map_rows=9)) == []
+    # where the mean map is what is learned, what it is made of is no matter of reporting
+    mean = {"steps": 4, "target_control": "mean"}
+    assert changed_settings(build(**mean), build(**mean, mean_map_rows=9)) == ["mean_map_rows: 2048 → 9"]
 
 
 def test_layers_flags() -> None:

@@ -59,10 +59,14 @@ def _how(config: TrainConfig) -> str:
     if not config.teachers:
         return f"{fed}{'and ' if fed else 'that '}trained on the next token alone"
     teachers = ", ".join(config.teachers)
-    return (
-        f"{fed}{'and ' if fed else ''}whose hidden states were supervised with features of {teachers} while it trained "
-        "(the method of OLA-VLM, arXiv 2412.09585)"
-    )
+    of = {
+        "none": f"features of {teachers} while it trained (the method of OLA-VLM, arXiv 2412.09585)",
+        "shuffle": f"other images' features of {teachers} while it trained (a control arm)",
+        "mean": f"the mean features of {teachers} while it trained (a control arm)",
+        "self": f"its own initial vision tower's features in place of those of {teachers} while it trained "
+        "(a control arm)",
+    }[config.target_control]
+    return f"{fed}{'and ' if fed else ''}whose hidden states were supervised with {of}"
 
 
 def _use(tokens: TaskTokens, feed: Sequence[str]) -> str:

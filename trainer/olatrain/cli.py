@@ -18,6 +18,10 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+PROBE_MICRO_BATCH = 8
+"""Images of one forward pass of a probe: it keeps what every layer's resampler computes."""
+
+
 class ViewKind(enum.StrEnum):
     """What part of an image the student sees."""
 
@@ -68,7 +72,7 @@ class DtypeName(enum.StrEnum):
 @app.command()
 def compose(
     llm: Annotated[Path, typer.Option(help="Folder of a Llama or Phi-3 causal language model with its tokenizer.")],
-    vision: Annotated[Path, typer.Option(help="Folder of a CLIP vision tower.")],
+    vision: Annotated[Path, typer.Option(help="Folder of a CLIP vision tower, or of OpenCLIP's ConvNeXT.")],
     out: Annotated[Path, typer.Option(help="Folder to write the student to; new or empty.")],
     teacher: Annotated[
         list[str] | None, typer.Option(help="Teacher with task tokens; repeat, in prompt order. [gen, depth, seg]")
@@ -146,7 +150,7 @@ def run(
     store: Annotated[
         str | None, typer.Option(help="Feature store of `olapipe extract`, or packed training set of `olapipe pack`.")
     ] = None,
-    conversations: Annotated[Path | None, typer.Option(help="LLaVA-style JSON or JSONL.")] = None,
+    conversations: Annotated[Path | None, typer.Option(help="LLaVA-style JSON, JSONL or parquet.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder that the conversations' images are relative to.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; a run in it is continued.")] = None,
     layers: Annotated[
@@ -240,7 +244,8 @@ def probe(
     teacher: Annotated[list[str], typer.Option(help="Teacher whose features to read from the layers; repeat.")],
     out: Annotated[Path, typer.Option(help="Folder of the probe; one in it is continued.")],
     conversations: Annotated[
-        Path | None, typer.Option(help="LLaVA-style JSON or JSONL; one of each image is used. Not for a packed set.")
+        Path | None,
+        typer.Option(help="LLaVA-style JSON, JSONL or parquet; one of each image is used. Not for a packed set."),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder that the conversations' images are relative to. Not for a packed set.")
@@ -281,13 +286,22 @@ def probe(
     flags = {
         "student": student, "store": store, "conversations": conversations, "images": images, "out": out,
         "teachers": {name: {"layers": layers, "weight": 1.0} for name in teacher}, "train": ["predictors"],
-        "contrastive": 0.0, "context": (context or ContextName.image).value, "probe.held_out": held_out,
+        "text": 0.0, "contrastive": 0.0, "context": (context or ContextName.image).value, "probe.held_out": held_out,
+        "micro_batch": PROBE_MICRO_BATCH,
         "epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "workers": workers, "seed": seed,
         "allow_view_mismatch": allow_view_mismatch, "feed": fed_teachers(student),
     }  # fmt: skip
     settings = load_config(TrainConfig, flags=flags, overrides=set_ or [])
     settings.require_inputs()
     run_probe(settings, Console(highlight=False), compare=compare or ())
+
+
+class DeviceName(enum.StrEnum):
+    """Where a student answers."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class MethodName(enum.StrEnum):
@@ -304,13 +318,13 @@ def eval_command(
     method: Annotated[
         MethodName, typer.Option(help="Letter read from a generated answer, or the likeliest letter.")
     ] = MethodName.generate,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[DeviceName, typer.Option(help="auto: a GPU where there is one.")] = DeviceName.auto,
     out: Annotated[Path | None, typer.Option(help="JSON file for scores and answers.")] = None,
     store: Annotated[
         str | None,
         typer.Option(help="Feature store of the benchmark's images, for a student that is fed features (run --feed)."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Questions in one pass, with --method likelihood.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Questions in one pass.")] = 8,
 ) -> None:
     """Score a student on CV-Bench: count, relation, depth and distance, averaged by source."""
     _quiet()
@@ -321,12 +335,14 @@ def eval_command(
 
     if not cv_bench.is_dir():
         raise ConfigError(f"--cv-bench {cv_bench}: no such folder", "Give a local copy of nyu-visionx/CV-Bench.")
-    if device == "cuda" and not torch.cuda.is_available():
+    present = torch.cuda.is_available()
+    if device is DeviceName.cuda and not present:
         raise ConfigError("--device cuda: there is no GPU", "Use --device cpu.")
+    chosen = "cuda" if present and device is not DeviceName.cpu else "cpu"
     console = Console(highlight=False)
     with console.status("asking") as status:
         result = evaluate_cv_bench(
-            student, cv_bench, method=method.value, device=torch.device(device), out=out, store=store,
+            student, cv_bench, method=method.value, device=torch.device(chosen), out=out, store=store,
             batch=batch, tick=lambda count: status.update(f"{count} questions answered"),
         )  # fmt: skip
     console.print(table(result))

@@ -18,9 +18,12 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     CLIPVisionModel,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -31,6 +34,7 @@ from transformers.image_processing_backends import PilBackend
 from olaschema.errors import ConfigError, ViewError
 from olaschema.manifest import View
 from olatrain.chat import IMAGE_TOKEN, make_chat_template
+from olatrain.convnext import is_convnext, load_convnext
 from olatrain.families import Parts
 from olatrain.folder import publish_folder, require_new
 from olatrain.imageside import make_image_processor, square
@@ -55,7 +59,9 @@ def compose(
     """Join a causal language model (Llama or Phi-3) and a CLIP vision tower into a LLaVA folder.
 
     `out` becomes a `LlavaForConditionalGeneration` with its processor, chat template and `ola.json`. The projector is
-    a fresh two-layer GELU MLP on the patch tokens of the tower's last layer but one. `<image>` and the task tokens
+    a fresh two-layer GELU MLP on the patch tokens of the tower's last layer but one. Where the tower is an OpenCLIP
+    ConvNeXT, which the name of its folder tells, it is a `FastVlmForConditionalGeneration` whose projector reads the
+    last map (`olatrain.convnext`). `<image>` and the task tokens
     become special tokens whose embedding and output rows start as the mean of the model's own. Equal inputs and
     `seed` give equal bytes. The language model's own chat template is kept and fed rewritten turns (`adapted`);
     without one, a plain `USER: … ASSISTANT: …` is written (`plain`).
@@ -65,11 +71,17 @@ def compose(
     """
     check_request(teachers, tokens_per_teacher, out)
     read_config(llm, LANGUAGE_MODELS, "language model", "--llm")
-    read_config(vision, VISION_MODELS, "CLIP vision tower", "--vision")
+    convnext = is_convnext(vision.resolve().name)
+    if not convnext:
+        read_config(vision, VISION_MODELS, "CLIP vision tower", "--vision")
     tokenizer = load_tokenizer(llm)
     template = own_template(tokenizer, llm)
     language = load_weights(AutoModelForCausalLM, llm, "--llm", "auto")
-    tower = load_weights(CLIPVisionModel, vision, "--vision", language.dtype)
+    tower: Any = (
+        load_convnext(vision, language.dtype)
+        if convnext
+        else load_weights(CLIPVisionModel, vision, "--vision", language.dtype)
+    )
     size, patch = square(tower.config, vision)
     names = task_names(teachers, tokens_per_teacher)
     tokens, pad_id = _add_tokens(tokenizer, names, (size // patch) ** 2, "adapted" if template else "plain")
@@ -310,24 +322,27 @@ def grow(language: Any, new: Sequence[int]) -> None:
 
 def _join(
     language: Any, tower: Any, tokens: TaskTokens, image_length: int, pad_id: int, seed: int
-) -> LlavaForConditionalGeneration:
+) -> LlavaForConditionalGeneration | FastVlmForConditionalGeneration:
     language.config.pad_token_id = pad_id
     for part in (language.config, tower.config):
         part._name_or_path = ""  # the folder it was loaded from, which is nobody's business
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=language.config,
-        image_token_index=tokens.image_id,
-        image_seq_length=image_length,
-        projector_hidden_act="gelu",
-        vision_feature_layer=VISION_LAYER,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=bool(language.config.tie_word_embeddings),
-    )
+    shared: dict[str, Any] = {
+        "vision_config": tower.config,
+        "text_config": language.config,
+        "image_token_index": tokens.image_id,
+        "image_seq_length": image_length,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": bool(language.config.tie_word_embeddings),
+    }
+    config: Any
+    if tower.config.model_type == "convnext":
+        config = FastVlmConfig(**shared)
+    else:
+        config = LlavaConfig(**shared, vision_feature_layer=VISION_LAYER, vision_feature_select_strategy="default")
     config.pad_token_id = pad_id
     # without memory of its own: everything but the projector comes from the two models
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model: Any = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
     model.model.language_model = language.model
     model.model.vision_tower = tower
     model.lm_head = language.lm_head
@@ -338,7 +353,8 @@ def _join(
     generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *tokens.never_predicted})
     model.generation_config = generation
     model.train(False)
-    return model
+    made: LlavaForConditionalGeneration | FastVlmForConditionalGeneration = model
+    return made
 
 
 @torch.no_grad()

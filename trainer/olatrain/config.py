@@ -135,7 +135,7 @@ class TrainConfig(Frozen):
     """Feature store that `olapipe extract` wrote, or packed training set of `olapipe pack`: a folder, or an address
     such as `s3://bucket/prefix`; none where no teacher is named."""
     conversations: Path | None = None
-    """LLaVA-style JSON or JSONL; not beside a packed set, which holds its own, and so does it the images."""
+    """LLaVA-style JSON, JSONL or parquet; not beside a packed set, which holds its own, and so does it the images."""
     images: Path | None = None
     """Folder that the images of the conversations are relative to."""
     sources: tuple[SourceSettings, ...] = ()
@@ -267,10 +267,8 @@ class TrainConfig(Frozen):
         if unknown:
             raise ValueError(f"fingerprints name {', '.join(unknown)}, which teachers and feed do not")
         self._consistent_stage()
-        if self.probe is not None and self.normalise != "none":
-            raise ValueError("probes are scored on the features as they are: leave normalise at none")
-        if self.probe is not None and (self.train != ("predictors",) or self.evaluation is not None):
-            raise ValueError("a probe trains the predictors alone and chooses its own held-out images")
+        self._consistent_losses()
+        self._consistent_probe()
         if self.compat == "ola" and self.context != "all":
             raise ValueError("compat = ola is about context = all: only there the public code lets padding in")
         if not any(teacher.trains for teacher in self.teachers.values()) and self.train == ("predictors",):
@@ -312,6 +310,32 @@ class TrainConfig(Frozen):
             raise ValueError("target_control changes targets, and no teacher is named")
         if self.target_control == "self" and (self.normalise != "none" or self.probe is not None):
             raise ValueError("target_control = self: a store's statistics and probes are not of a tower's features")
+
+    def _consistent_losses(self) -> None:
+        """Refuse embedding losses that could be nothing but 0, and weights that nothing follows."""
+        if self.embedding_end and self.embedding_schedule == "constant":
+            raise ValueError("embedding_end is given, but embedding_schedule is constant")
+        for name, teacher in self.teachers.items():
+            if not teacher.trains or teacher.regression != "none":
+                continue
+            if not (self.contrastive if teacher.contrastive is None else teacher.contrastive):
+                raise ValueError(f"{name} has no regression and contrastive is 0: that is no loss, weight 0 says so")
+            if self.batch == 1 or (self.negatives == "rank" and self.batch <= self.nproc):
+                raise ValueError(
+                    f"{name} has no regression, and a batch of one image has no negatives: that is no loss"
+                )
+
+    def _consistent_probe(self) -> None:
+        if self.probe is None:
+            return
+        if self.normalise != "none":
+            raise ValueError("probes are scored on the features as they are: leave normalise at none")
+        if self.train != ("predictors",) or self.evaluation is not None:
+            raise ValueError("a probe trains the predictors alone and chooses its own held-out images")
+        if self.text:
+            raise ValueError("the student of a probe is frozen: leave text at 0")
+        if self.compat != "none":
+            raise ValueError("compat = ola is about predictors that train a student: leave it out of a probe")
 
     def _consistent_feed(self) -> None:
         if len(set(self.feed)) != len(self.feed):
@@ -385,4 +409,6 @@ _FREE = frozenset(
 def changed_settings(before: TrainConfig, now: TrainConfig) -> list[str]:
     """Describe each setting whose change would make the continuation another run, `name: old → new`."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    return [f"{name}: {old[name]!r} → {new[name]!r}" for name in old if name not in _FREE and old[name] != new[name]]
+    # what the mean map is made of is only reported, unless it is what is learned
+    free = _FREE - {"mean_map_rows"} if now.target_control == "mean" else _FREE
+    return [f"{name}: {old[name]!r} → {new[name]!r}" for name in old if name not in free and old[name] != new[name]]

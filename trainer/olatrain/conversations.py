@@ -1,4 +1,4 @@
-"""Conversations: reading LLaVA-style JSON and JSONL, kept compactly, each with the key of its image."""
+"""Conversations: reading LLaVA-style JSON, JSONL and parquet, kept compactly, each with the key of its image."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from olaschema.errors import CorpusError, ImageError, OlaError
 from olaschema.keys import normalise_key
@@ -112,10 +114,11 @@ class Conversations(Sequence[Conversation]):
 
     @classmethod
     def read(cls, path: Path) -> Conversations:
-        """Read a `.jsonl` file line by line, any other as one JSON list.
+        """Read a `.jsonl` file line by line, a `.parquet` file row by row, any other as one JSON list.
 
-        Unusable conversations are collected in `bad`. Raises CorpusError where the file is not readable as that, or
-        no conversation is usable.
+        A parquet file has the columns `conversations` and, where there are images, `image`: their paths, or the images
+        themselves, whose keys then are `NAME.parquet/ROW`, as when the file is a corpus. Unusable conversations are
+        collected in `bad`. Raises CorpusError where the file is not readable as that, or no conversation is usable.
         """
         return cls(path, _entries(path))
 
@@ -227,7 +230,7 @@ def _encode(conversation: Conversation) -> bytes:
 
 
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
-    remedy = "Give a JSON list of conversations, or a .jsonl file with one per line."
+    remedy = "Give a JSON list of conversations, a .jsonl file with one per line, or a .parquet file with one per row."
     try:
         if path.exists() and not path.is_file():
             raise CorpusError(f"{path} is no file", remedy)
@@ -235,11 +238,36 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
             with path.open(encoding="utf-8-sig") as file:
                 yield from enumerate(json.loads(line) for line in file if line.strip())
             return
+        if path.suffix.lower() == ".parquet":
+            yield from enumerate(_rows(path, remedy))
+            return
         data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except pa.ArrowException as error:
+        raise CorpusError(f"{path} cannot be read: {str(error).splitlines()[0]}", remedy) from error
     except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}", remedy) from error
+        raise CorpusError(f"{path} cannot be read: {error.strerror or error}", remedy) from error
     except (ValueError, RecursionError) as error:
         raise CorpusError(f"{path} is not valid JSON: {error}", remedy) from error
     if not isinstance(data, list):
         raise CorpusError(f"{path} holds a {type(data).__name__}, not a list", remedy)
     yield from enumerate(data)
+
+
+def _rows(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
+    # no threads of Arrow: loader processes are forked
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        schema = file.schema_arrow
+        if "conversations" not in schema.names:
+            raise CorpusError(f"{path} has no column conversations; its columns: {', '.join(schema.names)}", remedy)
+        kind = schema.field("image").type if "image" in schema.names else pa.null()
+        held = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
+        # which rows have an image is told by its path, where it has one: the images are not read
+        image = "image.path" if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else "image"
+        number = 0
+        for batch in file.iter_batches(256, columns=["id", image, "conversations"], use_threads=False):
+            for row in batch.to_pylist():
+                entry = {name: value for name, value in row.items() if value is not None}
+                if held and "image" in entry:
+                    entry["image"] = f"{path.name}/{number}"
+                yield entry
+                number += 1

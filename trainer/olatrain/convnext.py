@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ConvNextConfig
+from transformers import ConvNextConfig, ConvNextModel
 
 from olaschema.errors import ConfigError
-from olatrain.weights import read_json
+from olatrain.weights import read_json, read_weights
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # ε of the layer norms by timm's name of the model (timm/models/convnext.py)
@@ -98,6 +98,35 @@ def convnext_config(tower: str, weights: Mapping[str, Tensor], where: Path) -> C
         layer_norm_eps=_EPSILON[known[0]],
     )
     return config
+
+
+def load_convnext(folder: Path, dtype: torch.dtype) -> ConvNextModel:
+    """Load a tower from OpenCLIP's or timm's folder, whose name says which model it is, as transformers' own.
+
+    Raises ConfigError for a name that is not known, and naming a tensor that is missing or has no place.
+    """
+    found = trunk(read_weights(folder))
+    config = convnext_config(folder.resolve().name, found, folder)
+    found = fold_epsilon(found, config.num_stages, config.layer_norm_eps)
+    tower: Any = ConvNextModel(config)
+    # of the head's norm, which follows the map that a student reads, some checkpoints have none
+    named = {
+        ours: published_name(ours)
+        for ours in tower.state_dict()
+        if published_name(ours) in found or not ours.startswith("layernorm.")
+    }
+    missing = sorted(set(named.values()) - found.keys())
+    left = sorted(found.keys() - set(named.values()))
+    if missing or left:
+        what = f"has no tensor {missing[0]}" if missing else f"has {left[0]}, which has no place in the tower"
+        raise ConfigError(f"{folder} {what}", "Give the folder of an OpenCLIP ConvNeXT as it was published (--vision).")
+    try:
+        tower.load_state_dict({ours: found[theirs] for ours, theirs in named.items()}, strict=False)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError(f"{folder} cannot be loaded: {first}", "Is it the model that its name says?") from error
+    loaded: ConvNextModel = tower.to(dtype)
+    return loaded
 
 
 def fold_epsilon(weights: Mapping[str, Tensor], stages: int, epsilon: float) -> dict[str, Tensor]:

@@ -72,12 +72,17 @@ def parse_letter(text: str, choices: Sequence[str]) -> str | None:
     stripped = text.strip()
     found = re.match(rf"\(?([{letters}])(?:[).:,]|$)", stripped)
     if found:
-        return str(found[1])
-    marked = set(re.findall(rf"\(([{letters}])\)", stripped)) or set(
-        re.findall(rf"(?:answer|option|choice)(?: is)?:? +([{letters}])\b", stripped, flags=re.IGNORECASE)
-    )
+        # `(A) 2 (B) 3` and `A or B` repeat the choices, they do not choose
+        rest = re.findall(rf"\(([{letters}])\)|(?:^|[\s,])([{letters}])(?:[).:,]|$)", stripped[found.end() :])
+        others = {one or other for one, other in rest} - {found[1]}
+        return None if others else str(found[1])
+    marked = set(re.findall(rf"\(([{letters}])\)", stripped))
+    if not marked:  # a small letter that stands alone, or `answer is a lamp` would be one
+        small = f"[{letters.lower()}](?=[).:,]|$)"
+        named = rf"(?i:(?:answer|option|choice)(?: is)?:? +)([{letters}]\b|{small})"
+        marked = {letter.upper() for letter in re.findall(named, stripped)}
     if len(marked) == 1:
-        return str(marked.pop()).upper()
+        return str(marked.pop())
     spoken = [letter for letter, choice in zip(letters, choices, strict=True) if _says(stripped, choice)]
     return spoken[0] if len(spoken) == 1 and not marked else None
 
@@ -184,6 +189,8 @@ def _question(row: Mapping[str, Any], name: str, folder: Path) -> Question:
     missing = [field for field in _FIELDS if not isinstance(row, Mapping) or row.get(field) is None]
     if missing:
         raise CorpusError(f"{folder.name}/{name} has no {', '.join(missing)}", _REMEDY)
+    if not isinstance(row["choices"], list):
+        raise CorpusError(f"{folder.name}/{name}: its choices are no list but {row['choices']!r}", _REMEDY)
     choices = tuple(str(choice) for choice in row["choices"])
     answer = str(row["answer"]).strip().strip("()").upper()
     if not 2 <= len(choices) <= len(_LETTERS) or answer not in _LETTERS[: len(choices)] or len(answer) != 1:
@@ -192,7 +199,7 @@ def _question(row: Mapping[str, Any], name: str, folder: Path) -> Question:
         raise CorpusError(f"{folder.name}/{name}: type {row['type']!r} is none of {', '.join(SOURCES)}", _REMEDY)
     image = row.get("image")
     data = image.get("bytes") if isinstance(image, Mapping) else None
-    if data is None:
+    if not isinstance(data, bytes):  # JSON can hold none
         data = _file(row, name, folder)
     return Question(
         name, str(row["type"]), str(row["task"]), str(row["source"]), str(row["prompt"]), choices, answer, data

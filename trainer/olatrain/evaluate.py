@@ -12,14 +12,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from olaschema.errors import ConfigError
+from olaschema.errors import ConfigError, CorpusError
 from olaschema.images import DEFAULT_MAX_PIXELS, decode_image
 from olaschema.manifest import canonical_json
 from olatrain.compose import load_processor
 from olatrain.conversations import IMAGE_MARK, parse_conversation
 from olatrain.cvbench import SOURCES, SUFFIX, Answer, Question, parse_letter, read_questions, score
 from olatrain.families import Vision, open_vision
-from olatrain.feed import joined
+from olatrain.feed import Fed, joined
 from olatrain.feedstore import open_feeds
 from olatrain.learner import load_student
 from olatrain.prompts import PromptBuilder
@@ -52,16 +52,28 @@ class Examinee:
         filler = self._tokenizer.pad_token_id
         self._filler = filler if filler is not None else self._tokenizer.eos_token_id
 
+    def answers(self, questions: Sequence[Question], method: Method) -> list[Answer]:
+        """Answer questions in one pass: in words, from which letters are read, or with the likeliest letters.
+
+        A question is answered as it is alone, up to rounding.
+        """
+        return self.likeliest(questions) if method == "likelihood" else self.spoken(questions)
+
     @torch.no_grad()
-    def answer(self, question: Question, method: Method) -> Answer:
-        """Answer greedily in words, from which the letter is read, or with the likeliest of the letters."""
-        if method == "likelihood":
-            return self.likeliest([question])[0]
-        inputs = self._inputs([question])
-        with self._feeds.given(self._features.find(question.image, self._device)):
-            out = self._model.generate(**inputs, do_sample=False, max_new_tokens=_MOST_TOKENS)
-        said = self._tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return Answer(question, said, parse_letter(said, question.choices))
+    def spoken(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer questions greedily in words, at most 16 tokens each, from which the letters are read."""
+        # padding is on the left, so that what is generated follows each question; positions come from the mask
+        inputs = self._inputs(questions, padding_side="left")
+        with self._feeds.given(self._fed(questions)):
+            out = self._model.generate(
+                **inputs, do_sample=False, max_new_tokens=_MOST_TOKENS, pad_token_id=self._filler
+            )
+        generated = out[:, inputs["input_ids"].shape[1] :]
+        said = [self._tokenizer.decode(row, skip_special_tokens=True) for row in generated]
+        return [
+            Answer(question, words, parse_letter(words, question.choices))
+            for question, words in zip(questions, said, strict=True)
+        ]
 
     def likeliest(self, questions: Sequence[Question]) -> list[Answer]:
         """Answer questions in one pass, each with the likeliest of its letters."""
@@ -79,8 +91,7 @@ class Examinee:
         ends = inputs["attention_mask"].sum(dim=1) - 1
         kept = torch.tensor(sorted(set(ends.tolist())), device=ends.device)
         place = torch.searchsorted(kept, ends)
-        fed = joined([self._features.find(question.image, self._device) for question in questions])
-        with self._feeds.given(fed):
+        with self._feeds.given(self._fed(questions)):
             logits = self._model(**inputs, use_cache=False, logits_to_keep=kept).logits
         last = logits[torch.arange(len(questions)), place].float().log_softmax(dim=1).cpu()
         return [
@@ -97,7 +108,12 @@ class Examinee:
         """Ids that an answer of that letter may be, after a space or not."""
         return {self._tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in (letter, f" {letter}")}
 
-    def _inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+    def _fed(self, questions: Sequence[Question]) -> dict[str, Fed]:
+        return joined([self._features.find(question.image, self._device) for question in questions])
+
+    def _inputs(
+        self, questions: Sequence[Question], *, padding_side: Literal["left", "right"] = "right"
+    ) -> dict[str, Tensor]:
         shown, rows = [], []
         for question in questions:
             image = decode_image(question.image, name=question.name, max_pixels=self._max_pixels).oriented(exif=True)
@@ -106,8 +122,8 @@ class Examinee:
                 {"from": "human", "value": f"{IMAGE_MARK}\n{question.prompt}{SUFFIX}"}, {"from": "gpt", "value": "?"},
             ]}  # fmt: skip
             rows.append(torch.tensor(self._prompts.ask(parse_conversation(asked, 0), [shown[-1].block])))
-        ids = pad_sequence(rows, batch_first=True, padding_value=self._filler)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        ids = pad_sequence(rows, batch_first=True, padding_value=self._filler, padding_side=padding_side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
         inputs = {"input_ids": ids, "attention_mask": mask}
         inputs |= self._vision.sequence(ids) | self._vision.collate(shown)
         return {name: value.to(self._device) for name, value in inputs.items()}
@@ -127,22 +143,21 @@ def evaluate_cv_bench(
     """Score a student on CV-Bench (`cvbench.score`); with `out`, result and every answer are written there as JSON.
 
     `store` holds features of the questions' images for a student that is fed some, and is for no other. `batch`
-    questions are answered in one pass, by likelihood; words are generated for one question at a time. `tick` is called
-    after each pass with the number of answers so far. Raises CorpusError for a folder that is not CV-Bench, ImageError
-    naming an image that cannot be decoded, ConfigError for a student that cannot be loaded.
+    questions are answered in one pass. `tick` is called after each pass with the number of answers so far. Raises
+    CorpusError for a folder that is not CV-Bench or has no question, ImageError naming an image that cannot be decoded,
+    ConfigError for a student that cannot be loaded.
     """
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--out {out} cannot be written", "Give a file in a folder that exists.")
     examinee = Examinee(student, device, store=store)
     answers: list[Answer] = []
     rest = read_questions(folder)
-    while questions := list(itertools.islice(rest, batch if method == "likelihood" else 1)):
-        if method == "likelihood":
-            answers += examinee.likeliest(questions)
-        else:
-            answers += [examinee.answer(question, method) for question in questions]
+    while questions := list(itertools.islice(rest, batch)):
+        answers += examinee.answers(questions, method)
         if tick is not None:
             tick(len(answers))
+    if not answers:
+        raise CorpusError(f"{folder} holds no question", "Copy CV-Bench again: its test files are empty.")
     result = {"benchmark": "CV-Bench", "student": student.resolve().name, "method": method, **score(answers)}
     if examinee.fed:
         result["fed"] = examinee.fed

@@ -130,7 +130,7 @@ def build_learner(
     choose_trainable(student, bank, config)
     if world > 1 and "llm" in config.train:
         shard_language_model(student, device, world)
-    learner = Learner(student, bank, _losses(config))
+    learner = Learner(student, bank, loss_config(config))
     learner.tower = tower
     learner.to(device).eval()
     if config.gradient_checkpointing:
@@ -138,7 +138,8 @@ def build_learner(
     return learner
 
 
-def _losses(config: TrainConfig) -> LossConfig:
+def loss_config(config: TrainConfig) -> LossConfig:
+    """Return the weights of a run's losses."""
     teachers = config.teachers.items()
     return LossConfig(
         text=config.text,

@@ -32,7 +32,7 @@ def keep_predictions(run: Run, step: int) -> Path | None:
     float32, in the teacher's own units, under the teacher's fingerprint. Returns the folder; None where no image of
     the first samples can be shown.
     """
-    if run.config.store is None or not run.config.teachers or run.learner.tower is not None:
+    if not run.config.teachers or run.learner.tower is not None:
         return None  # a tower's features are no teacher's, whatever the fingerprint would say
     samples = _handful(run)
     found = _predict(run, samples)

@@ -148,7 +148,7 @@ class Predictor(nn.Module):
     """A resampler and, where `intermediate`, the published readouts of its output.
 
     Only `linear_1` is supervised. `linear_2` and `linear_3` receive no loss, so they do not train; they exist because
-    published checkpoints hold them and the depth preview draws from all four levels.
+    published checkpoints hold them.
     """
 
     def __init__(self, config: PredictorConfig, hidden_size: int, *, own_latents: bool) -> None:
@@ -165,13 +165,6 @@ class Predictor(nn.Module):
         """Return the supervised prediction (I, N, C); arguments as for `Resampler`."""
         plain: Tensor = self.projector(states, queries, sample, mask)
         return self.linear_1(plain) if self.intermediate else plain
-
-    def levels(self, states: Tensor, queries: Tensor | None, sample: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """Return the four maps (I, N, C) that a DPT head draws a depth map from, the supervised one first."""
-        plain: Tensor = self.projector(states, queries, sample, mask)
-        if not self.intermediate:
-            return (plain,) * 4
-        return (self.linear_1(plain), self.linear_2(plain), self.linear_3(plain), plain)
 
 
 def _readout(channels: int) -> nn.Sequential:

@@ -14,8 +14,10 @@ from transformers import AutoConfig
 
 from olaschema.errors import ConfigError
 from olaschema.manifest import Frozen, canonical_json
-from olatrain.config import TrainConfig
+from olatrain.config import Probe, TrainConfig
 from olatrain.launch import under_launcher
+from olatrain.probebank import split_by_image
+from olatrain.setup import open_data
 from olatrain.sidecar import Sidecar
 from olatrain.tokens import Context
 from olatrain.train import train
@@ -83,15 +85,15 @@ def run_probe(config: TrainConfig, console: Console, *, compare: Sequence[Path] 
     """Train the probes, score the images held out, and write `probe.json` and, with matplotlib, `probe.png`.
 
     A probe that was interrupted goes on. `compare` are folders of earlier probes of the same images, drawn together.
-    Raises the errors of `train`, and ConfigError for results that cannot be compared.
+    Raises the errors of `train`, and ConfigError, before it trains, for results that cannot be compared.
     """
     if under_launcher():
         raise ConfigError("a probe runs in one process", "Start it without torchrun.")
     others = [read_result(folder) for folder in compare]
+    if others:
+        _require_comparable(config, others)
     train(config, console)
     result = _result(config)
-    for other in others:
-        _require_comparable(result, other)
     (config.out / RESULT_NAME).write_bytes(canonical_json(result))
     for teacher in result.teachers:
         console.print(_table(teacher, [result, *others]))
@@ -183,15 +185,21 @@ def _result(config: TrainConfig) -> ProbeResult:
     )
 
 
-def _require_comparable(mine: ProbeResult, other: ProbeResult) -> None:
+def _require_comparable(config: TrainConfig, others: Sequence[ProbeResult]) -> None:
+    """Raise ConfigError, before anything trains, unless `others` were asked what this probe is about to ask."""
+    probe = config.probe or Probe()
     remedy = "Probe both students with the same conversations, store, seed and share held out."
-    if other.held_out_digest != mine.held_out_digest:
-        raise ConfigError(f"{other.student} was scored on other images", remedy)
-    if other.context != mine.context:
-        raise ConfigError(f"the probes of {other.student} saw {other.context}, these see {mine.context}", remedy)
-    for teacher, found in mine.teachers.items():
-        if teacher not in other.teachers or other.teachers[teacher].fingerprint != found.fingerprint:
-            raise ConfigError(f"{other.student} was not probed for the same features of {teacher}", remedy)
+    data = open_data(config)
+    _, held = split_by_image(data.listing(data.conversations()), held_out=probe.held_out, seed=config.seed)
+    digests = {teacher: data.teacher(teacher).fingerprint.digest() for teacher in config.teachers}
+    for other in others:
+        if other.held_out_digest != held.digest:
+            raise ConfigError(f"{other.student} was scored on other images", remedy)
+        if other.context != config.context:
+            raise ConfigError(f"the probes of {other.student} saw {other.context}, these see {config.context}", remedy)
+        for teacher, digest in digests.items():
+            if teacher not in other.teachers or other.teachers[teacher].fingerprint != digest:
+                raise ConfigError(f"{other.student} was not probed for the same features of {teacher}", remedy)
 
 
 def _table(teacher: str, results: Sequence[ProbeResult]) -> Table:

@@ -17,8 +17,7 @@ from olaschema.errors import ConfigError, CorpusError
 from olaschema.manifest import Fingerprint
 from olatrain.config import TrainConfig
 from olatrain.join import Listing
-from olatrain.learner import Learner, load_model
-from olatrain.losses import LossConfig
+from olatrain.learner import Learner, load_model, loss_config
 from olatrain.predictors import Predictions, PredictorBank, PredictorConfig
 from olatrain.sidecar import Sidecar
 from olatrain.student import Student
@@ -77,10 +76,7 @@ def build_probe(
         for teacher, latents in student.latents.items():
             latents.copy_(embeddings[list(tokens.ids[teacher])])
     student.requires_grad_(False)
-    losses = LossConfig(
-        text=0.0, contrastive=0.0, teachers={name: teacher.weight for name, teacher in config.teachers.items()}
-    )
-    return Learner(student, bank, losses).to(device).eval()
+    return Learner(student, bank, loss_config(config)).to(device).eval()
 
 
 def split_by_image(listing: Listing, *, held_out: float, seed: int) -> tuple[Listing, Listing]:

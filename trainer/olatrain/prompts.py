@@ -55,6 +55,8 @@ class PromptBuilder:
         self._specials = frozenset(tokenizer.all_special_ids) | frozenset(
             id_ for id_, added in tokenizer.added_tokens_decoder.items() if added.special
         )
+        added = tokenizer("")["input_ids"]
+        self._adds_bos = tokenizer.bos_token is not None and added[:1] == [tokenizer.bos_token_id]
         self._structured = self._needs_structure()
 
     def build(self, conversation: Conversation, blocks: Sequence[Sequence[int]] | None = None) -> Prompt:
@@ -69,8 +71,7 @@ class PromptBuilder:
         messages = self._messages(conversation)
         text = self._render(messages, generate=False)
         spans = self._answers(conversation, messages, text)
-        encoded = self._encode(text)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        ids, offsets = self._encode(text)
         labels = self._labels(ids, offsets, text, spans)
         if blocks is None:
             blocks = [[self._tokens.image_id] * (self._tokens.image_length or 1)] * len(conversation.keys)
@@ -88,15 +89,18 @@ class PromptBuilder:
     def ask(self, conversation: Conversation, blocks: Sequence[Sequence[int]]) -> list[int]:
         """Tokenise a conversation up to where its last answer begins: the prompt to generate that answer from."""
         text = self._render(self._messages(conversation)[:-1], generate=True)
-        ids = self._encode(text)["input_ids"]
+        ids, _ = self._encode(text)
         found, _, _ = self._with_images(conversation, ids, [IGNORED] * len(ids), blocks)
         return found
 
-    def _encode(self, text: str) -> Any:
-        # templates of base tokenizers often leave the first token to the tokenizer
-        bos = self._tokenizer.bos_token
-        add = bos is not None and not text.startswith(bos)
-        return self._tokenizer(text, add_special_tokens=add, return_offsets_mapping=True)
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        # templates of base tokenizers often leave the first token to the tokenizer; what ends a text is the template's,
+        # and some tokenizers would end a question with it
+        if self._adds_bos and not text.startswith(self._tokenizer.bos_token):
+            ids, offsets = [self._tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
+        return ids, offsets
 
     def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         return [

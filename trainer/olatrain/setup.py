@@ -39,11 +39,15 @@ from olatrain.sidecar import Sidecar
 from olatrain.source import Data, require_features
 from olatrain.storedata import StoreData
 from olatrain.stream import Collator, SampleStream, Source
-from olatrain.tokens import RECORD_NAME, TaskTokens
+from olatrain.tokens import TaskTokens
 from olatrain.tower import tower_means
 from olatrain.views import require_fed_views, require_views, student_exif
 
 _LOCK_WAIT_S = 20.0
+# Files of a student's folder beside its weights: settings, chat template, vocabularies
+_READ = (".json", ".jinja", ".model", ".txt")
+_NOT_TRAINED_FROM = ("generation_config.json", "published.json")
+_PIECES, _PIECE_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,11 @@ def _partners(config: TrainConfig, listing: Listing) -> dict[int, int] | None:
     planned = listing.image_rows >= 0
     places = dict(zip(listing.image_rows[planned].tolist(), listing.image_places[planned].tolist(), strict=True))
     found = cyclic_partners(listing.image_rows[planned], seed=config.seed)
+    if len(found) == 1:
+        raise ConfigError(
+            "target_control = shuffle gives every image another's features, and there is one image in the store",
+            "Train on more images.",
+        )
     return {row: places[other] for row, other in found.items()}
 
 
@@ -331,16 +340,29 @@ def _describe(
 
 
 def student_digest(folder: Path) -> str:
-    """Return a digest of the student's description and its weights' sizes.
+    """Return a digest of what a run reads of a student's folder: model, processor, tokenizer, template, task tokens.
 
-    Not of the weights: hashing tens of gigabytes would hold up every start.
+    Of the weights only headers and samples at even distances are read: hashing tens of gigabytes would hold up every
+    start, and weights that were trained further differ wherever one looks.
     """
     digest = hashlib.sha256()
-    for name in (RECORD_NAME, "config.json"):
-        digest.update((folder / name).read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            for piece in _pieces(path):
+                digest.update(piece)
+        elif path.suffix in _READ and path.name not in _NOT_TRAINED_FROM:
+            digest.update(f"{path.name}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Yield a file's first bytes and others at even distances, all of it where it is small."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for number in range(_PIECES):
+            file.seek(max(size - _PIECE_BYTES, 0) * number // (_PIECES - 1))
+            yield file.read(_PIECE_BYTES)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ class StoreData:
     images: Path
     committed: Mapping[str, frozenset[int]]
     """Shards by teacher that had a receipt when the run began: one that is gone since is no missing feature."""
+    fingerprints: Mapping[str, str]
+    """Digests by teacher of what features meant when the run began: loaders and evaluations open the store later."""
     cache: CacheSettings | None = None
 
     @classmethod
@@ -44,7 +46,8 @@ class StoreData:
         """Note what is committed now; raises StoreError where there is no such store."""
         found = FeatureStore.open(store) if store is not None else None
         committed = {name: frozenset(found.committed(name)) for name in teachers} if found is not None else {}
-        return cls(store, teachers, file, images, committed, cache)
+        meant = {name: found.teacher(name).fingerprint.digest() for name in teachers} if found is not None else {}
+        return cls(store, teachers, file, images, committed, meant, cache)
 
     @property
     def url(self) -> str:
@@ -90,7 +93,7 @@ class StoreData:
         return []
 
     def open(self) -> OpenedStore:
-        """Open the store."""
+        """Open the store; raises StoreError where a teacher's features mean something else by now."""
         return OpenedStore(self, None if self.store is None else FeatureStore.open(through(self.cache, self.store)))
 
     def _opened(self) -> FeatureStore:
@@ -107,6 +110,12 @@ class OpenedStore:
         self._store = store
         self._rows_per_shard = store.rows_per_shard if store is not None else 1
         self._readers = {name: FeatureReader(store, name) for name in data.teachers} if store is not None else {}
+        for name, reader in self._readers.items():
+            if reader.fingerprint.digest() != data.fingerprints[name]:
+                raise StoreError(
+                    f"{data.url}: the features of {name} are others than when the run began",
+                    "Put back the ones it began with, or start a new run with another --out.",
+                )
 
     @property
     def requests(self) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -20,13 +23,13 @@ from olatrain.insight import Insight, due, merged
 from olatrain.losses import MAX_TEMPERATURE
 from olatrain.meter import add_totals, figures
 from olatrain.order import PositionSampler
-from olatrain.parallel import open_ranks
+from olatrain.parallel import Ranks, open_ranks
 from olatrain.predicted import keep_predictions
 from olatrain.resume import Progress, resume, save, saver, write_config
 from olatrain.setup import Run, locked, set_up
 from olatrain.signals import Stopped, StopRequest
 from olatrain.step import run_batch
-from olatrain.stream import Batch, Fault, SampleStream, make_loader
+from olatrain.stream import Batch, Fault, Sample, SampleStream, make_loader
 from olatrain.trackers import open_trackers
 from olatrain.watch import SKIPPED, Watch, record_skips, summary
 
@@ -43,7 +46,7 @@ def train(config: TrainConfig, console: Console) -> None:
     """Train from the newest checkpoint in `config.out`, or from the start.
 
     Raises the errors of `set_up`, CheckpointError, TrainingError for a loss that is not finite or is zero without
-    reason, and Stopped after a signal.
+    reason, or where memory or disk do not suffice, and Stopped after a signal.
     """
     config.require_inputs()
     with (
@@ -63,14 +66,48 @@ def train(config: TrainConfig, console: Console) -> None:
                 text = f"{config.out}: all {run.steps} steps are done already"
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
             return
-        watch = _watch(run, progress, console) if ranks.first else None
-        try:
-            if progress.step == 0:
-                _evaluate(run, 0, watch)
-            _loop(run, optimiser, progress, stop, watch)
-        finally:
-            if watch is not None:
-                watch.close()
+        with _explained(config, ranks):
+            watch = _watch(run, progress, console) if ranks.first else None
+            try:
+                if progress.step == 0:
+                    _evaluate(run, 0, watch)
+                _loop(run, optimiser, progress, stop, watch)
+            finally:
+                if watch is not None:
+                    watch.close()
+
+
+@contextmanager
+def _explained(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
+    """Turn what a machine runs out of into a TrainingError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _too_large(config, ranks, error) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # torch has no class of its own for it
+            raise
+        raise TrainingError(
+            f"a loader process ended: {str(error).splitlines()[0]}",
+            "Has this machine too little memory? Take fewer --workers, then run the same command again.",
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TrainingError(
+            f"{config.out} cannot be written: {error.strerror}",
+            "Free some space, then run the same command again: it goes on from the last checkpoint.",
+        ) from error
+
+
+def _too_large(config: TrainConfig, ranks: Ranks, error: torch.OutOfMemoryError) -> TrainingError:
+    own = -(-config.batch // ranks.world)
+    size = min(config.micro_batch or own, own)
+    smaller = "" if config.gradient_checkpointing else ", or gradient_checkpointing=true"
+    return TrainingError(
+        f"the device has too little memory for passes of {size} samples: {str(error).splitlines()[0]}",
+        f"Run fewer at a time (--set micro_batch=N, results stay the same){smaller}, then run the same command again.",
+    )
 
 
 def make_optimiser(run: Run) -> torch.optim.AdamW:
@@ -199,6 +236,12 @@ def _check(run: Run, totals: dict[str, float], norm: float, position: int) -> No
     wrong = [name for name in parts if not math.isfinite(totals[name])]
     if wrong or not math.isfinite(norm):
         what = ", ".join(wrong) or "the gradient"
+        spoiled = _spoiled(run, position)
+        if spoiled:
+            raise TrainingError(
+                f"{what} not finite: there is NaN or infinity in the stored features of {', '.join(spoiled)}",
+                "Extract their shards again (`olapipe verify --live` compares features with their teacher's).",
+            )
         raise TrainingError(
             f"{what} not finite in the batch of {_names(run, position)}",
             "Look at these samples, or lower the learning rate.",
@@ -214,8 +257,23 @@ def _check(run: Run, totals: dict[str, float], norm: float, position: int) -> No
                     )
 
 
+def _spoiled(run: Run, position: int) -> list[str]:
+    """Images of the batch whose stored features are not finite, by key and teacher."""
+    found = []
+    for sample in (run.stream[p] for p in _positions(run, position)):
+        for key, features in zip(sample.keys, sample.features, strict=True) if isinstance(sample, Sample) else ():
+            for teacher, stored in features.items():
+                if stored is not None and not all(np.isfinite(array).all() for array in stored.arrays.values()):
+                    found.append(f"{key} ({teacher})")
+    return found
+
+
+def _positions(run: Run, position: int) -> range:
+    return range(position, min(position + run.config.batch, run.end))
+
+
 def _names(run: Run, position: int) -> str:
-    names = [run.stream.name(p) for p in range(position, min(position + run.config.batch, run.end))]
+    names = [run.stream.name(p) for p in _positions(run, position)]
     more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
     return ", ".join(names[:_SHOWN_KEYS]) + more
 
