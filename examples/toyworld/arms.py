@@ -37,7 +37,7 @@ class Arm:
     name: str
     about: str
     tokens: int = 8
-    """Task tokens of each teacher; 0: none."""
+    """Task tokens of each teacher; 0: none. Where features are fed, a number that divides those of a map."""
     store: str | None = None
     """Folder of the features, relative to the work folder."""
     teachers: tuple[str, ...] = ("depth",)
@@ -83,7 +83,7 @@ ARMS = {
             "own", "embedding losses, features of the student's own tower", store="own.zarr", teachers=("clip",),
             settings={"teachers": {"clip": {"layers": list(LAYERS)}}},
         ),
-        Arm("feed", "no loss, the teacher's features as inputs, at test time too", store="all.zarr", feed=("depth",)),
+        Arm("feed", "no loss, the teacher's features as inputs, at test time too", tokens=9, store="all.zarr", feed=("depth",)),
         *(
             Arm(layers_arm(chosen), f"embedding losses at {chosen}", store="depth.zarr", settings=_with_depth(chosen))
             for chosen in LAYER_CHOICES

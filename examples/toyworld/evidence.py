@@ -54,12 +54,13 @@ def main() -> int:
     parser.add_argument("--size", type=json.loads, default={}, help="JSON over the plan's size and recipe, for trials")
     parser.add_argument("--report", action="store_true", help="write the report from what is there, run nothing")
     options = parser.parse_args()
-    if not options.report:
-        run(options)
+    failed = [] if options.report else run(options)
     import report
 
     report.write(options.results, options.out)
-    return 0
+    if failed:
+        print(f"error: {len(failed)} runs failed; the same command tries them again", file=sys.stderr)
+    return 1 if failed else 0
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ def extract(
     done.touch()
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run what the results lack, some at a time, in the plan's order."""
+def run(options: argparse.Namespace) -> list[str]:
+    """Run what the results lack, some at a time, in the plan's order; say what failed."""
     wanted = tasks(options)
     prepare(options.work, options.teachers, options.student, options.size, wanted)
     options.results.mkdir(parents=True, exist_ok=True)
@@ -181,12 +182,20 @@ def run(options: argparse.Namespace) -> None:
         path.write_text(json.dumps(known | measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     missing = [left for task in wanted if (left := workplace.missing(task, options.results)) is not None]
     print(f"{len(wanted)} runs asked for, {len(missing)} to be done", flush=True)
+    failed: list[str] = []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(workplace.rows, task) for task in missing]):
-            task, rows = done.result()
+        pending = {pool.submit(workplace.rows, task): task for task in missing}
+        for done in concurrent.futures.as_completed(pending):
+            task = pending[done]
+            if (error := done.exception()) is not None:
+                failed.append(f"{task.name}, seed {task.seed}: {type(error).__name__}: {error}")
+                print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
+                continue
+            rows = done.result()
             append(options.results / (STUDENTS if task.student else RUNS), rows)
             print(_summary(task, rows), flush=True)
+    return failed
 
 
 def _stored(work: Path) -> dict[str, dict[str, float]]:
@@ -249,7 +258,7 @@ class Workplace:
         ]  # fmt: skip
         return replace(task, budgets=tuple(left)) if left else None
 
-    def rows(self, task: Task) -> tuple[Task, list[dict[str, Any]]]:
+    def rows(self, task: Task) -> list[dict[str, Any]]:
         """Do a task, on one core."""
         import torch
         from arms import ARMS
@@ -258,8 +267,8 @@ class Workplace:
         torch.set_num_threads(1)
         if task.student:
             towers = self.work / "towers"
-            return task, [measure(self.laboratory, towers, variant(task.name), task.seed, task.budgets[0])]
-        return task, list(self.laboratory().run(ARMS[task.name], task.seed, list(task.budgets)))
+            return [measure(self.laboratory, towers, variant(task.name), task.seed, task.budgets[0])]
+        return list(self.laboratory().run(ARMS[task.name], task.seed, list(task.budgets)))
 
 
 def _numbers(text: str) -> list[int]:
