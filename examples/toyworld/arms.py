@@ -83,7 +83,10 @@ ARMS = {
             "own", "embedding losses, features of the student's own tower", store="own.zarr", teachers=("clip",),
             settings={"teachers": {"clip": {"layers": list(LAYERS)}}},
         ),
-        Arm("feed", "no loss, the teacher's features as inputs, at test time too", tokens=9, store="all.zarr", feed=("depth",)),
+        Arm(
+            "feed", "no loss, the teacher's features as inputs, at test time too", tokens=9, store="all.zarr",
+            feed=("depth",),
+        ),
         *(
             Arm(layers_arm(chosen), f"embedding losses at {chosen}", store="depth.zarr", settings=_with_depth(chosen))
             for chosen in LAYER_CHOICES
