@@ -36,8 +36,8 @@ class Arm:
 
     name: str
     about: str
-    tokens: int = 8
-    """Task tokens of each teacher; 0: none. Where features are fed, a number that divides those of a map."""
+    tokens: int = 9
+    """Task tokens of each teacher, a number that divides the 36 vectors of a map (published: 8 of 576); 0: none."""
     store: str | None = None
     """Folder of the features, relative to the work folder."""
     teachers: tuple[str, ...] = ("depth",)
@@ -84,7 +84,7 @@ ARMS = {
             settings={"teachers": {"clip": {"layers": list(LAYERS)}}},
         ),
         Arm(
-            "feed", "no loss, the teacher's features as inputs, at test time too", tokens=9, store="all.zarr",
+            "feed", "no loss, the teacher's features as inputs, at test time too", store="all.zarr",
             feed=("depth",),
         ),
         *(
