@@ -9,8 +9,8 @@ export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_DISABLE_TELEMETRY = 1
 DEMO ?= demo-out
 EVIDENCE ?= evidence-out
-SEEDS ?= 0-2
-# Files of tests that run side by side
+FORM ?= quick
+# Files of tests, and runs of the evidence, side by side
 JOBS ?= 2
 # The images in docker/ install one half each with the same target
 EXTRAS ?= pipeline,trainer,dev
@@ -19,7 +19,7 @@ EXTRAS ?= pipeline,trainer,dev
 
 help:
 	@echo "make demo    install, then photographs -> features -> trained student, in minutes on a CPU (results in $(DEMO)/)"
-	@echo "make evidence  does it work? a toy world's experiment, added to examples/toyworld/results and docs/results.md (SEEDS=$(SEEDS))"
+	@echo "make evidence  does it work? a toy world's experiment, added to examples/toyworld/results and docs/results.md (FORM=quick or full)"
 	@echo "make test    install, then ruff, mypy --strict, import rules and the test suite"
 	@echo "make clean   remove $(DEMO)/ and caches (not .venv)"
 
@@ -42,7 +42,7 @@ demo: install
 
 # What the results hold already is not run again
 evidence: install
-	$(BIN)/python examples/toyworld/evidence.py $(EVIDENCE) --seeds $(SEEDS)
+	$(BIN)/python examples/toyworld/evidence.py $(EVIDENCE) --form $(FORM) --jobs $(JOBS)
 
 test: lint types imports pytest
 

@@ -5,6 +5,7 @@ r"""What a training step costs with stored features, beside targets in memory an
 
 Random weights and features, one student, one batch size, and these ways to get targets:
 
+    text        no targets: next tokens alone, no task tokens and no predictors
     resident    batches made beforehand, pictures and targets in memory: the floor
     streamed    `olatrain run`: a worker reads pictures and features and makes batches while the step runs
     one_by_one  as the public OLA-VLM code: no store, each teacher takes each image alone inside the step, and all
@@ -43,7 +44,7 @@ from rich.table import Table
 from teachers import hardware, photograph, versions
 
 NAMES = ("gen", "depth", "seg")
-WAYS = ("resident", "streamed", "one_by_one", "batched")
+WAYS = ("text", "resident", "streamed", "one_by_one", "batched")
 RESULTS = Path(__file__).parent / "results" / "train-step.json"
 REDUCED = {
     "llm": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -108,7 +109,7 @@ def main() -> int:
                 "seconds": round(ways[way]["seconds"] / ours["seconds"], 3),
                 "peak_memory": round(ways[way]["peak_gib"] / ours["peak_gib"], 3),
             }
-            for way in ("one_by_one", "batched")
+            for way in ("text", "one_by_one", "batched")
         },
     }  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -167,6 +168,15 @@ def prepare(root: Path, options: argparse.Namespace, sizes: dict[str, Any]) -> d
     compose(
         root / "llm", root / "vision", root / "student", teachers=NAMES, tokens_per_teacher=8, view="squash", seed=0
     )
+    compose(
+        root / "llm",
+        root / "vision",
+        root / "student-text",
+        teachers=NAMES,
+        tokens_per_teacher=0,
+        view="squash",
+        seed=0,
+    )
     (root / "images").mkdir()
     count = options.batch * (options.steps + 1)
     keys = [f"{number:05d}.jpg" for number in range(count)]
@@ -189,11 +199,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     root, sizes = options.root, PUBLISHED if options.published else REDUCED
     device = torch.device(options.device)
+    if options.way == "text":
+        targets_from: dict[str, Any] = {"student": root / "student-text", "train": ["projector"]}
+    else:
+        layers = {name: {"layers": layers} for name, layers in sizes["layers"].items()}
+        targets_from = {"student": root / "student", "store": str(root / "store"), "teachers": layers}
     config = load_config(TrainConfig, flags={
-        "student": root / "student", "store": str(root / "store"), "conversations": root / "conversations.json",
+        **targets_from, "conversations": root / "conversations.json",
         "images": root / "images", "out": root / "out", "steps": options.steps + 1, "batch": options.batch,
-        "teachers": {name: {"layers": layers} for name, layers in sizes["layers"].items()}, "window": 2,
-        "allow_view_mismatch": True, "precision": "bf16" if device.type == "cuda" else "float32",
+        "window": 2, "allow_view_mismatch": True, "precision": "bf16" if device.type == "cuda" else "float32",
         "workers": options.workers, "device": options.device, "mean_map_rows": 1,
     })  # fmt: skip
     run = set_up(config, Ranks(0, 1, device))
@@ -225,7 +239,7 @@ def ways(options: argparse.Namespace, run: Any) -> tuple[Iterator[Any], Any]:
     """Return where batches come from, and what puts targets into one."""
     from olatrain.train import _loader
 
-    if options.way == "streamed":
+    if options.way in ("text", "streamed"):
         return iter(_loader(run, run.stream, start=0, end=run.end)), lambda batch: batch
     quiet = run.config.model_copy(update={"workers": 0})
     whole = list(_loader(dataclasses.replace(run, config=quiet), run.stream, start=0, end=run.end))

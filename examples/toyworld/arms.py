@@ -26,6 +26,7 @@ from olatrain.compose import compose
 from olatrain.config import TrainConfig
 from olatrain.evaluate import evaluate_cv_bench
 from olatrain.export import export
+from olatrain.probe import count_layers, run_probe
 from olatrain.train import train
 
 
@@ -35,23 +36,34 @@ class Arm:
 
     name: str
     about: str
-    tokens: int = 8
-    """Task tokens of each teacher; 0: none."""
+    tokens: int = 9
+    """Task tokens of each teacher, a number that divides the 36 vectors of a map (published: 8 of 576); 0: none."""
     store: str | None = None
     """Folder of the features, relative to the work folder."""
     teachers: tuple[str, ...] = ("depth",)
     settings: dict[str, Any] = field(default_factory=dict)
     captions: str = "captions.jsonl"
-    epochs: float = 1.0
-    """Times the epochs of the others."""
+    longer: int = 1
+    """Times the pretraining steps of the others."""
+    feed: tuple[str, ...] = ()
+    """Teachers whose features are inputs, in every stage and when questions are asked."""
 
 
-LAYERS = [2, 3]
+LAYERS = (2, 3)
 """Blocks of four that are supervised: the published ones (18 and 20 of 32), scaled."""
+LAYER_CHOICES = ((1,), (2,), (3,), (4,), (1, 2), (3, 4))
+"""Others that are tried."""
+PRECISIONS = ("int8", "int4", "klt")
+"""Forms of stored features that are tried beside float16."""
 
 
-def _with_depth(**more: Any) -> dict[str, Any]:
-    return {"teachers": {"depth": {"layers": LAYERS, **more}}}
+def _with_depth(layers: tuple[int, ...] = LAYERS, **more: Any) -> dict[str, Any]:
+    return {"teachers": {"depth": {"layers": list(layers), **more}}}
+
+
+def layers_arm(layers: tuple[int, ...]) -> str:
+    """Name the arm that supervises other layers."""
+    return "layers-" + "-".join(map(str, layers))
 
 
 ARMS = {
@@ -66,10 +78,22 @@ ARMS = {
         ),
         Arm("random", "embedding losses, an untrained teacher", store="random.zarr", settings=_with_depth()),
         Arm("oracle", "no task tokens, distances written in the captions", tokens=0, captions="captions-oracle.jsonl"),
-        Arm("longer", "no task tokens, as long as the embedding losses take", tokens=0, epochs=2.0),
+        Arm("longer", "no task tokens, as long as the embedding losses take", tokens=0, longer=2),
         Arm(
             "own", "embedding losses, features of the student's own tower", store="own.zarr", teachers=("clip",),
-            settings={"teachers": {"clip": {"layers": LAYERS}}},
+            settings={"teachers": {"clip": {"layers": list(LAYERS)}}},
+        ),
+        Arm(
+            "feed", "no loss, the teacher's features as inputs, at test time too", store="all.zarr",
+            feed=("depth",),
+        ),
+        *(
+            Arm(layers_arm(chosen), f"embedding losses at {chosen}", store="depth.zarr", settings=_with_depth(chosen))
+            for chosen in LAYER_CHOICES
+        ),
+        *(
+            Arm(precision, f"embedding losses, {precision}", store=f"{precision}.zarr", settings=_with_depth())
+            for precision in PRECISIONS
         ),
     )
 }  # fmt: skip
@@ -79,12 +103,13 @@ ARMS = {
 class Recipe:
     """How long and how fast; the same for every arm."""
 
-    pretrain_epochs: int
+    pretrain_steps: int
     pretrain_batch: int
     pretrain_lr: float
     tune_epochs: int
     tune_batch: int
     tune_lr: float
+    probe_steps: int
 
 
 class Laboratory:
@@ -97,20 +122,29 @@ class Laboratory:
         self._vision, self._llm = vision, llm
         self._quiet = Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
-    def digest(self, arm: Arm, budget: int) -> str:
-        """Return a digest of everything that a result follows from, but for the seed, versions and hardware."""
+    def digest(self, arm: Arm, budget: int, *, tower: bool = True) -> str:
+        """Return a digest of everything that a result follows from, but for the seed, versions and hardware.
+
+        Without `tower` that one's weights are left out.
+        """
         parts = [json.dumps([asdict(arm), asdict(self.recipe), budget], sort_keys=True)]
         files = [self.world / arm.captions, self.world / f"questions-{budget}.jsonl",
-                 self._vision / "model.safetensors",
                  self._llm / "model.safetensors", *sorted((self.world).glob("bench*/test_*.jsonl"))]  # fmt: skip
+        if tower:
+            files.append(self._vision / "model.safetensors")
         if arm.store is not None:
             files += [self.work / arm.store / "zarr.json", *sorted((self.work / arm.store).glob("*/zarr.json"))]
         parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def pretrained(self, arm: Arm, seed: int) -> tuple[Path, dict[str, float]]:
-        """Compose and pretrain; return the exported student and the seconds that training took."""
-        folder = self.work / "runs" / f"{arm.name}-{seed}"
+    def pretrained(
+        self, arm: Arm, seed: int, *, label: str | None = None, pictures: int | None = None
+    ) -> tuple[Path, float]:
+        """Compose and pretrain; return the exported student and the seconds that training took.
+
+        `label` names the folder in place of the arm; `pictures`: on so many of the captions.
+        """
+        folder = self.work / "runs" / f"{label or arm.name}-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         student = folder / "student"
@@ -118,41 +152,70 @@ class Laboratory:
             self._llm, self._vision, student, teachers=arm.teachers, tokens_per_teacher=arm.tokens, view="squash",
             seed=seed,
         )  # fmt: skip
+        lines = (self.world / arm.captions).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "captions.jsonl").write_text("".join(lines[:pictures]), encoding="utf-8", newline="\n")
         given: dict[str, Any] = {
-            "preset": "pretrain", "student": student, "conversations": self.world / arm.captions,
+            "preset": "pretrain", "student": student, "conversations": folder / "captions.jsonl",
             "images": self.world / "images", "out": folder / "pretrain", "seed": seed,
-            "epochs": round(self.recipe.pretrain_epochs * arm.epochs), "batch": self.recipe.pretrain_batch,
+            "steps": self.recipe.pretrain_steps * arm.longer, "batch": self.recipe.pretrain_batch,
             "lr": self.recipe.pretrain_lr, **arm.settings,
         }  # fmt: skip
         if arm.store is not None:
             given["store"] = str(self.work / arm.store)
         elif arm.tokens == 0:
             given["train"] = ["projector"]
+        if arm.feed:
+            given["feed"] = arm.feed
         seconds = self._train(given)
         self._export(folder / "pretrain", folder / "pretrained")
-        return folder / "pretrained", {"pretrain_seconds": seconds}
+        return folder / "pretrained", seconds
 
-    def tuned(self, student: Path, seed: int, budget: int) -> tuple[Path, float]:
+    def tuned(self, arm: Arm, student: Path, seed: int, budget: int) -> tuple[Path, float]:
         """Fine-tune a pretrained student on so many questions; return the exported student."""
         out = student.parent / f"tune-{budget}"
-        seconds = self._train(
-            {
-                "preset": "finetune", "student": student, "conversations": self.world / f"questions-{budget}.jsonl",
-                "images": self.world / "images", "out": out, "seed": seed, "epochs": self.recipe.tune_epochs,
-                "batch": self.recipe.tune_batch, "lr": self.recipe.tune_lr,
-            }
-        )  # fmt: skip
+        given: dict[str, Any] = {
+            "preset": "finetune", "student": student, "conversations": self.world / f"questions-{budget}.jsonl",
+            "images": self.world / "images", "out": out, "seed": seed, "epochs": self.recipe.tune_epochs,
+            "batch": self.recipe.tune_batch, "lr": self.recipe.tune_lr,
+        }  # fmt: skip
+        if arm.feed:
+            given |= {"feed": arm.feed, "store": str(self.work / str(arm.store))}
+        seconds = self._train(given)
         self._export(out, student.parent / f"tuned-{budget}")
         return student.parent / f"tuned-{budget}", seconds
 
-    def _train(self, given: dict[str, Any]) -> float:
-        began = time.perf_counter()
+    def probed(self, student: Path, seed: int) -> dict[str, float]:
+        """Probe each layer of a student for depth, from the image's own states; return centred R² by layer."""
+        layers = range(1, count_layers(student) + 1)
+        given: dict[str, Any] = {
+            "student": student, "store": str(self.work / "depth.zarr"), "conversations": self.world / "captions.jsonl",
+            "images": self.world / "images", "out": student.parent / "probe", "seed": seed,
+            "teachers": {"depth": {"layers": list(layers), "weight": 1.0}}, "train": ["predictors"],
+            "contrastive": 0.0, "context": "image", "probe": {"held_out": 0.2}, "steps": self.recipe.probe_steps,
+            "batch": self.recipe.pretrain_batch, "lr": self.recipe.pretrain_lr,
+        }  # fmt: skip
+        result = run_probe(self._settings(given), self._quiet)
+        return {
+            str(layer): round(float(score.r2 or 0.0), 4) for layer, score in result.teachers["depth"].layers.items()
+        }
+
+    def text_loss(self, run: Path) -> float:
+        """Return the next-token loss of a run, the mean of its last tenth of steps."""
+        lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        losses: list[float] = [line["text"] for line in lines if line["event"] == "train"]
+        last = losses[-max(1, len(losses) // 10) :]
+        return round(sum(last) / len(last), 4)
+
+    def _settings(self, given: dict[str, Any]) -> TrainConfig:
         # bf16 is for GPUs; the preset's precision would be emulated here
         fixed = {"precision": "float32", "workers": 0, "device": "cpu", "trackers": [], "look_every": 0,
                  "checkpoint_every": 1 << 20, "mean_map_rows": 256, "keep_last": 1}  # fmt: skip
         overrides = [f"{name}={json.dumps(value)}" for name, value in fixed.items() if name not in given]
-        settings = load_config(TrainConfig, flags=given, overrides=overrides)
-        train(settings, self._quiet)
+        return load_config(TrainConfig, flags=given, overrides=overrides)
+
+    def _train(self, given: dict[str, Any]) -> float:
+        began = time.perf_counter()
+        train(self._settings(given), self._quiet)
         return time.perf_counter() - began
 
     def _export(self, run: Path, out: Path) -> None:
@@ -160,11 +223,14 @@ class Laboratory:
         export(run, out, dtype="float32")
         shutil.rmtree(run / "checkpoints")
 
-    def scores(self, student: Path) -> Iterator[tuple[str, str, str]]:
+    def scores(self, student: Path, store: Path | None = None) -> Iterator[tuple[str, str, str]]:
         """Ask all questions; yield (split, kind, right): a digit for each question in its order, 1 where right."""
         for split, folder in (("test", "bench"), ("ood", "bench-ood")):
             path = student.parent / f"{student.name}-{split}.json"
-            evaluate_cv_bench(student, self.world / folder, method="likelihood", device=torch.device("cpu"), out=path)
+            evaluate_cv_bench(
+                student, self.world / folder, method="likelihood", device=torch.device("cpu"), out=path, batch=50,
+                store=str(store) if store is not None else None,
+            )  # fmt: skip
             answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
             for task in sorted({answer["task"] for answer in answers}):
                 yield split, task.lower(), "".join(str(int(a["right"])) for a in answers if a["task"] == task)
@@ -186,11 +252,12 @@ class Laboratory:
         torch.set_num_threads(1)
         pretrained, seconds = self.pretrained(arm, seed)
         for budget in budgets:
-            student, took = self.tuned(pretrained, seed, budget)
-            for split, kind, right in self.scores(student):
+            student, took = self.tuned(arm, pretrained, seed, budget)
+            store = self.work / str(arm.store) if arm.feed else None
+            for split, kind, right in self.scores(student, store):
                 yield {
                     "arm": arm.name, "seed": seed, "budget": budget, "split": split, "kind": kind, "right": right,
-                    "config": self.digest(arm, budget), **{k: round(v, 1) for k, v in seconds.items()},
+                    "config": self.digest(arm, budget), "pretrain_seconds": round(seconds, 1),
                     "tune_seconds": round(took, 1), "versions": versions(),
                     "date": datetime.now(UTC).date().isoformat(),
                 }  # fmt: skip

@@ -7,6 +7,7 @@ the split `train`, the last of `test` and of `ood`, in which the apparent size t
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,6 @@ class Size:
 
     captions: int
     """Pictures to pretrain on."""
-    budgets: tuple[int, ...]
-    """Numbers of questions to fine-tune on; a smaller set is the beginning of a larger one."""
     tests: int
     """Pictures that questions are scored on, of all kinds."""
     ood: int
@@ -34,7 +33,10 @@ class Size:
 
 
 def write(out: Path, size: Size, *, seed: int = 0) -> None:
-    """Write `images/`, `captions.jsonl`, `captions-oracle.jsonl`, `questions-N.jsonl`, `bench/` and `bench-ood/`."""
+    """Write `images/`, `captions.jsonl`, `captions-oracle.jsonl`, `bench/` and `bench-ood/`.
+
+    The pictures to be scored on lie in `images/` too: a student that is fed features needs some of them.
+    """
     images = out / "images"
     captions, oracle = [], []
     for scene, picture in _drawn("train", FIRST_CAPTIONED, size.captions):
@@ -44,17 +46,41 @@ def write(out: Path, size: Size, *, seed: int = 0) -> None:
             oracle.append(language.caption_conversation(scene, picture, distances=True))
     _write_lines(out / "captions.jsonl", captions)
     _write_lines(out / "captions-oracle.jsonl", oracle)
-    asked, total = [], 0
-    for scene, picture, found in _questions("train", FIRST_ASKED, None, seed=seed + 1):
-        _save(picture, images / scene.key)
-        asked.append((language.question_conversation(scene, found), len(found)))
-        total += len(found)
-        if total >= max(size.budgets):
-            break
-    for budget in size.budgets:
-        _write_lines(out / f"questions-{budget}.jsonl", _first(asked, budget))
     _write_bench(out / "bench", "test", size.tests, language.KINDS, seed=seed + 2)
     _write_bench(out / "bench-ood", "ood", size.ood, ("depth",), seed=seed + 3)
+    for bench, split in (("bench", "test"), ("bench-ood", "ood")):
+        shutil.copytree(out / bench / "img" / split, images / split)
+
+
+def write_questions(out: Path, budget: int, *, seed: int = 0) -> Path:
+    """Write `questions-N.jsonl` of so many questions, unless it is there, and the pictures that are missing.
+
+    A smaller set is the beginning of a larger one.
+    """
+    path = out / f"questions-{budget}.jsonl"
+    if path.is_file():
+        return path
+    asked, left = [], budget
+    for scene, picture, found in _questions("train", FIRST_ASKED, None, seed=seed + 1):
+        if not (out / "images" / scene.key).is_file():
+            _save(picture, out / "images" / scene.key)
+        asked.append(language.question_conversation(scene, found[:left]))
+        left -= len(found)
+        if left <= 0:
+            break
+    _write_lines(path, asked)
+    return path
+
+
+def write_pictures(out: Path, budget: int) -> Path:
+    """Write `all.jsonl`, which names the pictures of captions, of `budget` questions and to be scored on."""
+    path = out / "all.jsonl"
+    texts = [out / "captions.jsonl", write_questions(out, budget)]
+    keys = [json.loads(line)["image"] for text in texts for line in text.read_text(encoding="utf-8").splitlines()]
+    for split in ("test", "ood"):
+        keys += [f"{split}/{found.name}" for found in sorted((out / "images" / split).iterdir())]
+    _write_lines(path, [{"image": key, "conversations": []} for key in keys])
+    return path
 
 
 def _drawn(split: Split, first: int, count: int | None) -> Iterator[tuple[Scene, Picture]]:
@@ -74,18 +100,6 @@ def _questions(
         found = language.questions(scene, picture, rng, balance)
         if found:
             yield scene, picture, found
-
-
-def _first(asked: Sequence[tuple[dict[str, Any], int]], budget: int) -> list[dict[str, Any]]:
-    """Conversations from the beginning that hold `budget` questions, the last one cut."""
-    chosen, left = [], budget
-    for conversation, count in asked:
-        if left <= 0:
-            break
-        turns = conversation["conversations"][: 2 * min(count, left)]
-        chosen.append({**conversation, "conversations": turns})
-        left -= count
-    return chosen
 
 
 def _write_bench(out: Path, split: Split, count: int, kinds: Sequence[language.Kind], *, seed: int) -> None:

@@ -1,24 +1,27 @@
 """`make evidence`: the toy world's experiment, from the pictures to `docs/results.md`.
 
-    python examples/toyworld/evidence.py WORK --teachers DIR --student DIR [--seeds 0,1,2] [--arms …] [--budgets …]
+    python examples/toyworld/evidence.py WORK [--form quick|full] [--jobs N]
+    python examples/toyworld/evidence.py WORK --arms tokens,embedding --seeds 0-4 --budgets 1000 --students 0
     python examples/toyworld/evidence.py WORK --report
 
-Rows are added to `examples/toyworld/results/runs.jsonl`, one for each (arm, seed, budget, kind of question); what is
-there with the same settings is not run again, so several sessions add up. What is compared with what was fixed
-beforehand, in `plan.json`.
+Rows are added to files in `examples/toyworld/results/`, one for each (arm, seed, budget, kind of question) and one for
+each student of part (a); what is there with the same settings is not run again, so several sessions add up. What is
+run in which form, and what is compared with what, was fixed beforehand in `plan.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import fcntl
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "runs.jsonl"
+RUNS, STUDENTS, QUESTIONS, STORES = "runs.jsonl", "students.jsonl", "questions.json", "stores.json"
 PLAN = json.loads((HERE / "plan.json").read_text(encoding="utf-8"))
-GRID = 12
-"""Cells of the stored maps, averaged from 24: a quarter of the work of the predictors."""
+GRID = 6
+"""Cells of the stored maps, averaged from 24: one for each patch of the student."""
 
 
 def main() -> int:
@@ -40,23 +43,51 @@ def main() -> int:
     parser.add_argument("work", type=Path, help="folder for pictures, features and runs")
     parser.add_argument("--teachers", type=Path, default=HERE / "teachers", help="folder that holds depth/")
     parser.add_argument("--student", type=Path, default=HERE / "student", help="folder that holds vision/ and llm/")
-    parser.add_argument("--arms", default="none,tokens,embedding,shuffled,random", help="names, by commas")
-    parser.add_argument("--seeds", default="0,1,2", help="numbers, by commas, or FIRST-LAST")
-    parser.add_argument("--budgets", default=str(PLAN["endpoint"]["budget"]), help="numbers of questions, by commas")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file that rows are added to")
+    parser.add_argument("--form", default="quick", choices=sorted(PLAN["forms"]), help="which runs of the plan")
+    parser.add_argument("--arms", help="these arms alone: names, by commas")
+    parser.add_argument("--seeds", default="0", help="with --arms: numbers, by commas, or FIRST-LAST")
+    parser.add_argument("--budgets", default=str(PLAN["endpoint"]["budget"]), help="with --arms: numbers of questions")
+    parser.add_argument("--students", type=int, help="how many students of part (a), in the plan's order")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of files that rows are added to")
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "results.md", help="the report")
     parser.add_argument("--size", type=json.loads, default={}, help="JSON over the plan's size and recipe, for trials")
-    parser.add_argument("--prepare", action="store_true", help="pictures and features only")
-    parser.add_argument("--report", action="store_true", help="write docs/results.md from what is there, run nothing")
+    parser.add_argument("--report", action="store_true", help="write the report from what is there, run nothing")
     options = parser.parse_args()
-    if not options.report:
-        prepare(options.work, options.teachers, options.student, options.size, options.arms.split(","))
-    if not options.report and not options.prepare:
-        run(options)
-    if not options.prepare:
-        import report
+    failed = [] if options.report else run(options)
+    import report
 
-        report.write(options.results, HERE.parents[1] / "docs" / "results.md")
-    return 0
+    report.write(options.results, options.out)
+    if failed:
+        print(f"error: {len(failed)} runs failed; the same command tries them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: an arm with a seed at some budgets, or a student of part (a)."""
+
+    name: str
+    seed: int
+    budgets: tuple[int, ...]
+    student: bool = False
+
+
+def tasks(options: argparse.Namespace) -> list[Task]:
+    """List what is asked for, in the order of the plan."""
+    form = PLAN["forms"][options.form]
+    sets = form["arms"]
+    if options.arms is not None:
+        sets = [{"arms": options.arms.split(","), "seeds": options.seeds, "budgets": _numbers(options.budgets)}]
+    found = [
+        Task(name, seed, tuple(chosen["budgets"]))
+        for chosen in sets
+        for seed in _numbers(chosen["seeds"])
+        for name in chosen["arms"]
+    ]
+    count = form["students"] if options.students is None and options.arms is None else options.students or 0
+    names = [PLAN["students"][number * len(PLAN["students"]) // count] for number in range(count)]
+    return found + [Task(name, 0, (PLAN["endpoint"]["budget"],), student=True) for name in names]
 
 
 def _given(kind: Any, defaults: dict[str, Any], over: dict[str, Any]) -> Any:
@@ -65,28 +96,47 @@ def _given(kind: Any, defaults: dict[str, Any], over: dict[str, Any]) -> Any:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def prepare(work: Path, teachers: Path, student: Path, over: dict[str, Any], arms: Sequence[str]) -> None:
-    """Draw the world and extract the features that the arms need, unless that is done; extraction resumes by itself."""
+def prepare(work: Path, teachers: Path, student: Path, over: dict[str, Any], wanted: Sequence[Task]) -> None:
+    """Draw the world and extract the features that the runs need, unless that is done; extraction resumes by itself."""
     import corpus
     from arms import ARMS
 
-    size = _given(corpus.Size, PLAN["size"], over)
     world = work / "world"
     if not world.is_dir():
         drawn = work / "world.part"
         shutil.rmtree(drawn, ignore_errors=True)
-        corpus.write(drawn, size)
+        corpus.write(drawn, _given(corpus.Size, PLAN["size"], over))
         drawn.rename(world)
-    stores = {ARMS[name].store for name in arms}
-    if "depth.zarr" in stores:
-        extract(world, work / "depth.zarr", "depth", teachers / "depth", f"grid={GRID}", "grid_resize=area")
-    if "random.zarr" in stores:
-        untrained = work / "random-teacher"
-        if not untrained.is_dir():
-            _untrained_depth(untrained, teachers / "depth")
-        extract(world, work / "random.zarr", "depth", untrained, f"grid={GRID}", "grid_resize=area")
-    if "own.zarr" in stores:
-        extract(world, work / "own.zarr", "clip", student / "vision", f"grid={GRID}", "grid_resize=bilinear")
+    for budget in sorted({budget for task in wanted for budget in task.budgets}):
+        corpus.write_questions(world, budget)
+    depth = Extraction("depth", teachers / "depth", "area")
+    stores = {ARMS[task.name].store for task in wanted if not task.student}
+    stores |= {"depth.zarr" for task in wanted if task.student}
+    for store in sorted(store for store in stores if store is not None):
+        if store == "random.zarr":
+            untrained = work / "random-teacher"
+            if not untrained.is_dir():
+                _untrained_depth(untrained, teachers / "depth")
+            extract(world, work / store, Extraction("depth", untrained, "area"))
+        elif store == "own.zarr":
+            extract(world, work / store, Extraction("clip", student / "vision", "bilinear"))
+        elif store == "all.zarr":
+            corpus.write_pictures(world, PLAN["endpoint"]["budget"])
+            extract(world, work / store, depth, pictures="all.jsonl")
+        elif store == "depth.zarr":
+            extract(world, work / store, depth)
+        else:
+            extract(world, work / store, depth, precision=store.removesuffix(".zarr"))
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A teacher as `olapipe extract` is told of it."""
+
+    teacher: str
+    checkpoint: Path
+    resize: str
+    """How its maps come to `GRID` cells."""
 
 
 def _untrained_depth(out: Path, trained: Path) -> None:
@@ -99,39 +149,126 @@ def _untrained_depth(out: Path, trained: Path) -> None:
     shutil.copy(trained / "preprocessor_config.json", out)
 
 
-def extract(world: Path, store: Path, teacher: str, checkpoint: Path, *options: str) -> None:
-    """Run `olapipe extract` over the captioned pictures; does nothing where the store is whole."""
+def extract(
+    world: Path, store: Path, what: Extraction, *, pictures: str = "captions.jsonl", precision: str = "float16"
+) -> None:
+    """Run `olapipe extract`; does nothing where the store is whole."""
     done = store.with_suffix(".done")
     if done.is_file():
         return
-    command = ["extract", str(world / "captions.jsonl"), "--images", str(world / "images"), "--out", str(store)]
-    command += ["--teacher", teacher, "--checkpoint", f"{teacher}={checkpoint}", "--workers", "1"]
+    name = what.teacher
+    command = ["extract", str(world / pictures), "--images", str(world / "images"), "--out", str(store)]
+    command += ["--teacher", name, "--checkpoint", f"{name}={what.checkpoint}", "--precision", precision]
+    command += ["--workers", "1"]
+    options = (f"grid={GRID}", f"grid_resize={what.resize}")
     for option in options:
-        command += ["--set", f"options.{teacher}.{option}"]
+        command += ["--set", f"options.{name}.{option}"]
     print("$ olapipe", *command, flush=True)
     subprocess.run([sys.executable, "-m", "olapipe", *command], check=True)
     done.touch()
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run what the results lack: seed by seed, all arms of one before the next."""
-    from arms import ARMS, Laboratory, Recipe
+def run(options: argparse.Namespace) -> list[str]:
+    """Run what the results lack, some at a time, in the plan's order; say what failed."""
+    wanted = tasks(options)
+    prepare(options.work, options.teachers, options.student, options.size, wanted)
+    options.results.mkdir(parents=True, exist_ok=True)
+    workplace = Workplace(options.work, options.teachers, options.student, options.size)
+    questions = json.dumps(workplace.laboratory().asked(), indent=0, sort_keys=True)
+    (options.results / QUESTIONS).write_text(questions + "\n", encoding="utf-8")
+    measured = _stored(options.work)
+    if measured:
+        known = json.loads(path.read_text(encoding="utf-8")) if (path := options.results / STORES).is_file() else {}
+        path.write_text(json.dumps(known | measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    missing = [left for task in wanted if (left := workplace.missing(task, options.results)) is not None]
+    print(f"{len(wanted)} runs asked for, {len(missing)} to be done", flush=True)
+    failed: list[str] = []
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        pending = {pool.submit(workplace.rows, task): task for task in missing}
+        for done in concurrent.futures.as_completed(pending):
+            task = pending[done]
+            if (error := done.exception()) is not None:
+                failed.append(f"{task.name}, seed {task.seed}: {type(error).__name__}: {error}")
+                print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
+                continue
+            rows = done.result()
+            append(options.results / (STUDENTS if task.student else RUNS), rows)
+            print(_summary(task, rows), flush=True)
+    return failed
 
-    recipe = _given(Recipe, PLAN["recipe"], options.size)
-    laboratory = Laboratory(options.work, options.student / "vision", options.student / "llm", recipe)
-    budgets = [int(part) for part in options.budgets.split(",")]
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    questions = json.dumps(laboratory.asked(), indent=0, sort_keys=True)
-    options.results.with_name("questions.json").write_text(questions + "\n", encoding="utf-8")
-    for seed in _numbers(options.seeds):
-        for name in options.arms.split(","):
-            arm = ARMS[name]
-            known = {(row["arm"], row["seed"], row["budget"], row["config"]) for row in read(options.results)}
-            missing = [b for b in budgets if (name, seed, b, laboratory.digest(arm, b)) not in known]
-            if missing:
-                rows = list(laboratory.run(arm, seed, missing))
-                append(options.results, rows)
-                print(summary(rows), flush=True)
+
+def _stored(work: Path) -> dict[str, dict[str, float]]:
+    """Say of each precision's store how many bytes an image takes, and how near its features are to float16's."""
+    import numpy as np
+    from arms import PRECISIONS
+
+    from olaschema.reader import FeatureReader
+    from olaschema.store import FeatureStore
+
+    reference = work / "depth.zarr"
+    if not reference.is_dir():
+        return {}
+    truth = FeatureReader(FeatureStore.open(str(reference)), "depth")
+    pictures = len((work / "world" / "captions.jsonl").read_text(encoding="utf-8").splitlines())
+    found = {}
+    for name in ("float16", *PRECISIONS):
+        path = reference if name == "float16" else work / f"{name}.zarr"
+        if not path.is_dir():
+            continue
+        reader = FeatureReader(FeatureStore.open(str(path)), "depth")
+        cosines = []
+        for row in range(0, pictures, 19):
+            one, other = (np.asarray(r.feature(row), dtype=np.float64).ravel() for r in (reader, truth))
+            cosines.append(one @ other / np.sqrt((one @ one) * (other @ other)))
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and "_log" not in file.parts)
+        found[name] = {"bytes": round(size / pictures), "cosine": round(float(np.mean(cosines)), 6)}
+    return found
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where runs are made; pickled for the processes that make them."""
+
+    work: Path
+    teachers: Path
+    student: Path
+    over: dict[str, Any]
+
+    def laboratory(self, tower: Path | None = None) -> Any:
+        """Return a laboratory with the shipped tower, or another."""
+        from arms import Laboratory, Recipe
+
+        recipe = _given(Recipe, PLAN["recipe"], self.over)
+        return Laboratory(self.work, tower or self.student / "vision", self.student / "llm", recipe)
+
+    def missing(self, task: Task, results: Path) -> Task | None:
+        """Return what is left of a task; None where its rows are there."""
+        from arms import ARMS
+        from representations import digest, variant
+
+        laboratory = self.laboratory()
+        if task.student:
+            config = digest(laboratory, variant(task.name), task.budgets[0])
+            return None if any(row["config"] == config for row in read(results / STUDENTS)) else task
+        known = {(row["arm"], row["seed"], row["budget"], row["config"]) for row in read(results / RUNS)}
+        left = [
+            budget for budget in task.budgets
+            if (task.name, task.seed, budget, laboratory.digest(ARMS[task.name], budget)) not in known
+        ]  # fmt: skip
+        return replace(task, budgets=tuple(left)) if left else None
+
+    def rows(self, task: Task) -> list[dict[str, Any]]:
+        """Do a task, on one core."""
+        import torch
+        from arms import ARMS
+        from representations import measure, variant
+
+        torch.set_num_threads(1)
+        if task.student:
+            towers = self.work / "towers"
+            return [measure(self.laboratory, towers, variant(task.name), task.seed, task.budgets[0])]
+        return list(self.laboratory().run(ARMS[task.name], task.seed, list(task.budgets)))
 
 
 def _numbers(text: str) -> list[int]:
@@ -154,16 +291,18 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """One line about an arm that was just run."""
-    first = rows[0]
-    shares = [
-        f"{row['kind']} ({row['split']}) {100 * row['right'].count('1') / len(row['right']):.1f}"
-        for row in rows
-        if row["budget"] == first["budget"]
-    ]
-    took = f"{first['pretrain_seconds']:.0f} + {first['tune_seconds']:.0f} s"
-    return f"{first['arm']}, seed {first['seed']}, {first['budget']} questions: {', '.join(shares)} ({took})"
+def _summary(task: Task, rows: Sequence[dict[str, Any]]) -> str:
+    """One line about a run that is done."""
+    if task.student:
+        found = rows[0]["right"]
+        best = max(rows[0]["probe"].values())
+        head = f"student {task.name}: probe R² {best:.3f}"
+    else:
+        first = rows[0]
+        found = {f"{row['split']} {row['kind']}": row["right"] for row in rows if row["budget"] == first["budget"]}
+        took = f"{first['pretrain_seconds']:.0f} + {first['tune_seconds']:.0f} s"
+        head = f"{task.name}, seed {task.seed}, {first['budget']} questions ({took})"
+    return f"{head}: " + ", ".join(f"{k} {100 * v.count('1') / len(v):.1f}" for k, v in found.items())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from significance import Estimate, digits, hierarchical, holm, seeds_needed
+from arms import ARMS, LAYER_CHOICES, LAYERS, PRECISIONS, layers_arm
+from significance import Estimate, digits, hierarchical, holm, rank_correlation, seeds_needed
 
 HERE = Path(__file__).parent
 Place = tuple[str, int, str, str]
@@ -33,6 +34,11 @@ class Results:
     dates: list[str]
     left_out: int
     """Rows of other settings than the newest of their arm and budget."""
+
+    stored: dict[str, dict[str, float]]
+    """By store: bytes an image, cosine and centred R² of what is read from it with float16."""
+    students: list[dict[str, Any]]
+    """Rows of part (a)."""
 
     def seeds(self, arms: Sequence[str], budget: int, split: str, kind: str) -> list[int]:
         """Seeds that all these arms have."""
@@ -59,11 +65,19 @@ class Results:
         return hierarchical(apart, self.images[split, kind])
 
 
-def load(path: Path) -> Results:
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _record(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def load(folder: Path) -> Results:
     """Read rows and questions; of each arm and budget the settings of the last row count."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    asked_path = path.with_name("questions.json")
-    asked = json.loads(asked_path.read_text(encoding="utf-8")) if asked_path.is_file() else {}
+    rows = _rows(folder / "runs.jsonl")
+    asked = _record(folder / "questions.json")
     newest = {(row["arm"], row["budget"]): row["config"] for row in rows}
     used = [row for row in rows if newest[row["arm"], row["budget"]] == row["config"]]
     right: dict[Place, dict[int, str]] = defaultdict(dict)
@@ -79,26 +93,29 @@ def load(path: Path) -> Results:
         versions=sorted({", ".join(f"{n} {v}" for n, v in row["versions"].items()) for row in used}),
         dates=sorted({row["date"] for row in used}),
         left_out=len(rows) - len(used),
+        stored=_record(folder / "stores.json"),
+        students=_rows(folder / "students.jsonl"),
     )
 
 
-def write(path: Path, out: Path) -> None:
-    """Write the page, and its picture into `images/` beside it."""
-    results = load(path)
-    plan = json.loads((HERE / "plan.json").read_text(encoding="utf-8"))
-    about = _about()
-    parts = [_HEAD, _fixed(plan), _endpoint(results, plan), _accuracies(results, about), _rest(results, plan)]
-    parts += [_students(path.parent), _made(results)]
-    picture = out.parent / "images" / "results.png"
-    if plot(results, plan, picture):
-        parts.insert(3, f"![accuracy by arm and seed](images/{picture.name})\n")
+def write(folder: Path, out: Path) -> None:
+    """Write the page from a folder of results, and its pictures into `images/` beside the page."""
+    results = load(folder)
+    plan = _record(HERE / "plan.json")
+    images = out.parent / "images"
+    parts = [_HEAD, _fixed(plan), _endpoint(results, plan)]
+    if plot(results, plan, images / "results.png"):
+        parts.append("![accuracy by arm and seed](images/results.png)\n")
+    parts += [_accuracies(results), _rest(results, plan), _layers(results, plan), _precision(results, plan)]
+    parts.append(_representations(results, plan))
+    if plot_students(results, plan, images / "students.png"):
+        parts.append("![depth probe and depth answers by student](images/students.png)\n")
+    parts += [_cost(results), _parts_of_the_student(), _made(results, plan)]
     out.write_text("\n".join(part for part in parts if part), encoding="utf-8", newline="\n")
 
 
-def _about() -> dict[str, str]:
-    from arms import ARMS
-
-    return {name: arm.about for name, arm in ARMS.items()}
+MAIN = [name for name in ARMS if name not in PRECISIONS and not name.startswith("layers-")]
+"""The arms of the first tables; the others have their own."""
 
 
 _HEAD = """# Results: the toy world
@@ -115,11 +132,13 @@ def _fixed(plan: Mapping[str, Any]) -> str:
 
 On {plan["fixed_on"]}, before {plan["before"]} (`examples/toyworld/plan.json`):
 
+- **Before that**: {plan["changed"]}
 - **Endpoint**: {end["statistic"]}; questions of {end["question"]} order, split `{end["split"]}`, {end["budget"]} fine-tuning questions.
 - **Success**: {end["success"]}: `{"`, `".join(end["against"])}`.
 - **Interval**: {end["interval"]}.
 - **The rest**: {plan["rest"]}.
 - **Seeds**: {plan["seeds"]}. **Stopping**: {plan["stopping"]}.
+- **Representations**: {plan["representations"]}.
 - **Trivial baseline**: {plan["trivial"]}.
 """
 
@@ -154,11 +173,11 @@ def _endpoint(results: Results, plan: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{verdict} An SD over fewer than five seeds is itself uncertain.", ""])
 
 
-def _accuracies(results: Results, about: Mapping[str, str]) -> str:
+def _accuracies(results: Results) -> str:
     parts = []
     for budget in sorted({budget for _, budget, _, _ in results.right}):
         kinds = sorted({(split, kind) for _, b, split, kind in results.right if b == budget}, key=_order)
-        arms = [arm for arm in about if any(a == arm and b == budget for a, b, _, _ in results.right)]
+        arms = [arm for arm in MAIN if any(a == arm and b == budget for a, b, _, _ in results.right)]
         lines = [
             f"## Accuracy after {budget} questions",
             "",
@@ -172,7 +191,7 @@ def _accuracies(results: Results, about: Mapping[str, str]) -> str:
             found = [results.accuracy(arm, budget, *place) for place in kinds]
             cells = [f"{e.value:.1f} ({e.low:.0f}–{e.high:.0f})" if e else "" for e in found]
             seeds = max((e.seeds for e in found if e), default=0)
-            lines.append(f"| `{arm}`: {about[arm]} | {seeds} | {' | '.join(cells)} | {results.seconds[arm]:.0f} |")
+            lines.append(f"| `{arm}`: {ARMS[arm].about} | {seeds} | {' | '.join(cells)} | {results.seconds[arm]:.0f} |")
         counts = ", ".join(f"{_title(p)} {len(results.images[p])}" for p in kinds)
         parts.append(
             "\n".join(
@@ -192,7 +211,7 @@ def _rest(results: Results, plan: Mapping[str, Any]) -> str:
     fixed = {("embedding", other, end["budget"], end["split"], end["question"]) for other in end["against"]}
     found = {}
     for arm, budget, split, kind in sorted(results.right):
-        if arm == "tokens" or (arm, "tokens", budget, split, kind) in fixed:
+        if arm == "tokens" or arm not in MAIN or (arm, "tokens", budget, split, kind) in fixed:
             continue
         estimate = results.difference(arm, "tokens", budget, split, kind)
         if estimate is not None:
@@ -217,11 +236,127 @@ def _rest(results: Results, plan: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"What gets worse than without a loss: {said}.", ""])
 
 
-def _students(folder: Path) -> str:
-    path = folder.parent / "student" / "scores.json"
-    if not path.is_file():
+def _against(results: Results, plan: Mapping[str, Any], arm: str) -> str:
+    """Cells of a table: seeds, accuracy at the endpoint's questions, and what is paired with `embedding`."""
+    end = plan["endpoint"]
+    where = (end["budget"], end["split"], end["question"])
+    found = results.accuracy(arm, *where)
+    if found is None:
+        return "0 | | |"
+    difference = results.difference(arm, "embedding", *where)
+    apart = f"{difference.value:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})" if difference else "one seed"
+    if arm == "embedding":
+        apart = "–"
+    return f"{found.seeds} | {found.value:.1f} ({found.low:.0f}–{found.high:.0f}) | {apart} |"
+
+
+def _layers(results: Results, plan: Mapping[str, Any]) -> str:
+    probes = [row["probe"] for row in results.students]
+    lines = ["## Layers", ""]
+    if probes:
+        means = {layer: float(np.mean([probe[layer] for probe in probes])) for layer in sorted(probes[0])}
+        best = sorted(sorted(means, key=lambda layer: -means[layer])[:2])
+        lines += [
+            "What depth probes read from each block of students trained on next tokens alone, before fine-tuning "
+            f"(centred R², mean of {len(probes)} students; the mean map has 0):", "",
+            "| block | " + " | ".join(means) + " |", "|---|" + "---|" * len(means),
+            "| R² | " + " | ".join(f"{value:.3f}" for value in means.values()) + " |", "",
+            f"By the rule of `olatrain probe` (the two best blocks) that suggests {' and '.join(best)}.", "",
+        ]  # fmt: skip
+    names = {"embedding": f"{LAYERS} (published, scaled)", **{layers_arm(one): str(one) for one in LAYER_CHOICES}}
+    rows = [f"| {about} | {_against(results, plan, arm)}" for arm, about in names.items()]
+    lines += [
+        "| supervised blocks | seeds | depth order, % | minus the published choice, points |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *rows, ""])
+
+
+def _precision(results: Results, plan: Mapping[str, Any]) -> str:
+    lines = [
+        "## Precision", "",
+        "The arm `embedding` with features stored in other forms; bytes are what an image takes in the store.", "",
+        "| stored as | bytes an image | cosine with float16 | seeds | depth order, % | minus float16, points |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for arm in ("embedding", *PRECISIONS):
+        store = "float16" if arm == "embedding" else arm
+        known = results.stored.get(store, {})
+        size = f"{known['bytes']:.0f}" if known else ""
+        cosine = f"{known['cosine']:.5f}" if known else ""
+        lines.append(f"| {store} | {size} | {cosine} | {_against(results, plan, arm)}")
+    return "\n".join([*lines, ""])
+
+
+def _best_probe(row: Mapping[str, Any]) -> float:
+    return float(max(row["probe"].values()))
+
+
+def _share(text: str) -> float:
+    return text.count("1") / len(text)
+
+
+def _representations(results: Results, plan: Mapping[str, Any]) -> str:
+    rows = results.students
+    lines = ["## (a) Better representations, better answers?", ""]
+    if len(rows) < 4:
+        return "\n".join([*lines, f"Not enough was run yet: {len(rows)} students.", ""])
+    probe = np.array([_best_probe(row) for row in rows])
+    text = np.array([row["text"] for row in rows])
+    lines += [
+        f"{len(rows)} students of next tokens alone: towers of {_values(rows, 'width')} channels trained for "
+        f"{_values(rows, 'tower_steps')} steps, pretrained on {_values(rows, 'pictures')} pictures for equally many steps. "
+        f"Depth probe, best block: R² {probe.min():.3f} to {probe.max():.3f} (the mean map: 0).", "",
+        "| questions | chance | accuracy, lowest to highest | Spearman with the depth probe | 95 % interval | given the next-token loss | 95 % interval |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for place in sorted(rows[0]["right"], key=lambda name: _order((name.split()[0], name.split()[1]))):
+        split, kind = place.split()
+        shares = np.array([_share(row["right"][place]) for row in rows])
+        plain, partial = rank_correlation(probe, shares), rank_correlation(probe, shares, text)
+        lines.append(
+            f"| {_title((split, kind))} | {100 * results.chance[split, kind]:.0f} | {100 * shares.min():.1f} to {100 * shares.max():.1f} | "
+            f"{plain.value:+.2f} | {plain.low:+.2f} to {plain.high:+.2f} | {partial.value:+.2f} | {partial.low:+.2f} to {partial.high:+.2f} |"
+        )
+    return "\n".join([*lines, "", "A rank correlation of 0 is what no relation gives.", ""])
+
+
+def _values(rows: list[dict[str, Any]], name: str) -> str:
+    return ", ".join(str(value) for value in sorted({row[name] for row in rows}))
+
+
+def _cost(results: Results) -> str:
+    step = _record(HERE.parents[1] / "benchmarks" / "results" / "train-step.json")
+    lines = ["## Cost", ""]
+    if step:
+        base = step["ways"]["text"]
+        about = {
+            "text": "next tokens alone", "streamed": "embedding losses, features from the store",
+            "batched": "embedding losses, teachers in the step, batched",
+            "one_by_one": "embedding losses, teachers in the step, an image at a time (as the public code)",
+        }  # fmt: skip
+        lines += [
+            f"One training step of a student of {step['settings']['llm']['num_hidden_layers']} blocks with random weights and the three published teachers at reduced size "
+            f"(`benchmarks/train_step.py`, {step['date']}, batch {step['settings']['batch']}, CPU; {step['conditions']['said']}):", "",
+            "| | seconds | over next tokens alone | peak memory, GiB |", "|---|---|---|---|",
+        ]  # fmt: skip
+        for way, said in about.items():
+            found = step["ways"][way]
+            lines.append(
+                f"| {said} | {found['seconds']:.2f} | {found['seconds'] / base['seconds']:.2f} | {found['peak_gib']:.2f} |"
+            )
+        lines.append("")
+    seconds = {arm: results.seconds[arm] for arm in ("none", "embedding", "longer") if arm in results.seconds}
+    if seconds:
+        said = ", ".join(f"`{arm}` {value:.0f}" for arm, value in seconds.items())
+        lines += [f"In this experiment, seconds of pretraining with other jobs on the machine: {said}.", ""]
+    return "\n".join(lines)
+
+
+def _parts_of_the_student() -> str:
+    scores = _record(HERE / "student" / "scores.json")
+    if not scores:
         return ""
-    scores = json.loads(path.read_text(encoding="utf-8"))
     lines = ["## The student's parts, on held-out scenes", "", "| part | score | value |", "|---|---|---|"]
     lines += [f"| {part} | {name} | {value:.3f} |" for part, found in scores.items() for name, value in found.items()]
     return "\n".join(
@@ -234,7 +369,7 @@ def _students(folder: Path) -> str:
     )
 
 
-def _made(results: Results) -> str:
+def _made(results: Results, plan: Mapping[str, Any]) -> str:
     when = " to ".join(dict.fromkeys([results.dates[0], results.dates[-1]])) if results.dates else "never"
     lines = [
         "## How it was made",
@@ -243,9 +378,7 @@ def _made(results: Results) -> str:
     ]
     if results.left_out:
         lines.append(f"{results.left_out} rows of earlier settings are kept in the file and are not shown.")
-    return "\n".join(
-        [*lines, "", "`make evidence SEEDS=0-19` adds the seeds that are missing and writes this page again.", ""]
-    )
+    return "\n".join([*lines, "", plan["cost"], ""])
 
 
 def _order(place: tuple[str, str]) -> tuple[bool, str]:
@@ -265,7 +398,7 @@ def plot(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
     """Draw each arm's accuracy at the endpoint, a dot for each seed, beside chance; False where there is nothing."""
     end = plan["endpoint"]
     where = (end["budget"], end["split"], end["question"])
-    arms = [arm for arm in _about() if (arm, *where) in results.right]
+    arms = [arm for arm in MAIN if (arm, *where) in results.right]
     if not arms:
         return False
     os.environ.setdefault("MPLBACKEND", "Agg")
@@ -283,6 +416,30 @@ def plot(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
     axis.axvline(100 * results.chance[end["split"], end["question"]], color="grey", linestyle="--", label="chance")
     axis.set(xlabel=f"{end['question']} order right, % (dots: seeds; bars: 95 %), {end['budget']} questions")
     axis.legend(loc="lower right")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return True
+
+
+def plot_students(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
+    """Draw depth answers over the depth probe, a dot for each student of part (a); False where there are too few."""
+    rows = results.students
+    if len(rows) < 4:
+        return False
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    where = (str(plan["endpoint"]["split"]), str(plan["endpoint"]["question"]))
+    place = " ".join(where)
+    for width in sorted({row["width"] for row in rows}):
+        own = [row for row in rows if row["width"] == width]
+        shares = [100 * _share(row["right"][place]) for row in own]
+        axis.plot([_best_probe(row) for row in own], shares, "o", label=f"tower of {width} channels", alpha=0.7)
+    axis.axhline(100 * results.chance[where], color="grey", linestyle="--", label="chance")
+    axis.set(xlabel="depth probe before fine-tuning, best block (centred R²)", ylabel="questions of depth right, %")
+    axis.legend()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import rankdata
 
 RESAMPLES = 2000
 
@@ -79,3 +80,40 @@ def seeds_needed(difference: float, spread: float, *, power: float = 0.8) -> flo
 def digits(rows: Sequence[str]) -> np.ndarray:
     """Return (S, Q) of 0 and 1 from rows of digits, all of one length."""
     return np.array([[int(digit) for digit in row] for row in rows], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A rank correlation over students, with a 95 % interval by a bootstrap over them."""
+
+    value: float
+    low: float
+    high: float
+    students: int
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray, given: np.ndarray | None = None, *, seed: int = 0) -> Correlation:
+    """Return Spearman's correlation of (N,) with (N,); with `given` (N,) the partial one, of what its ranks leave over.
+
+    Draws in which one of them has no two values are left out; NaN where x or y has none at all.
+    """
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(len(x), size=len(x)) for _ in range(RESAMPLES)]
+    found = np.array([_rank_correlation(x[d], y[d], given[d] if given is not None else None) for d in draws])
+    value = _rank_correlation(x, y, given)
+    found = found[~np.isnan(found)]
+    low, high = np.percentile(found, [2.5, 97.5]) if len(found) else (math.nan, math.nan)
+    return Correlation(value, float(low), float(high), len(x))
+
+
+def _rank_correlation(x: np.ndarray, y: np.ndarray, given: np.ndarray | None) -> float:
+    columns = [rankdata(one) for one in ((x, y) if given is None else (x, y, given))]
+    ranks = [column - column.mean() for column in columns]
+    if given is not None:
+        *ranks, known = ranks
+        if (known == 0).all():
+            return math.nan
+        ranks = [rank - known * (rank @ known) / (known @ known) for rank in ranks]
+    first, second = ranks
+    scale = math.sqrt(float(first @ first) * float(second @ second))
+    return float(first @ second) / scale if scale > 1e-9 else math.nan

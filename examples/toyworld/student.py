@@ -127,11 +127,11 @@ def drawn_worlds(cache: Path) -> tuple[World, World]:
 # ---------------------------------------------------------------- vision
 
 
-def vision_config() -> CLIPVisionConfig:
-    """Return a CLIP tower of 64 channels and 4 layers: 36 patch tokens from 48 × 48 pixels."""
+def vision_config(width: int = 64) -> CLIPVisionConfig:
+    """Return a CLIP tower of so many channels and 4 layers: 36 patch tokens from 48 × 48 pixels."""
     return CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=192,
+        hidden_size=width,
+        intermediate_size=3 * width,
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=SIDE,
@@ -141,10 +141,10 @@ def vision_config() -> CLIPVisionConfig:
     )
 
 
-def train_vision(out: Path, world: World, steps: int, batch: int = 64) -> None:
+def train_vision(out: Path, world: World, steps: int, batch: int = 64, *, width: int = 64) -> None:
     """Train the tower to tell of each patch which colour and which shape it shows, and nothing else."""
     torch.manual_seed(11)
-    tower = CLIPVisionModel(vision_config())
+    tower = CLIPVisionModel(vision_config(width))
     head = nn.Linear(tower.config.hidden_size, len(COLOURS) + len(SHAPES) + 2)
     both = nn.ModuleList([tower, head])
     weight = torch.tensor([1.0] * len(SHAPES) + [0.3])
@@ -178,8 +178,8 @@ def train_vision(out: Path, world: World, steps: int, batch: int = 64) -> None:
 
 @torch.no_grad()
 def patch_tokens(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """Return what LLaVA reads of pictures: (N, 36, 64)."""
-    found = [tower(part, output_hidden_states=True).hidden_states[-2][:, 1:] for part in pixels.split(200)]
+    """Return what LLaVA reads of pictures: (N, 36, channels)."""
+    found = [tower(part, output_hidden_states=True).hidden_states[-2][:, 1:] for part in torch.split(pixels, 200)]
     return torch.cat(found)
 
 
@@ -189,7 +189,7 @@ def score_vision(folder: Path, world: World, held_out: World) -> dict[str, float
     `names AP`: mean average precision of a name's presence, of a logistic readout of the tokens' maximum and mean.
     `depth R²`: a ridge from a patch token and its place to the inverse depth of its patch, centred: 0 is the mean map.
     """
-    tower = CLIPVisionModel.from_pretrained(folder).eval()
+    tower = CLIPVisionModel.from_pretrained(folder)
     tokens, unseen = patch_tokens(tower, world.pixels), patch_tokens(tower, held_out.pixels)
     mean = world.inverse_depth.mean(dim=0)
     weights = ridge(_rows(tokens), (world.inverse_depth - mean).flatten()[:, None])
@@ -216,7 +216,8 @@ def ridge(inputs: Tensor, targets: Tensor, strength: float = 1.0) -> Tensor:
     """Return the weights (C, T) of a linear map from (N, C) to (N, T)."""
     x, y = inputs.double(), targets.double()
     gram = x.T @ x + strength * torch.eye(x.shape[1], dtype=torch.float64)
-    return torch.linalg.solve(gram, x.T @ y).float()
+    weights: Tensor = torch.linalg.solve(gram, x.T @ y)
+    return weights.float()
 
 
 def average_precision(scores: Tensor, truth: Tensor) -> float:
@@ -241,7 +242,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     sentence = language.SUFFIX.strip().replace(" ", r"\ ").replace(".", r"\.")
     pattern = Regex(rf"{sentence}|\([A-D]\)|(?:{names})(?![\w-])|[\w-]+|[^\s\w]")
     own.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=own, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK, model_max_length=512
     )
 
@@ -279,8 +280,8 @@ def tokenise(tokenizer: Any, texts: list[list[tuple[str, str, str]]]) -> tuple[T
         marks.append(labels)
         kinds.append([kind for kind, _, _ in turns])
     length = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
-    return ids, torch.tensor([row + [IGNORED] * (length - len(row)) for row in marks]), kinds
+    padded = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+    return padded, torch.tensor([row + [IGNORED] * (length - len(row)) for row in marks]), kinds
 
 
 def renamings(tokenizer: Any, generator: torch.Generator) -> Tensor:
@@ -306,14 +307,14 @@ def compose_words(model: LlamaForCausalLM, tokenizer: Any) -> None:
 
     Otherwise each of the hundreds of words would have to be learnt on its own to be of that colour.
     """
-    rows = model.get_input_embeddings().weight
+    rows = model.model.embed_tokens.weight
     known = tokenizer.get_vocab()
     fresh: dict[str, Tensor] = defaultdict(lambda: 0.1 * torch.randn(rows.shape[1]))
     for word, number in known.items():
         parts = language.parts(word)
         if len(parts) > 1:
             rows[number] = torch.stack([rows[known[part]] if part in known else fresh[part] for part in parts]).sum(0)
-    model.get_output_embeddings().weight.copy_(rows)
+    model.lm_head.weight.copy_(rows)
 
 
 def varied(turns: list[tuple[str, str, str]], rng: np.random.Generator) -> list[tuple[str, str, str]]:
@@ -396,7 +397,7 @@ def train_llm(out: Path, world: World, steps: int, batch: int = 32) -> None:
 @torch.no_grad()
 def score_llm(folder: Path, held_out: World) -> dict[str, float]:
     """Return how many questions about written-out scenes are answered rightly, by kind; a caption word by word."""
-    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = make_tokenizer()
     ids, labels, kinds = tokenise(tokenizer, held_out.texts)
     right: dict[str, list[bool]] = defaultdict(list)
@@ -411,7 +412,8 @@ def score_llm(folder: Path, held_out: World) -> dict[str, float]:
                 right[kind].append(bool((row[part][counted] == truth[part][counted]).all()))
     found = {kind: float(np.mean(right[kind])) for kind in language.KINDS}
     answered = [value for kind in language.KINDS for value in right[kind]]
-    return {**found, "captions": float(np.mean(right["caption"])), "all questions": float(np.mean(answered))}
+    whole = {"captions": float(np.mean(right["caption"])), "all questions": float(np.mean(answered))}
+    return {**{str(kind): value for kind, value in found.items()}, **whole}
 
 
 # ---------------------------------------------------------------- command

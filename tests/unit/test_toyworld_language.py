@@ -110,6 +110,18 @@ def test_letters_are_balanced_within_each_kind(asked: list[tuple[Any, Any, Any]]
         assert max(found.values()) - min(found.values()) <= 1
 
 
+def test_to_compare_what_shows_does_not_answer_questions_of_depth(asked: list[tuple[Any, Any, Any]]) -> None:
+    right = []
+    for scene, picture, question in asked:
+        if question.kind == "depth":
+            shares = [things_by_name(scene, picture)[name]["share"] for name in question.choices]
+            right.append("AB"[int(np.argmax(shares))] == question.letter)
+    assert len(right) > 30
+    assert abs(sum(right) - len(right) / 2) <= 1
+    kinds = Counter(question.kind for _, _, question in asked)
+    assert max(kinds.values()) <= kinds["depth"] + 1
+
+
 def test_words_about_a_scene_say_what_shows_and_no_more(drawn: list[tuple[Any, Any]]) -> None:
     language = load("language")
     known = set(language.vocabulary())
@@ -138,7 +150,10 @@ def test_words_about_a_scene_say_what_shows_and_no_more(drawn: list[tuple[Any, A
 
 def test_the_data_sets_hold_what_is_asked_and_share_no_scene(tmp_path: Path) -> None:
     corpus, scenes = load("corpus"), load("scenes")
-    corpus.write(tmp_path, corpus.Size(captions=12, budgets=(7, 20), tests=8, ood=8))
+    corpus.write(tmp_path, corpus.Size(captions=12, tests=12, ood=12))
+    for budget in (20, 7):
+        corpus.write_questions(tmp_path, budget)
+    corpus.write_pictures(tmp_path, 7)
 
     def lines(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
@@ -159,7 +174,9 @@ def test_the_data_sets_hold_what_is_asked_and_share_no_scene(tmp_path: Path) -> 
     assert sum(map(len, sets)) == len(set.union(*sets))
     assert {key.split("/")[0] for key in tested} == {"test"}
     assert {key.split("/")[0] for key in other} == {"ood"}
-    for key in captioned | trained:
+    named = {row["image"] for row in lines("all.jsonl")}
+    assert named == captioned | {row["image"] for row in small} | tested | other
+    for key in captioned | trained | tested | other:
         split, number = key.removesuffix(".png").split("/")
         drawn = np.asarray(scenes.Image.open(tmp_path / "images" / key))
         assert (drawn == scenes.render(scenes.make_scene(split, int(number))).rgb).all()
@@ -169,7 +186,7 @@ def test_the_bench_is_read_as_cv_bench(tmp_path: Path) -> None:
     from olatrain.cvbench import read_questions
 
     corpus = load("corpus")
-    corpus.write(tmp_path, corpus.Size(captions=1, budgets=(1,), tests=6, ood=1))
+    corpus.write(tmp_path, corpus.Size(captions=1, tests=16, ood=1))
     found = list(read_questions(tmp_path / "bench"))
     assert {question.task for question in found} >= {"Depth", "Relation"}
     assert all(question.image.startswith(b"\x89PNG") for question in found)
@@ -237,3 +254,24 @@ def test_intervals_cover_and_p_values_are_corrected() -> None:
     sure = significance.hierarchical(np.full((5, 6), 0.3), np.arange(6))
     assert (sure.value, sure.low, sure.high) == pytest.approx((30.0, 30.0, 30.0))
     assert sure.p < 0.001
+
+
+def test_rank_correlations_are_spearmans_and_what_a_third_explains_is_taken_out() -> None:
+    from scipy.stats import spearmanr
+
+    significance = load("significance")
+    rng = np.random.default_rng(5)
+    x, noise = rng.normal(size=60), rng.normal(size=60)
+    found = significance.rank_correlation(x, x + noise)
+    assert found.value == pytest.approx(spearmanr(x, x + noise).statistic)
+    assert found.low < found.value < found.high
+    # both follow a third and nothing else
+    third = rng.normal(size=400)
+    x, y = third + 0.3 * rng.normal(size=400), third + 0.3 * rng.normal(size=400)
+    assert significance.rank_correlation(x, y).value > 0.8
+    left = significance.rank_correlation(x, y, third)
+    assert abs(left.value) < 0.2
+    assert left.low < 0 < left.high
+    # the partial correlation by its textbook formula
+    xy, xz, yz = (spearmanr(*pair).statistic for pair in ((x, y), (x, third), (y, third)))
+    assert left.value == pytest.approx((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
