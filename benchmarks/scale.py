@@ -38,7 +38,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 WORDS = "word " * 40
 MEMBERS = 10_000
-ROWS = 256
+ROWS = 64
 CHECKPOINT = Path(__file__).parents[1] / "tests" / "golden" / "depth"
 
 
@@ -193,8 +193,9 @@ def make_images(root: Path, count: int) -> None:
 def job(corpus: Path, images: Path, out: Path, shards: int) -> dict[str, float]:
     """Run `olapipe extract` until so many shards are done, stop it by Ctrl-C; return peak memory in MiB, seconds."""
     arguments = [corpus, "--images", images, "--out", out, "--teacher", "depth", "--checkpoint", f"depth={CHECKPOINT}"]
+    arguments += ["--shard-size", ROWS, "--device", "cpu"]
     started = time.monotonic()
-    driver = subprocess.Popen([sys.executable, "-m", "olapipe", "extract", *map(str, arguments), "--device", "cpu"])
+    driver = subprocess.Popen([sys.executable, "-m", "olapipe", "extract", *map(str, arguments)])
     peaks = dict.fromkeys(("planning", "driver", "workers", "olapipe", "ray", "together"), 0.0)
     found: dict[str, float] = {}
     done = 0
@@ -317,7 +318,7 @@ def main() -> None:
     parser.add_argument("--tar-images", type=int, nargs="*", default=[10**4, 10**5, 10**6, 10**7])
     parser.add_argument("--shards", type=int, nargs="*", default=[10**3, 10**4, 10**5])
     parser.add_argument("--job-images", type=int, nargs="*", default=[10**5, 10**7])
-    parser.add_argument("--job-shards", type=int, default=30, help="after so many the job is stopped")
+    parser.add_argument("--job-shards", type=int, default=24, help="after so many the job is stopped")
     parser.add_argument("--dict-up-to", type=int, default=10**6, help="largest corpus for the dict in memory")
     parser.add_argument("--work", type=Path, help="folder for the generated corpora, 12 GB at 10^7 images")
     parser.add_argument("--out", type=Path, default=RESULTS)

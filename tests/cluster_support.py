@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Nodes:
     """A head without CPUs and `count` nodes of one CPU each; nodes that were killed are started again."""
 
     def __init__(self, count: int = 2) -> None:
-        self.metrics_port, self.dashboard_port = free_port(), free_port()
+        self.metrics_port, self.dashboard_port, self.client_port = free_port(), free_port(), free_port()
         with _environment():
             self.cluster = Cluster(
                 initialize_head=True,
@@ -49,6 +50,7 @@ class Nodes:
                     "dashboard_port": self.dashboard_port,
                     "dashboard_agent_listen_port": free_port(),  # the usual one may be another Ray's of this machine
                     "metrics_export_port": self.metrics_port,
+                    "ray_client_server_port": self.client_port,
                     "_system_config": _SOON,
                 },
             )
@@ -60,6 +62,22 @@ class Nodes:
     @property
     def address(self) -> str:
         return str(self.cluster.address)
+
+    @property
+    def client_address(self) -> str:
+        """For a driver that is no part of the cluster."""
+        return f"ray://127.0.0.1:{self.client_port}"
+
+    def drop_clients(self) -> int:
+        """Kill the processes that stand for drivers outside the cluster; return how many there were."""
+        found = 0
+        for command in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended
+                words = command.read_text().split("\0")
+                if "--mode=specific-server" in words and f"--address={self.address}" in words:
+                    os.kill(int(command.parent.name), signal.SIGKILL)
+                    found += 1
+        return found
 
     def _add(self) -> None:
         with _environment():

@@ -97,3 +97,28 @@ def test_the_driver_killed_at_every_boundary_and_run_again(
     assert process.returncode == 0, output
     assert fired(checkpoint) == set(map(str, range(len(plan)))), "every boundary was hit"
     assert digests(tmp_path / "s") == undisturbed
+
+
+def test_a_driver_outside_the_cluster_that_loses_its_connection_says_how_to_go_on(
+    nodes: Nodes, corpus: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "2")  # half a minute else
+    where = (corpus, tmp_path / "s", control(tmp_path / "faulty", wait=1), "--address", nodes.client_address)
+    process = start(None, *where, *SETTINGS)
+    try:
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            if list((tmp_path / "s").glob("receipts/faulty/*.json")):
+                assert nodes.drop_clients() == 1
+                break
+            time.sleep(0.2)
+        output = finish(process)
+    finally:
+        kill(process)
+    assert process.returncode == 1 and "Traceback" not in output, output
+    assert f"the connection to the Ray cluster at {nodes.client_address} was lost\nRun the same command again" in output
+
+    process = start(None, *where, *SETTINGS)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert digests(tmp_path / "s") == undisturbed

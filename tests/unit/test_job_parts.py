@@ -7,7 +7,9 @@ import fcntl
 import io
 import json
 import os
+import re
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
@@ -203,6 +206,49 @@ def test_a_ray_that_does_not_come_up_is_an_error_with_a_remedy(tmp_path: Path, m
     raised = KeyError("a defect")
     with pytest.raises(KeyError), ray_running(None, 1):
         pass
+
+
+def test_a_cluster_is_joined_again_when_its_server_for_outsiders_does_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refused: list[str] = []
+    refusals = 2
+
+    def init(*, address: str, **_: object) -> None:
+        if len(refused) < refusals:
+            refused.append(address)
+            raise ConnectionAbortedError(
+                "Initialization failure from server:\nTraceback\n  more\nServer startup failed\n"
+            )
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        stub = SimpleNamespace(init=init, is_initialized=lambda: False, shutdown=lambda: None)
+        monkeypatch.setitem(sys.modules, "ray", stub)
+        with ray_running(address, 1):
+            assert refused == [address] * 2
+        refused, refusals = [], 3
+        message = f"{address}: Initialization failure from server: Server startup failed\nCheck --address (HOST:6379"
+        with pytest.raises(OlaError, match=re.escape(message)), ray_running(address, 1):
+            pass
+        assert len(refused) == 3, "not for ever"
+
+
+def test_a_lost_connection_is_an_error_only_where_this_process_is_no_part_of_the_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stub = SimpleNamespace(init=lambda **_: None, is_initialized=lambda: False, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        for error in (ConnectionError("gone"), grpc.RpcError()):
+            with (
+                pytest.raises(OlaError, match=rf"ray://{address} was lost\n.*same command"),
+                ray_running(f"ray://{address}", 1),
+            ):
+                raise error
+        with pytest.raises(ConnectionError, match="a defect"), ray_running(address, 1):
+            raise ConnectionError("a defect")
 
 
 @pytest.mark.parametrize(
