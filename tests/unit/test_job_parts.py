@@ -113,7 +113,11 @@ def test_other_limits_are_refused(given: str) -> None:
 
 
 def _config(most: object) -> ExtractConfig:
-    return ExtractConfig.model_validate({"corpus": "c", "out": "s", "teachers": ("depth",), "max_failures": most})
+    return ExtractConfig.model_validate(_settings() | {"max_failures": most})
+
+
+def _settings() -> dict[str, object]:
+    return {"corpus": "c", "out": "s", "teachers": ("depth",)}
 
 
 def test_the_first_signal_sets_a_flag_and_the_second_one_raises() -> None:
@@ -292,7 +296,7 @@ def test_status_counts_images_of_short_shards_and_the_rate_of_active_jobs(tmp_pa
         (tmp_path / "s" / "receipts" / "a" / f"{shard:05d}.json").touch()
     now = 1000.0
     running = JobNote(
-        host="m", pid=1, started=980.0, updated=990.0, waiting={"a": 10}, settled={"a": 5}, failed={"a": 2}
+        host="m", pid=1, started=50.0, updated=990.0, spent=10.0, waiting={"a": 10}, settled={"a": 5}, failed={"a": 2}
     )
     silent = running.model_copy(update={"updated": 100.0, "started": 0.0})
     found = teacher_status(store, "a", [running, running, silent], now)
@@ -300,6 +304,35 @@ def test_status_counts_images_of_short_shards_and_the_rate_of_active_jobs(tmp_pa
     assert found.rate == pytest.approx(1.0) and found.left == pytest.approx(4.0) and found.failed == 4
     assert silent.describe(now) == "silent for 15 min 00 s, probably killed"
     assert not running.model_copy(update={"state": "finished"}).active(now)
+    ahead = running.model_copy(update={"updated": now + 3600})
+    assert ahead.describe(now) == "running, unless it was killed: its clock is 1 h 00 min ahead of this one"
+    assert ahead.model_copy(update={"state": "finished"}).describe(now) == "finished"
+
+
+def test_the_rate_of_a_job_follows_no_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = _store(tmp_path / "s", 10)
+    heart = Heartbeat(store.place, {"a": 10})
+    begun = time.time()
+    monkeypatch.setattr(time, "time", lambda: begun + 36_000)
+    tally = Tally()
+    tally.settled["a"] = 3
+    time.sleep(0.2)
+    heart.beat(tally)
+    rate = teacher_status(store, "a", jobs(store.place), time.time()).rate
+    assert rate is not None and 0.1 < rate < 16
+
+
+@pytest.mark.parametrize("address", ["auto", "head:6379", "127.0.0.1:6379", "[::1]:6379", "ray://head.cluster:10001"])
+def test_addresses_of_clusters(address: str) -> None:
+    assert ExtractConfig.model_validate(_settings() | {"address": address}).address == address
+
+
+@pytest.mark.parametrize(
+    "address", ["", "local", "head", "ray://", "ray://head", "http://head:8265", "os://head:1", "a b:1", "head:6379\n"]
+)
+def test_other_addresses_are_refused_at_once(address: str) -> None:
+    with pytest.raises(ValidationError, match="give auto, HOST:6379 or ray://HOST:10001"):
+        ExtractConfig.model_validate(_settings() | {"address": address})
 
 
 def test_a_job_leaves_notes_that_status_shows(tmp_path: Path) -> None:
