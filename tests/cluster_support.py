@@ -17,6 +17,7 @@ import pytest
 from place_support import free_port
 from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
+from ray.util import get_node_ip_address
 
 PLUGINS = Path(__file__).parent / "plugins"
 _PATH = os.pathsep.join([str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -95,6 +96,53 @@ class Nodes:
                 self.cluster.remove_node(node, allow_graceful=False)
                 self._add()
                 self.restarted += 1
+
+
+@contextmanager
+def growing_cluster(folder: Path, most: int) -> Iterator[str]:
+    """Yield the address of a head of one CPU to which Ray's autoscaler adds up to `most` nodes of one CPU, all here."""
+    address = f"{get_node_ip_address()}:{free_port()}"
+    node = {"resources": {"CPU": 1, "object_store_memory": 80 << 20}, "node_config": {}}
+    settings = {
+        "cluster_name": "growing",
+        "max_workers": most,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": {"ray.head.default": node | {"max_workers": 0}, "cpu": node | {"max_workers": most}},
+        "head_node_type": "ray.head.default",
+    }
+    (folder / "autoscaling.json").write_text(json.dumps(settings))
+    options = {
+        "port": address.rpartition(":")[2],
+        "ray-client-server-port": free_port(),
+        "dashboard-agent-listen-port": free_port(),
+        "include-dashboard": "false",
+        "num-cpus": 1,
+        "object-store-memory": 80 << 20,
+        "autoscaling-config": folder / "autoscaling.json",
+    }
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+    environment = {"PYTHONPATH": _PATH, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    with (folder / "ray.log").open("w") as log:
+        head = subprocess.Popen(
+            [*command, *(f"--{name}={value}" for name, value in options.items())],
+            stdout=log, stderr=log, start_new_session=True, env=os.environ | environment,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in (folder / "ray.log").read_text():
+            if head.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError((folder / "ray.log").read_text())
+            time.sleep(0.2)
+        yield address
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from olapipe.signals import sigterm_raises
+from olapipe.signals import Terminated, sigterm_raises
 from olaschema.errors import OlaError
 
 _CONNECT_SECONDS = 5.0
@@ -76,6 +77,10 @@ def _initialise(address: str | None, cpus: int, scratch: str | None) -> None:
             except ConnectionAbortedError:  # at times the process that is to stand for this one does not start there
                 if not left:
                     raise
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:  # by Ray's own handler, which it sets long before it is there
+            raise Terminated from None
+        raise
     except Exception as error:
         # Ray raises a plain Exception where it does not come up in its 30 seconds, which no narrower class catches
         if not isinstance(error, (RuntimeError, ValueError, ConnectionError, OSError)) and type(error) is not Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from cluster_support import Nodes, control, finish, fired, nodes, start, submit
+from cluster_support import Nodes, control, finish, fired, growing_cluster, nodes, start, submit
 from pipeline_support import digests, write_images
 from place_support import kill
 
@@ -122,3 +123,18 @@ def test_a_driver_outside_the_cluster_that_loses_its_connection_says_how_to_go_o
     output = finish(process)
     assert process.returncode == 0, output
     assert digests(tmp_path / "s") == undisturbed
+
+
+def test_an_autoscaler_adds_machines_for_the_workers_that_wait(corpus: Path, tmp_path: Path) -> None:
+    with growing_cluster(tmp_path, 1) as address:
+        process = start(
+            None, corpus, tmp_path / "s", control(tmp_path / "faulty", wait=4), "--address", address, *SETTINGS
+        )
+        try:
+            output = finish(process)
+        finally:
+            kill(process)
+    assert process.returncode == 0, output
+    assert "2 workers (the cluster has room for 1 now)" in output
+    lines = (tmp_path / "s" / "_log" / "timings.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["pid"] for line in lines}) == 2

@@ -212,6 +212,20 @@ def test_a_ray_that_does_not_come_up_is_an_error_with_a_remedy(tmp_path: Path, m
         pass
 
 
+def test_sigterm_while_ray_starts_ends_as_it_does_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        def handler(number: int, frame: object) -> None:
+            sys.exit(number)
+
+        signal.signal(signal.SIGTERM, handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stub = SimpleNamespace(init=init, is_initialized=lambda: False, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    with pytest.raises(Terminated), sigterm_raises(), ray_running(None, 1):
+        pass
+
+
 def test_a_cluster_is_joined_again_when_its_server_for_outsiders_does_not_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
