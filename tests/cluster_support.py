@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Nodes:
     """A head without CPUs and `count` nodes of one CPU each; nodes that were killed are started again."""
 
     def __init__(self, count: int = 2) -> None:
-        self.metrics_port, self.dashboard_port, self.client_port = free_port(), free_port(), free_port()
+        self.metrics_port, self.dashboard_port = free_port(), free_port()
         with _environment():
             self.cluster = Cluster(
                 initialize_head=True,
@@ -51,7 +52,6 @@ class Nodes:
                     "dashboard_port": self.dashboard_port,
                     "dashboard_agent_listen_port": free_port(),  # the usual one may be another Ray's of this machine
                     "metrics_export_port": self.metrics_port,
-                    "ray_client_server_port": self.client_port,
                     "_system_config": _SOON,
                 },
             )
@@ -63,22 +63,6 @@ class Nodes:
     @property
     def address(self) -> str:
         return str(self.cluster.address)
-
-    @property
-    def client_address(self) -> str:
-        """For a driver that is no part of the cluster."""
-        return f"ray://127.0.0.1:{self.client_port}"
-
-    def drop_clients(self) -> int:
-        """Kill the processes that stand for drivers outside the cluster; return how many there were."""
-        found = 0
-        for command in Path("/proc").glob("[0-9]*/cmdline"):
-            with suppress(OSError):  # it has ended
-                words = command.read_text().split("\0")
-                if "--mode=specific-server" in words and f"--address={self.address}" in words:
-                    os.kill(int(command.parent.name), signal.SIGKILL)
-                    found += 1
-        return found
 
     def _add(self) -> None:
         with _environment():
@@ -98,28 +82,34 @@ class Nodes:
                 self.restarted += 1
 
 
+@dataclass(frozen=True)
+class Head:
+    """A head that `ray start` has started; `client_address` is for drivers that are no part of the cluster."""
+
+    address: str
+    client_address: str
+
+    def drop_clients(self) -> int:
+        """Kill the processes that stand for drivers outside the cluster; return how many there were."""
+        found = 0
+        for command in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended
+                words = command.read_text().split("\0")
+                if "--mode=specific-server" in words and f"--address={self.address}" in words:
+                    os.kill(int(command.parent.name), signal.SIGKILL)
+                    found += 1
+        return found
+
+
 @contextmanager
-def growing_cluster(folder: Path, most: int) -> Iterator[str]:
-    """Yield the address of a head of one CPU to which Ray's autoscaler adds up to `most` nodes of one CPU, all here."""
-    address = f"{get_node_ip_address()}:{free_port()}"
-    node = {"resources": {"CPU": 1, "object_store_memory": 80 << 20}, "node_config": {}}
-    settings = {
-        "cluster_name": "growing",
-        "max_workers": most,
-        "provider": {
-            "type": "fake_multinode",
-            "gcs_address": address,
-            "use_node_id_as_ip": True,
-            "disable_node_updaters": True,
-            "disable_launch_config_check": True,
-        },
-        "available_node_types": {"ray.head.default": node | {"max_workers": 0}, "cpu": node | {"max_workers": most}},
-        "head_node_type": "ray.head.default",
-    }
-    (folder / "autoscaling.json").write_text(json.dumps(settings))
+def started_head(folder: Path, *, most_nodes: int) -> Iterator[Head]:
+    """Yield a head of one CPU to which Ray's autoscaler adds up to `most_nodes` nodes of one CPU, on this machine."""
+    client_port, host = free_port(), get_node_ip_address()
+    address = f"{host}:{free_port()}"
+    (folder / "autoscaling.json").write_text(json.dumps(_autoscaling(address, most_nodes)))
     options = {
         "port": address.rpartition(":")[2],
-        "ray-client-server-port": free_port(),
+        "ray-client-server-port": client_port,
         "dashboard-agent-listen-port": free_port(),
         "include-dashboard": "false",
         "num-cpus": 1,
@@ -128,21 +118,45 @@ def growing_cluster(folder: Path, most: int) -> Iterator[str]:
     }
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
     environment = {"PYTHONPATH": _PATH, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    with (folder / "ray.log").open("w") as log:
+    output = folder / "ray.log"
+    with output.open("w") as log:
         head = subprocess.Popen(
             [*command, *(f"--{name}={value}" for name, value in options.items())],
             stdout=log, stderr=log, start_new_session=True, env=os.environ | environment,
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
-        while "Ray runtime started" not in (folder / "ray.log").read_text():
+        while "Ray runtime started" not in output.read_text():
             if head.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError((folder / "ray.log").read_text())
+                raise AssertionError(output.read_text())
             time.sleep(0.2)
-        yield address
+        yield Head(address, f"ray://127.0.0.1:{client_port}")
     finally:
         os.killpg(head.pid, signal.SIGKILL)
         head.wait()
+
+
+def _autoscaling(address: str, most_nodes: int) -> dict[str, Any]:
+    """Return what Ray's autoscaler wants to know to start nodes that are processes of this machine."""
+    node = {"resources": {"CPU": 1, "object_store_memory": 80 << 20}, "node_config": {}}
+    same = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check")
+    commands = ("setup", "initialization", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    return {
+        "cluster_name": "growing",
+        "max_workers": most_nodes,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 5,
+        "provider": {"type": "fake_multinode", "gcs_address": address, **dict.fromkeys(same, True)},
+        "available_node_types": {
+            "ray.head.default": node | {"max_workers": 0},
+            "cpu": node | {"max_workers": most_nodes},
+        },
+        "head_node_type": "ray.head.default",
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        **{f"{name}_commands": [] for name in commands},
+    }
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,13 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from cluster_support import Nodes, control, finish, fired, growing_cluster, nodes, start, submit
+from cluster_support import Head, Nodes, control, finish, fired, nodes, start, started_head, submit
 from pipeline_support import digests, write_images
 from place_support import kill
 
@@ -100,41 +101,46 @@ def test_the_driver_killed_at_every_boundary_and_run_again(
     assert digests(tmp_path / "s") == undisturbed
 
 
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with started_head(tmp_path_factory.mktemp("head"), most_nodes=1) as found:
+        yield found
+
+
+def test_an_autoscaler_adds_machines_for_the_workers_that_wait(head: Head, corpus: Path, tmp_path: Path) -> None:
+    checkpoint = control(tmp_path / "faulty", wait=4)
+    process = start(None, corpus, tmp_path / "s", checkpoint, "--address", head.address, *SETTINGS)
+    try:
+        output = finish(process)
+    finally:
+        kill(process)
+    assert process.returncode == 0, output
+    assert "2 workers (the cluster has room for 1 now)" in output
+    lines = (tmp_path / "s" / "_log" / "timings.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["pid"] for line in lines}) == 2
+
+
 def test_a_driver_outside_the_cluster_that_loses_its_connection_says_how_to_go_on(
-    nodes: Nodes, corpus: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: Head, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "2")  # half a minute else
-    where = (corpus, tmp_path / "s", control(tmp_path / "faulty", wait=1), "--address", nodes.client_address)
-    process = start(None, *where, *SETTINGS)
+    out = tmp_path / "s"
+    where = (corpus, out, control(tmp_path / "faulty", wait=1), "--address", head.client_address, *SETTINGS[:-2])
+    process = start(None, *where)
     try:
         deadline = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < deadline:
-            if list((tmp_path / "s").glob("receipts/faulty/*.json")):
-                assert nodes.drop_clients() == 1
+            if list(out.glob("receipts/faulty/*.json")):
+                assert head.drop_clients() == 1
                 break
             time.sleep(0.2)
         output = finish(process)
     finally:
         kill(process)
     assert process.returncode == 1 and "Traceback" not in output, output
-    assert f"the connection to the Ray cluster at {nodes.client_address} was lost\nRun the same command again" in output
+    assert f"the connection to the Ray cluster at {head.client_address} was lost\nRun the same command again" in output
 
-    process = start(None, *where, *SETTINGS)
+    process = start(None, *where)
     output = finish(process)
     assert process.returncode == 0, output
-    assert digests(tmp_path / "s") == undisturbed
-
-
-def test_an_autoscaler_adds_machines_for_the_workers_that_wait(corpus: Path, tmp_path: Path) -> None:
-    with growing_cluster(tmp_path, 1) as address:
-        process = start(
-            None, corpus, tmp_path / "s", control(tmp_path / "faulty", wait=4), "--address", address, *SETTINGS
-        )
-        try:
-            output = finish(process)
-        finally:
-            kill(process)
-    assert process.returncode == 0, output
-    assert "2 workers (the cluster has room for 1 now)" in output
-    lines = (tmp_path / "s" / "_log" / "timings.jsonl").read_text().splitlines()
-    assert len({json.loads(line)["pid"] for line in lines}) == 2
+    assert FeatureStore.open(out).committed("faulty") == list(range(12))
