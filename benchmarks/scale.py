@@ -8,9 +8,11 @@ on top and do not grow with the corpus. Beside it stands the plain way: a dict o
 Resuming is measured on a store of 16 rows per shard with receipts for every shard.
 
 `job` is the whole command, `olapipe extract` with Ray: the depth teacher of the tests on a JSONL of which only the
-first images are there, until `--job-shards` shards are done; then Ctrl-C. Memory is that of all its processes together,
-as PSS (a page that several share is counted once), looked at every second: `olapipe` is the driver and the workers,
-which hold the teacher and torch; `ray` is everything else that Ray starts. `planning` is the driver before Ray starts.
+first images are there, until `--job-shards` shards are done (or it is stopped by hand); then Ctrl-C. Memory is that of
+all its processes together, as PSS (a page that several share is counted once), looked at every second: `olapipe` is the
+driver and the workers, which hold the teacher and torch; `ray` is everything else that Ray starts. `planning` is the
+driver before Ray starts.
+
 Seconds are of the clock; `processor` is the processor time of the whole process, which a busy machine does not change.
 Run `python benchmarks/scale.py`; it writes benchmarks/results/scale.json and prints the tables.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -88,6 +89,8 @@ class Head:
 
     address: str
     client_address: str
+    environment: dict[str, str]
+    """What a driver needs: the token."""
 
     def drop_clients(self) -> int:
         """Kill the processes that stand for drivers outside the cluster; return how many there were."""
@@ -117,7 +120,8 @@ def started_head(folder: Path, *, most_nodes: int) -> Iterator[Head]:
         "autoscaling-config": folder / "autoscaling.json",
     }
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
-    environment = {"PYTHONPATH": _PATH, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = token | {"PYTHONPATH": _PATH, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     output = folder / "ray.log"
     with output.open("w") as log:
         head = subprocess.Popen(
@@ -130,7 +134,7 @@ def started_head(folder: Path, *, most_nodes: int) -> Iterator[Head]:
             if head.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(output.read_text())
             time.sleep(0.2)
-        yield Head(address, f"ray://127.0.0.1:{client_port}")
+        yield Head(address, f"ray://127.0.0.1:{client_port}", token)
     finally:
         os.killpg(head.pid, signal.SIGKILL)
         head.wait()

@@ -107,6 +107,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         yield found
 
 
+@pytest.fixture
+def with_token(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in head.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("with_token")
 def test_an_autoscaler_adds_machines_for_the_workers_that_wait(head: Head, corpus: Path, tmp_path: Path) -> None:
     checkpoint = control(tmp_path / "faulty", wait=4)
     process = start(None, corpus, tmp_path / "s", checkpoint, "--address", head.address, *SETTINGS)
@@ -120,6 +127,7 @@ def test_an_autoscaler_adds_machines_for_the_workers_that_wait(head: Head, corpu
     assert len({json.loads(line)["pid"] for line in lines}) == 2
 
 
+@pytest.mark.usefixtures("with_token")
 def test_a_driver_outside_the_cluster_that_loses_its_connection_says_how_to_go_on(
     head: Head, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
