@@ -53,6 +53,8 @@ class Nodes:
                     "dashboard_port": self.dashboard_port,
                     "dashboard_agent_listen_port": free_port(),  # the usual one may be another Ray's of this machine
                     "metrics_export_port": self.metrics_port,
+                    "include_log_monitor": False,
+                    "no_monitor": True,  # the autoscaler's
                     "_system_config": _SOON,
                 },
             )
@@ -163,9 +165,9 @@ def _autoscaling(address: str, most_nodes: int) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    """One cluster for all tests with a faulty teacher."""
+    """One cluster for all tests of a file; its servers, idle, would take a seventh of a core from all later ones."""
     found = Nodes()
     yield found
     found.cluster.shutdown()

@@ -85,10 +85,12 @@ def start_olapipe(*arguments: object) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One Ray for all tests that run the command in this process."""
+    """One Ray for all tests that run the command in this process, and workers that the next test's job takes over."""
+    from worker_support import kept_workers
+
     from olapipe.cluster import ray_running
 
-    with ray_running(None, 2):
+    with ray_running(None, 2), kept_workers():
         yield
 
 

@@ -12,7 +12,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 from hub_support import REPOSITORY, on_the_hub
-from pipeline_support import depth_arguments, digests, olapipe, start_olapipe, write_images
+from pipeline_support import depth_arguments, digests, olapipe, ray_session, start_olapipe, write_images
 from place_support import BUCKET, kill, s3, s3_server
 from rich.console import Console
 from store_support import make_store as simple_store
@@ -27,7 +27,7 @@ from olaschema.store import FeatureStore
 from olatrain.config import TrainConfig
 from olatrain.train import train
 
-__all__ = ["s3", "s3_server"]
+__all__ = ["ray_session", "s3", "s3_server"]
 
 
 def _address() -> str:
@@ -67,6 +67,7 @@ def test_a_copy_to_a_bucket_and_back_is_the_same_bytes(tmp_path: Path, s3: str) 
     assert {name: hashlib.sha256(place.read(name)).hexdigest() for name in place.walk()} == wanted
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_of_two_jobs_one_waits_and_goes_on_when_the_other_is_killed(tmp_path: Path, s3: str) -> None:
     write_images(tmp_path / "images", *(f"{place}.png" for place in range(9)), size=(60, 45))
     url, more = _address(), ("--shard-size", 1, "--batch-size", 1, "--workers", 1)

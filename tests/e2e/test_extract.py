@@ -16,6 +16,7 @@ import zarr
 from PIL import Image
 from pipeline_support import DEPTH, GOLDEN, depth_arguments, digests, olapipe, ray_session, write_images
 from safetensors.torch import load_file, save_file
+from worker_support import own_workers
 
 from olaschema.store import FeatureStore
 
@@ -37,7 +38,8 @@ def store(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made by one worker."""
     out = tmp_path_factory.mktemp("one") / "s"
     arguments = depth_arguments(corpus, out, "--shard-size", 2, "--batch-size", 2, "--workers", 1)
-    result = olapipe(*arguments)
+    with own_workers():
+        result = olapipe(*arguments)
     assert result.exit_code == 0, result.output
     assert "depth" in result.stdout
     return out
@@ -80,7 +82,8 @@ def test_two_workers_write_the_same_bytes(corpus: Path, store: Path, tmp_path: P
     for attempt in range(4):  # one worker may finish all four shards before the other has loaded its teacher
         out = tmp_path / str(attempt)
         arguments = depth_arguments(corpus, out, "--shard-size", 2, "--batch-size", 2, "--workers", 2)
-        assert olapipe(*arguments).exit_code == 0
+        with own_workers():
+            assert olapipe(*arguments).exit_code == 0
         assert digests(out) == digests(store)
         log = [json.loads(line) for line in (out / "_log/timings.jsonl").read_text().splitlines()]
         assert sorted(line["shard"] for line in log) == [0, 1, 2, 3]

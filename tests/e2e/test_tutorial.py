@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pipeline_support import ray_session
 from safetensors.torch import load_file
 from trainer_support import byte_tokenizer, conversation, metrics, write_json
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -27,6 +25,8 @@ from typer.testing import CliRunner
 
 from olapipe.cli import app as olapipe
 from olatrain.cli import app as olatrain
+
+__all__ = ["ray_session"]
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
@@ -111,17 +111,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_newcomer_gets_through(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the commands' own functions, but for extraction, which starts Ray: start-up is most of the time."""
+    """Through the commands' own functions: start-up is most of the time."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
     said: dict[str, list[str]] = {}
     for command in commands():
-        if command[1] == "extract":
-            program = [sys.executable, "-m", *command]
-            ran = subprocess.run(program, env=os.environ, capture_output=True, text=True, check=False)
-            assert ran.returncode == 0, (shlex.join(command), ran.stdout, ran.stderr)
-            continue
         result = CliRunner().invoke({"olapipe": olapipe, "olatrain": olatrain}[command[0]], command[1:])
         assert result.exit_code == 0, (shlex.join(command), result.output, result.exception)
         said.setdefault(" ".join(command[:2]), []).append(result.output)

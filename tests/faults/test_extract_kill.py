@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from pipeline_support import depth_arguments, digests, olapipe, ray_session, start_olapipe, write_images
+from worker_support import own_workers
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 __all__ = ["ray_session"]
@@ -87,10 +88,9 @@ def test_sigkill_and_sigint_at_random_moments_change_no_byte(
     assert "Traceback" not in output
     assert not stale.exists()
 
-    process = start_olapipe(*_arguments(corpus, out, 2))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert f"depth: {COUNT}/{COUNT} images" in output and "Traceback" not in output
+    result = olapipe(*_arguments(corpus, out, 2))
+    assert result.exit_code == 0, result.output
+    assert f"depth: {COUNT}/{COUNT} images" in result.output and "Traceback" not in result.output
     assert digests(out) == undisturbed, f"stopped {moments} (receipts, seconds) after the start"
     assert list((out / "_log" / "tmp").iterdir()) == []
 
@@ -113,7 +113,8 @@ def test_a_worker_that_dies_is_replaced_and_its_shard_done_again(
 
     thread = threading.Thread(target=kill_the_first_worker)
     thread.start()
-    result = olapipe(*_arguments(corpus, out))
+    with own_workers():
+        result = olapipe(*_arguments(corpus, out))
     thread.join()
     assert killed
     assert result.exit_code == 0, result.output
