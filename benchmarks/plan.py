@@ -79,6 +79,7 @@ def measure(size: tuple[int, int], arguments: argparse.Namespace, work: Path) ->
         "taken_seconds": round(taken, 2),
         "error": round(predicted / taken - 1, 3),
         "baseline_error": round(bare / taken - 1, 3),
+        "conditions": arguments.conditions,
         "load": round(os.getloadavg()[0], 1),
     }
 
@@ -86,6 +87,8 @@ def measure(size: tuple[int, int], arguments: argparse.Namespace, work: Path) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "tests" / "golden" / "depth")
+    parser.add_argument("--widths", type=int, nargs="*", default=[width for width, _ in SIZES], help="of the sizes")
+    parser.add_argument("--add", action="store_true", help="keep the runs of other sizes in the result file")
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--shard-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -94,12 +97,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp())
-    runs: list[dict[str, Any]] = []
+    runs: dict[int, dict[str, Any]] = {}
+    if arguments.add:
+        runs = {run["size"][0]: run for run in json.loads(arguments.out.read_text(encoding="utf-8"))["runs"]}
     try:
         for size in SIZES:
-            runs.append(measure(size, arguments, work))
-            print(runs[-1], flush=True)
-            save(runs, arguments)
+            if size[0] in arguments.widths:
+                runs[size[0]] = measure(size, arguments, work)
+                print(runs[size[0]], flush=True)
+                save([runs[width] for width in sorted(runs)], arguments)
     finally:
         shutil.rmtree(work)
 
@@ -109,7 +115,6 @@ def save(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "cpu": _processor(),
         "cores": os.cpu_count(),
-        "conditions": arguments.conditions,
         "versions": {name: version(name) for name in ("torch", "ray", "zarr")} | {"python": platform.python_version()},
         "what": (__doc__ or "").strip(),
         "median_error": statistics.median(abs(run["error"]) for run in runs),

@@ -6,6 +6,13 @@ Each figure comes from a process of its own, so its peak is all that planning ad
 on top and do not grow with the corpus. Beside it stands the plain way: a dict of all keys in memory.
 
 Resuming is measured on a store of 16 rows per shard with receipts for every shard.
+
+`job` is the whole command, `olapipe extract` with Ray: the depth teacher of the tests on a JSONL of which only the
+first images are there, until `--job-shards` shards are done (or it is stopped by hand); then Ctrl-C. Memory is that of
+all its processes together, as PSS (a page that several share is counted once), looked at every second: `olapipe` is the
+driver and the workers, which hold the teacher and torch; `ray` is everything else that Ray starts. `planning` is the
+driver before Ray starts.
+
 Seconds are of the clock; `processor` is the processor time of the whole process, which a busy machine does not change.
 Run `python benchmarks/scale.py`; it writes benchmarks/results/scale.json and prints the tables.
 """
@@ -19,6 +26,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -32,6 +40,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 WORDS = "word " * 40
 MEMBERS = 10_000
+ROWS = 64
+CHECKPOINT = Path(__file__).parents[1] / "tests" / "golden" / "depth"
 
 
 def write_jsonl(path: Path, images: int) -> None:
@@ -165,6 +175,79 @@ def make_store(root: Path, shards: int) -> None:
         (root / receipt_file("fake", shard)).write_bytes(sealed(receipt))
 
 
+def make_images(root: Path, count: int) -> None:
+    """Write the first images of `write_jsonl`: names of a few pictures drawn by numpy."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    drawn = []
+    for number in range(16):
+        drawn.append(root / f"{number}.jpg")
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        coarse.resize((320, 240), Image.Resampling.BICUBIC).save(drawn[-1], quality=90)
+    for i in range(count):
+        path = root / "train" / f"{i // 1000:06d}" / f"{i:012d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.hardlink_to(drawn[i % len(drawn)])
+
+
+def job(corpus: Path, images: Path, out: Path, shards: int) -> dict[str, float]:
+    """Run `olapipe extract` until so many shards are done, stop it by Ctrl-C; return peak memory in MiB, seconds."""
+    arguments = [corpus, "--images", images, "--out", out, "--teacher", "depth", "--checkpoint", f"depth={CHECKPOINT}"]
+    arguments += ["--shard-size", ROWS, "--device", "cpu"]
+    started = time.monotonic()
+    driver = subprocess.Popen([sys.executable, "-m", "olapipe", "extract", *map(str, arguments)])
+    peaks = dict.fromkeys(("planning", "driver", "workers", "olapipe", "ray", "together"), 0.0)
+    found: dict[str, float] = {}
+    done = 0
+    while driver.poll() is None:
+        memory = memory_of(driver.pid)
+        if len(memory) == 1 and not done:
+            peaks["planning"] = max(peaks["planning"], memory.get("driver", 0.0))
+        elif "planned_after_seconds" not in found:
+            found["planned_after_seconds"] = time.monotonic() - started
+        memory["olapipe"] = memory.get("driver", 0.0) + memory.get("workers", 0.0)
+        memory["together"] = memory["olapipe"] + memory.get("ray", 0.0)
+        peaks = {name: max(peak, memory.get(name, 0.0)) for name, peak in peaks.items()}
+        receipts = out / "receipts" / "depth"
+        now = sum(1 for _ in receipts.iterdir()) if receipts.exists() else 0
+        if now >= shards > done:
+            found["stopped_after_seconds"] = time.monotonic() - started
+            driver.send_signal(signal.SIGINT)
+        done = now
+        time.sleep(1.0)
+    if driver.returncode != 130:
+        raise SystemExit(f"olapipe extract ended with status {driver.returncode}, not that of Ctrl-C")
+    return {f"{name}_mib": peak for name, peak in peaks.items()} | found | {"shards": done}
+
+
+def memory_of(driver: int) -> dict[str, float]:
+    """Return the PSS in MiB of a process and its descendants: `driver`, `workers` that hold teachers, `ray`."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+    found: dict[str, float] = {}
+    for process in parents:
+        chain = [process]
+        while chain[-1] in parents and chain[-1] != driver:
+            chain.append(parents[chain[-1]])
+        if chain[-1] != driver:
+            continue
+        try:
+            name = Path(f"/proc/{process}/cmdline").read_bytes()
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        kind = "driver" if process == driver else "workers" if name.startswith(b"ray::ShardWorker") else "ray"
+        kibibytes = sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        found[kind] = found.get(kind, 0.0) + kibibytes / 1024
+    return found
+
+
 def child(kind: str, *arguments: str) -> dict[str, float]:
     """Run one measurement in a process of its own; return its seconds and its peak memory in MiB."""
     output = subprocess.run(
@@ -216,6 +299,17 @@ def measure(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None
             print("resume", shards, found["resume"][str(shards)], flush=True)
             shutil.rmtree(work / "r")
             save(found)
+        if arguments.job_images:
+            make_images(empty, (arguments.job_shards + 8) * ROWS)
+        for images in arguments.job_images:
+            corpus = work / "c.jsonl"
+            write_jsonl(corpus, images)
+            figures = job(corpus, empty, work / "s", arguments.job_shards)
+            found.setdefault("job", {})[str(images)] = {name: round(value, 1) for name, value in figures.items()}
+            print("job", images, found["job"][str(images)], flush=True)
+            corpus.unlink()
+            shutil.rmtree(work / "s")
+            save(found)
     finally:
         shutil.rmtree(work)
 
@@ -225,6 +319,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="*", default=[10**4, 10**5, 10**6, 10**7])
     parser.add_argument("--tar-images", type=int, nargs="*", default=[10**4, 10**5, 10**6, 10**7])
     parser.add_argument("--shards", type=int, nargs="*", default=[10**3, 10**4, 10**5])
+    parser.add_argument("--job-images", type=int, nargs="*", default=[10**5, 10**7])
+    parser.add_argument("--job-shards", type=int, default=24, help="after so many the job is stopped")
     parser.add_argument("--dict-up-to", type=int, default=10**6, help="largest corpus for the dict in memory")
     parser.add_argument("--work", type=Path, help="folder for the generated corpora, 12 GB at 10^7 images")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 from place_support import free_port
 from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
+from ray.util import get_node_ip_address
 
 PLUGINS = Path(__file__).parent / "plugins"
 _PATH = os.pathsep.join([str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -79,6 +83,86 @@ class Nodes:
                 self.cluster.remove_node(node, allow_graceful=False)
                 self._add()
                 self.restarted += 1
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that `ray start` has started; `client_address` is for drivers that are no part of the cluster."""
+
+    address: str
+    client_address: str
+    environment: dict[str, str]
+    """What a driver needs: the token."""
+
+    def drop_clients(self) -> int:
+        """Kill the processes that stand for drivers outside the cluster; return how many there were."""
+        found = 0
+        for command in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended
+                words = command.read_text().split("\0")
+                if "--mode=specific-server" in words and f"--address={self.address}" in words:
+                    os.kill(int(command.parent.name), signal.SIGKILL)
+                    found += 1
+        return found
+
+
+@contextmanager
+def started_head(folder: Path, *, most_nodes: int) -> Iterator[Head]:
+    """Yield a head of one CPU to which Ray's autoscaler adds up to `most_nodes` nodes of one CPU, on this machine."""
+    client_port, host = free_port(), get_node_ip_address()
+    address = f"{host}:{free_port()}"
+    (folder / "autoscaling.json").write_text(json.dumps(_autoscaling(address, most_nodes)))
+    options = {
+        "port": address.rpartition(":")[2],
+        "ray-client-server-port": client_port,
+        "dashboard-agent-listen-port": free_port(),
+        "include-dashboard": "false",
+        "num-cpus": 1,
+        "object-store-memory": 80 << 20,
+        "autoscaling-config": folder / "autoscaling.json",
+    }
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = token | {"PYTHONPATH": _PATH, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    output = folder / "ray.log"
+    with output.open("w") as log:
+        head = subprocess.Popen(
+            [*command, *(f"--{name}={value}" for name, value in options.items())],
+            stdout=log, stderr=log, start_new_session=True, env=os.environ | environment,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in output.read_text():
+            if head.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(output.read_text())
+            time.sleep(0.2)
+        yield Head(address, f"ray://127.0.0.1:{client_port}", token)
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
+
+
+def _autoscaling(address: str, most_nodes: int) -> dict[str, Any]:
+    """Return what Ray's autoscaler wants to know to start nodes that are processes of this machine."""
+    node = {"resources": {"CPU": 1, "object_store_memory": 80 << 20}, "node_config": {}}
+    same = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check")
+    commands = ("setup", "initialization", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    return {
+        "cluster_name": "growing",
+        "max_workers": most_nodes,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 5,
+        "provider": {"type": "fake_multinode", "gcs_address": address, **dict.fromkeys(same, True)},
+        "available_node_types": {
+            "ray.head.default": node | {"max_workers": 0},
+            "cpu": node | {"max_workers": most_nodes},
+        },
+        "head_node_type": "ray.head.default",
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        **{f"{name}_commands": [] for name in commands},
+    }
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -16,21 +17,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from olapipe.signals import sigterm_raises
+from olapipe.signals import Terminated, sigterm_raises
 from olaschema.errors import OlaError
 
 _CONNECT_SECONDS = 5.0
+_JOINS = 3
 # Nothing large goes through Ray's object store: tasks are numbers and the shards are written by the workers.
 _OBJECT_STORE_BYTES = 80 << 20
 _PREFIX = "olapipe-"
 _HELD = "in-use.lock"
+_CLIENT = "ray://"
 
 
 @contextmanager
 def ray_running(address: str | None, cpus: int) -> Iterator[None]:
     """Join the cluster at `address`, or start Ray here with room for `cpus` workers at least; stop it in the end.
 
-    A Ray that this process has running already is used and left running. Raises OlaError where there is none to use.
+    A Ray that this process has running already is used and left running. Raises OlaError where there is none to use,
+    and where the connection to a cluster that this process is no part of (`ray://`) is lost meanwhile.
     """
     if address is None:
         # Set before ray is imported, which reads it then: servers listen on the loopback address only.
@@ -46,7 +50,7 @@ def ray_running(address: str | None, cpus: int) -> Iterator[None]:
     with nullcontext() if address else _scratch_folder() as scratch:
         try:
             _initialise(address, cpus, scratch)
-            with sigterm_raises():  # Ray's own handler, set by init, dumps its stacks and exits with 15
+            with sigterm_raises(), _connected(address):  # Ray's own handler, set by init, dumps stacks, exits with 15
                 yield
         finally:
             ray.shutdown()
@@ -66,7 +70,17 @@ def _initialise(address: str | None, cpus: int, scratch: str | None) -> None:
         _require_reachable(address)
         where = {"address": address}
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
+        for left in reversed(range(_JOINS)):
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
+                break
+            except ConnectionAbortedError:  # at times the process that is to stand for this one does not start there
+                if not left:
+                    raise
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:  # by Ray's own handler, which it sets long before it is there
+            raise Terminated from None
+        raise
     except Exception as error:
         # Ray raises a plain Exception where it does not come up in its 30 seconds, which no narrower class catches
         if not isinstance(error, (RuntimeError, ValueError, ConnectionError, OSError)) and type(error) is not Exception:
@@ -74,14 +88,31 @@ def _initialise(address: str | None, cpus: int, scratch: str | None) -> None:
         if address is not None:
             raise _unreachable(address, error) from error
         raise OlaError(
-            f"Ray cannot be started here: {_first_line(error)}",
+            f"Ray cannot be started here: {_brief(error)}",
             "Run the command again, when the machine is less busy; free memory or processes; or use --address.",
+        ) from error
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    """Say so where Ray's client loses its cluster; a process that is a part of one has no client."""
+    if address is None or not address.startswith(_CLIENT):
+        yield
+        return
+    import grpc
+
+    try:
+        yield
+    except (ConnectionError, grpc.RpcError) as error:
+        raise OlaError(
+            f"the connection to the Ray cluster at {address} was lost",
+            "Run the same command again: finished shards are kept.",
         ) from error
 
 
 def _require_reachable(address: str) -> None:
     """Ray itself tries a dead address for minutes."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    host, separator, port = address.removeprefix(_CLIENT).rpartition(":")
     if not separator:
         return  # `auto`, which Ray answers at once
     try:
@@ -92,8 +123,9 @@ def _require_reachable(address: str) -> None:
 
 def _unreachable(address: str, error: Exception) -> OlaError:
     return OlaError(
-        f"no Ray cluster can be joined at {address}: {_first_line(error)}",
-        "Check --address, and RAY_AUTH_TOKEN if the cluster wants one. Without --address Ray is started here.",
+        f"no Ray cluster can be joined at {address}: {_brief(error)}",
+        "Check --address (HOST:6379 on a machine of the cluster, ray://HOST:10001 elsewhere, unless it was given other "
+        "ports), and RAY_AUTH_TOKEN if the cluster wants one. Without --address Ray is started here.",
     )
 
 
@@ -127,6 +159,9 @@ def sweep_scratch(parent: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _first_line(error: Exception) -> str:
+def _brief(error: Exception) -> str:
+    """Return the first line of a message, and the last one where the first only announces it."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

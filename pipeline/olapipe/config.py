@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,7 +53,7 @@ class ExtractConfig(BaseModel):
     """Run the teachers through torch.compile: faster after a slow start; gives other bits, which receipts record."""
     max_megapixels: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
     address: str | None = None
-    """A running Ray cluster; by default Ray is started here, for this command only."""
+    """A running Ray cluster: `auto`, `HOST:PORT` or, from outside, `ray://HOST:PORT`; by default Ray starts here."""
     gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of a GPU that one worker takes: 0.5 puts two workers on each."""
     max_failures: Annotated[str, Field(pattern=r"^(\d+|\d+(\.\d+)?%)$", coerce_numbers_to_str=True)] | None = None
@@ -65,6 +66,17 @@ class ExtractConfig(BaseModel):
     def _local(cls, value: object) -> object:
         if isinstance(value, str) and "://" in value:
             raise ValueError("buckets and other addresses are not supported yet: give a local or mounted folder")
+        return value
+
+    @field_validator("address")
+    @classmethod
+    def _of_a_cluster(cls, value: str | None) -> str | None:
+        # Ray takes other words too: `local` starts one with its own settings, a scheme it does not know it imports
+        if value is not None and not re.fullmatch(r"auto|(ray://)?(\[[0-9a-fA-F:.]+\]|[^\s:/@]+):[0-9]{1,5}", value):
+            raise ValueError(
+                f"{value!r} is not the address of a Ray cluster: give auto, HOST:6379 or ray://HOST:10001, with the "
+                "ports that it was started with (an http address is for `ray job submit`)"
+            )
         return value
 
     @model_validator(mode="after")

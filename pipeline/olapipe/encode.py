@@ -41,6 +41,7 @@ LOG = "timings.jsonl"
 STAGES = ("read", "decode", "preprocess", "wait", "forward", "encode", "compress", "write")
 Progress = Callable[[str, int], None]
 _LONGEST_DETAIL = 300
+_GONE = ("missing", "unreadable")
 # How torch's allocator of host memory says that there is none left; it has no exception of its own.
 _HOST_MEMORY = "not enough memory"
 # What a worker died or raised of; the words are those of every run, so that they may be in a receipt.
@@ -156,8 +157,8 @@ class ShardEncoder:
         """Encode and commit one shard for the named teachers; return its receipts.
 
         `progress(teacher, rows)` is told how many rows of the shard are settled. An image that cannot be used is
-        recorded in its row. Raises CorpusError if the whole image folder is gone, TeacherError where a teacher fails
-        on any input, StoreError where the store cannot be written. `replace` encodes a committed
+        recorded in its row. Raises CorpusError if the whole image folder is gone, before or meanwhile, TeacherError
+        where a teacher fails on any input, StoreError where the store cannot be written. `replace` encodes a committed
         shard again, and takes images that have changed since they were planned, but where an image cannot be used any
         more, a sound shard keeps its feature (`keep_features`). `poisoned` are, by teacher, the
         rows that a worker did not survive, with the reason, one of `CRASHES`: they are recorded and not touched.
@@ -167,16 +168,12 @@ class ShardEncoder:
         batch size, and so on down to 1; the receipt records the batch size. The next shard starts with the full one,
         so that what happened to other shards changes no feature.
         """
-        if not self.root.is_dir():
-            raise CorpusError(
-                f"{self.root}: the image folder is not there",
-                "Mount it under the same path on every machine of the job.",
-            )
         started = time.perf_counter()
         for name in teachers if replace else ():  # another worker may have died of it
             with self.store.place.lock(shard_lock(name, shard)):
                 finish_replacement(self.store.place, name, shard)
         samples = self.store.shard_samples(shard)
+        self._require_images(samples)
         seconds = dict.fromkeys(STAGES, 0.0)
         batches = dict.fromkeys(teachers, self.limits.batch_size)
         made_from = self._made_from(shard, teachers)
@@ -198,6 +195,8 @@ class ShardEncoder:
                 batches[error.teacher] = self._smaller(error)
             finally:
                 ahead.close()
+        if any(row.reason in _GONE for output in outputs.values() for row in output.rows):
+            self._require_images(samples)  # else a folder that is unmounted meanwhile would make all of them failures
         receipts = {}
         for name in teachers:
             output = outputs.pop(name)
@@ -219,6 +218,19 @@ class ShardEncoder:
             timings.update(seconds)
         self._log(shard, receipts, seconds)
         return receipts
+
+    def _require_images(self, samples: Sequence[SampleRow]) -> None:
+        """Raise CorpusError where the image folder is gone, or is as empty as where something was to be mounted."""
+        try:
+            with os.scandir(self.root) as entries:
+                there = any(True for _ in entries) or all(sample.size < 0 for sample in samples)
+        except OSError:
+            there = False
+        if not there:
+            raise CorpusError(
+                f"{self.root}: the image folder is not there, or empty, on {socket.gethostname()}",
+                "Mount it under the same path on every machine of the job, then run the same command again.",
+            )
 
     def probe(self, shard: int, teacher: str, index: int) -> None:
         """Take one row of a shard as far as its feature, and drop it: shows whether the process survives that."""

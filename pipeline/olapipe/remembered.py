@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import olaschema
+from olapipe import load
 from olapipe.config import ExtractConfig
 from olapipe.load import libraries_of
 from olapipe.teachers import registry
@@ -104,7 +105,7 @@ def _walk(root: Path) -> list[Path]:
 def _code() -> str:
     """Return a digest of the code that makes records, which changes between two versions while it is worked on."""
     folders = (Path(registry.__file__).parent, Path(olaschema.__file__).parent)
-    sources = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    sources = [Path(load.__file__), *(path for folder in folders for path in sorted(folder.glob("*.py")))]
     return _digest([hashlib.sha256(path.read_bytes()).hexdigest() for path in sources])
 
 

@@ -48,6 +48,8 @@ class JobNote(BaseModel):
     pid: int
     started: float
     updated: float
+    spent: float = 0.0
+    """Seconds since the start by a clock that is never set."""
     state: State = "running"
     workers: int = 0
     shards: int = 0
@@ -65,6 +67,8 @@ class JobNote(BaseModel):
 
     def describe(self, now: float) -> str:
         """The state in words; a job that fell silent was probably killed."""
+        if self.state in _UNDER_WAY and self.updated - now > _SILENT_SECONDS:
+            return f"{self.state}, unless it was killed: its clock is {duration(self.updated - now)} ahead of this one"
         if self.state not in _UNDER_WAY or self.active(now):
             return self.state
         return f"silent for {duration(now - self.updated)}, probably killed"
@@ -76,6 +80,7 @@ class Heartbeat:
     def __init__(self, place: Place, waiting: Mapping[str, int]) -> None:
         self._place = place
         self._started = time.time()
+        self._begun = time.monotonic()
         self._name = f"{JOBS}/{self._started:.0f}-{secrets.token_hex(4)}.json"
         self._waiting = dict(waiting)
         self._last = float("-inf")
@@ -101,6 +106,7 @@ class Heartbeat:
             pid=os.getpid(),
             started=self._started,
             updated=time.time(),
+            spent=time.monotonic() - self._begun,
             state=state,
             workers=tally.workers,
             shards=tally.shards,
@@ -149,9 +155,7 @@ def teacher_status(store: FeatureStore, name: str, notes: Sequence[JobNote], now
     planned = sum(generation.rows for generation in store.generations())
     done = len(committed) * size - sum(short.get(shard, 0) for shard in committed)
     active = [note for note in notes if note.active(now) and note.waiting.get(name)]
-    rates = [
-        note.settled.get(name, 0) / (note.updated - note.started) for note in active if note.updated > note.started
-    ]
+    rates = [note.settled.get(name, 0) / note.spent for note in active if note.spent > 0]
     rate = sum(rates) if any(rates) else None
     failed = sum(note.failed.get(name, 0) for note in active) if active else None
     left = (planned - done) / rate if rate and planned > done else None

@@ -25,8 +25,7 @@ from olaschema.place import Place
 
 Result = TypeVar("Result")
 SCHEMES = ("s3", "az", "gs")
-_CREATES = 5
-_LISTINGS = 5
+_TRIES = 5
 _CUT_SHORT = "response body"
 _NOT_LOGS = {"tmp", "locks", "leases", "withdrawn"}
 _WITHDRAWN = "_log/withdrawn"
@@ -155,23 +154,17 @@ class BucketPlace(Place):
     def _put_if(self, name: str, data: bytes, mode: Any) -> bool:
         # A reply that got lost leaves open whether the object was put, and a second try would find our own: so whoever
         # is refused looks. Such puts are not retried by obstore, and are here.
-        store = self._store()
-        attempt = 0
-        while True:
-            attempt += 1
-            self.requests["write"] += 1
+        def put(store: Any) -> bool:
             try:
                 self._obstore.put(store, name, data, mode=mode, use_multipart=False)
-                return True
             except (self._errors.AlreadyExistsError, self._errors.PreconditionError):
                 return self.find(name) == data
-            except (self._errors.BaseError, OSError) as error:
-                explained = self._explain(name, error)
-                if self.find(name) == data:
-                    return True
-                if attempt == _CREATES or not _passing(error):
-                    raise explained from None
-                time.sleep(0.1 * 2**attempt)
+            except (self._errors.BaseError, OSError):
+                if self.find(name) != data:
+                    raise
+            return True
+
+        return self._call("write", name, put, again=_passing)
 
     def remove(self, name: str) -> None:
         """Delete an object; one that is not there is no error."""
@@ -277,7 +270,10 @@ class BucketPlace(Place):
                 raise self._explain("", error) from None
         return self._opened
 
-    def _call(self, kind: str, name: str, act: Callable[[Any], Result]) -> Result:
+    def _call(
+        self, kind: str, name: str, act: Callable[[Any], Result], *, again: Callable[[Exception], bool] | None = None
+    ) -> Result:
+        """Return what `act` does, tried again after the errors that `again` answers for; the library tries others."""
         store = self._store()
         tries = 0
         while True:
@@ -290,8 +286,7 @@ class BucketPlace(Place):
                     raise self._explain(name, error) from None
                 raise
             except (self._errors.BaseError, OSError) as error:
-                # the library tries requests again, but not a listing of which only a part arrived
-                if kind != "list" or _CUT_SHORT not in str(error) or tries == _LISTINGS:
+                if again is None or not again(error) or tries == _TRIES:
                     raise self._explain(name, error) from None
                 time.sleep(0.1 * 2**tries)
 
@@ -314,19 +309,21 @@ class BucketPlace(Place):
         return self._missing_is_none("read", name, get)
 
     def _listed(self, folder: str) -> Any:
-        return self._call("list", folder, lambda store: self._obstore.list_with_delimiter(store, folder or None))
+        return self._call(
+            "list", folder, lambda store: self._obstore.list_with_delimiter(store, folder or None), again=_cut_short
+        )
 
     def _all(self, folder: str) -> list[str]:
         def names(store: Any) -> list[str]:
             return sorted(found["path"] for chunk in self._obstore.list(store, folder or None) for found in chunk)
 
-        return self._call("list", folder, names)
+        return self._call("list", folder, names, again=_cut_short)
 
     def _any(self, folder: str) -> bool:
         def first(store: Any) -> bool:
             return any(chunk for chunk in self._obstore.list(store, folder or None, chunk_size=1))
 
-        return self._call("list", folder, first)
+        return self._call("list", folder, first, again=_cut_short)
 
     def _explain(self, name: str, error: Exception) -> StoreError:
         """Say what is wrong in our words: messages of the library may hold signed addresses."""
@@ -375,6 +372,11 @@ def _passing(error: Exception) -> bool:
     """Whether a second try may do better: a broken connection, or trouble of the server."""
     status = re.search(r"status code: (\d+)", str(error))
     return status is None or status[1] in ("409", "429") or status[1].startswith("5")
+
+
+def _cut_short(error: Exception) -> bool:
+    """Whether only a part of an answer arrived; the library does not try such a listing again."""
+    return _CUT_SHORT in str(error)
 
 
 def _last(path: str) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from cluster_support import Nodes, control, finish, fired, nodes, start, submit
+from cluster_support import Head, Nodes, control, finish, fired, nodes, start, started_head, submit
 from pipeline_support import digests, write_images
 from place_support import kill
 
@@ -97,3 +99,56 @@ def test_the_driver_killed_at_every_boundary_and_run_again(
     assert process.returncode == 0, output
     assert fired(checkpoint) == set(map(str, range(len(plan)))), "every boundary was hit"
     assert digests(tmp_path / "s") == undisturbed
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with started_head(tmp_path_factory.mktemp("head"), most_nodes=1) as found:
+        yield found
+
+
+@pytest.fixture
+def with_token(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in head.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("with_token")
+def test_an_autoscaler_adds_machines_for_the_workers_that_wait(head: Head, corpus: Path, tmp_path: Path) -> None:
+    checkpoint = control(tmp_path / "faulty", wait=4)
+    process = start(None, corpus, tmp_path / "s", checkpoint, "--address", head.address, *SETTINGS)
+    try:
+        output = finish(process)
+    finally:
+        kill(process)
+    assert process.returncode == 0, output
+    assert "2 workers (the cluster has room for 1 now)" in output
+    lines = (tmp_path / "s" / "_log" / "timings.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["pid"] for line in lines}) == 2
+
+
+@pytest.mark.usefixtures("with_token")
+def test_a_driver_outside_the_cluster_that_loses_its_connection_says_how_to_go_on(
+    head: Head, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "2")  # half a minute else
+    out = tmp_path / "s"
+    where = (corpus, out, control(tmp_path / "faulty", wait=1), "--address", head.client_address, *SETTINGS[:-2])
+    process = start(None, *where)
+    try:
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            if list(out.glob("receipts/faulty/*.json")):
+                assert head.drop_clients() == 1
+                break
+            time.sleep(0.2)
+        output = finish(process)
+    finally:
+        kill(process)
+    assert process.returncode == 1 and "Traceback" not in output, output
+    assert f"the connection to the Ray cluster at {head.client_address} was lost\nRun the same command again" in output
+
+    process = start(None, *where)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert FeatureStore.open(out).committed("faulty") == list(range(12))

@@ -288,7 +288,41 @@ def test_a_vanished_image_folder_is_no_reason_to_fail_every_image(tmp_path: Path
     corpus.rename(tmp_path / "moved")
     with pytest.raises(CorpusError, match="image folder is not there"):
         encoder.encode(0, ["fake"], _ignore)
+    corpus.mkdir()  # where it was to be mounted
+    with pytest.raises(CorpusError, match="image folder is not there, or empty, on "):
+        encoder.encode(0, ["fake"], _ignore)
     assert encoder.store.committed("fake") == []
+
+
+@pytest.mark.parametrize("left", [None, "empty"])
+def test_an_image_folder_that_vanishes_meanwhile_fails_no_image(
+    left: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = _corpus(tmp_path / "c", 7)
+    teacher = FakeTeacher()
+    encoder = _encoder(tmp_path / "s", corpus, teacher, batch=1)
+    encode = teacher.encode
+
+    def unmounted(pixels_bchw: torch.Tensor) -> torch.Tensor:
+        if corpus.exists() and any(corpus.iterdir()):
+            corpus.rename(tmp_path / "moved")
+            if left == "empty":
+                corpus.mkdir()
+        return encode(pixels_bchw)
+
+    monkeypatch.setattr(teacher, "encode", unmounted)
+    with pytest.raises(CorpusError, match="same command again"):
+        encoder.encode(0, ["fake"], _ignore)
+    assert encoder.store.committed("fake") == []
+
+
+def test_images_that_were_never_there_need_no_folder_with_others(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "c.json").write_text('[{"image": "none.png", "conversations": []}]')
+    store = FeatureStore.create(tmp_path / "s", rows_per_shard=ROWS)
+    store.add_generation(entry.sample() for entry in list_corpus(tmp_path / "c.json", tmp_path / "images").entries)
+    receipt = _encoder(tmp_path / "s", tmp_path / "images", FakeTeacher()).encode(0, ["fake"], _ignore)["fake"]
+    assert receipt.rows[0].reason == "missing"
 
 
 def test_memory_of_the_device_and_shapes_are_the_teachers_errors(

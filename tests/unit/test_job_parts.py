@@ -7,7 +7,9 @@ import fcntl
 import io
 import json
 import os
+import re
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
@@ -110,7 +113,11 @@ def test_other_limits_are_refused(given: str) -> None:
 
 
 def _config(most: object) -> ExtractConfig:
-    return ExtractConfig.model_validate({"corpus": "c", "out": "s", "teachers": ("depth",), "max_failures": most})
+    return ExtractConfig.model_validate(_settings() | {"max_failures": most})
+
+
+def _settings() -> dict[str, object]:
+    return {"corpus": "c", "out": "s", "teachers": ("depth",)}
 
 
 def test_the_first_signal_sets_a_flag_and_the_second_one_raises() -> None:
@@ -205,6 +212,63 @@ def test_a_ray_that_does_not_come_up_is_an_error_with_a_remedy(tmp_path: Path, m
         pass
 
 
+def test_sigterm_while_ray_starts_ends_as_it_does_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        def handler(number: int, frame: object) -> None:
+            sys.exit(number)
+
+        signal.signal(signal.SIGTERM, handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stub = SimpleNamespace(init=init, is_initialized=lambda: False, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    with pytest.raises(Terminated), sigterm_raises(), ray_running(None, 1):
+        pass
+
+
+def test_a_cluster_is_joined_again_when_its_server_for_outsiders_does_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refused: list[str] = []
+    refusals = 2
+
+    def init(*, address: str, **_: object) -> None:
+        if len(refused) < refusals:
+            refused.append(address)
+            raise ConnectionAbortedError(
+                "Initialization failure from server:\nTraceback\n  more\nServer startup failed\n"
+            )
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        stub = SimpleNamespace(init=init, is_initialized=lambda: False, shutdown=lambda: None)
+        monkeypatch.setitem(sys.modules, "ray", stub)
+        with ray_running(address, 1):
+            assert refused == [address] * 2
+        refused, refusals = [], 3
+        message = f"{address}: Initialization failure from server: Server startup failed\nCheck --address (HOST:6379"
+        with pytest.raises(OlaError, match=re.escape(message)), ray_running(address, 1):
+            pass
+        assert len(refused) == 3, "not for ever"
+
+
+def test_a_lost_connection_is_an_error_only_where_this_process_is_no_part_of_the_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stub = SimpleNamespace(init=lambda **_: None, is_initialized=lambda: False, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        for error in (ConnectionError("gone"), grpc.RpcError()):
+            with (
+                pytest.raises(OlaError, match=rf"ray://{address} was lost\n.*same command"),
+                ray_running(f"ray://{address}", 1),
+            ):
+                raise error
+        with pytest.raises(ConnectionError, match="a defect"), ray_running(address, 1):
+            raise ConnectionError("a defect")
+
+
 @pytest.mark.parametrize(
     ("raised", "stopped", "state"),
     [
@@ -246,7 +310,7 @@ def test_status_counts_images_of_short_shards_and_the_rate_of_active_jobs(tmp_pa
         (tmp_path / "s" / "receipts" / "a" / f"{shard:05d}.json").touch()
     now = 1000.0
     running = JobNote(
-        host="m", pid=1, started=980.0, updated=990.0, waiting={"a": 10}, settled={"a": 5}, failed={"a": 2}
+        host="m", pid=1, started=50.0, updated=990.0, spent=10.0, waiting={"a": 10}, settled={"a": 5}, failed={"a": 2}
     )
     silent = running.model_copy(update={"updated": 100.0, "started": 0.0})
     found = teacher_status(store, "a", [running, running, silent], now)
@@ -254,6 +318,35 @@ def test_status_counts_images_of_short_shards_and_the_rate_of_active_jobs(tmp_pa
     assert found.rate == pytest.approx(1.0) and found.left == pytest.approx(4.0) and found.failed == 4
     assert silent.describe(now) == "silent for 15 min 00 s, probably killed"
     assert not running.model_copy(update={"state": "finished"}).active(now)
+    ahead = running.model_copy(update={"updated": now + 3600})
+    assert ahead.describe(now) == "running, unless it was killed: its clock is 1 h 00 min ahead of this one"
+    assert ahead.model_copy(update={"state": "finished"}).describe(now) == "finished"
+
+
+def test_the_rate_of_a_job_follows_no_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = _store(tmp_path / "s", 10)
+    heart = Heartbeat(store.place, {"a": 10})
+    begun = time.time()
+    monkeypatch.setattr(time, "time", lambda: begun + 36_000)
+    tally = Tally()
+    tally.settled["a"] = 3
+    time.sleep(0.2)
+    heart.beat(tally)
+    rate = teacher_status(store, "a", jobs(store.place), time.time()).rate
+    assert rate is not None and 0.1 < rate < 16
+
+
+@pytest.mark.parametrize("address", ["auto", "head:6379", "127.0.0.1:6379", "[::1]:6379", "ray://head.cluster:10001"])
+def test_addresses_of_clusters(address: str) -> None:
+    assert ExtractConfig.model_validate(_settings() | {"address": address}).address == address
+
+
+@pytest.mark.parametrize(
+    "address", ["", "local", "head", "ray://", "ray://head", "http://head:8265", "os://head:1", "a b:1", "head:6379\n"]
+)
+def test_other_addresses_are_refused_at_once(address: str) -> None:
+    with pytest.raises(ValidationError, match="give auto, HOST:6379 or ray://HOST:10001"):
+        ExtractConfig.model_validate(_settings() | {"address": address})
 
 
 def test_a_job_leaves_notes_that_status_shows(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from pipeline_support import DEPTH
 
-from olapipe import remembered
+import olaschema.manifest
+from olapipe import load, remembered
 from olapipe.config import ExtractConfig
+from olapipe.teachers import registry
 
 
 def config(tmp_path: Path, **more: object) -> ExtractConfig:
@@ -42,6 +44,15 @@ def test_a_mark_changes_with_whatever_a_record_follows_from(
     monkeypatch.setattr(remembered, "_code", lambda: "another version")
     found.add(mark())
     assert len(found) == 8
+
+
+def test_a_mark_changes_with_the_code_that_loads_and_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_bytes
+    for changed in (load.__file__, registry.__file__, olaschema.manifest.__file__):
+        before = remembered._code()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda path, changed=changed: read(path) + b"#" * (str(path) == changed))
+            assert remembered._code() != before, changed
 
 
 def test_what_is_not_known_for_certain_has_no_mark(
