@@ -7,12 +7,14 @@ import hashlib
 import hmac
 import http.client
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from email.utils import formatdate
 from pathlib import Path
 from urllib.error import URLError
@@ -30,10 +32,15 @@ ENVIRONMENT = {
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody listens at, below those that connections get on their way out.
+
+    One of those may be taken between this and the server's start, and was: Ray's agents then run without their port.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 @pytest.fixture(scope="session")

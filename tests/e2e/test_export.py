@@ -334,6 +334,7 @@ def test_a_template_that_loses_the_task_tokens_is_refused(
     shutil.copytree(plain.student, student)
     names = "".join(f"<ola_{t}_{n}>" for t in ("gen", "depth") for n in range(2))
     (student / "chat_template.jinja").write_text(template.replace("@", "<image>" + names))
+    fit(settings(plain.corpus, student, tmp_path / "run", steps=1))
     with pytest.raises(ConfigError, match=message):
-        export(plain.run, tmp_path / "out", student=student)
+        export(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
