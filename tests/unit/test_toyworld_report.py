@@ -1,0 +1,116 @@
+"""The page of the toy world's results, from rows whose outcome is known."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+TOYWORLD = Path(__file__).parents[2] / "examples" / "toyworld"
+_NAMES = ("report", "arms", "significance", "evidence", "representations", "student", "language", "scenes", "fitting")
+QUESTIONS = 120
+SHARES = {"none": 0.5, "tokens": 0.5, "shuffled": 0.5, "random": 0.55, "embedding": 0.8, "int8": 0.8, "layers-1": 0.6}
+
+
+@pytest.fixture(autouse=True)
+def on_the_path() -> Iterator[None]:
+    sys.path.insert(0, str(TOYWORLD))
+    yield
+    sys.path.remove(str(TOYWORLD))
+    for name in _NAMES:
+        sys.modules.pop(name, None)
+
+
+def load(name: str) -> ModuleType:
+    return __import__(name)
+
+
+def digits(share: float, rng: np.random.Generator) -> str:
+    return "".join(str(int(value)) for value in rng.random(QUESTIONS) < share)
+
+
+def write_rows(folder: Path, shares: dict[str, float], *, seeds: int = 3) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "arm": arm, "seed": seed, "budget": 3000, "split": split, "kind": "depth", "right": digits(share, rng),
+            "config": "same", "pretrain_seconds": 20.0, "tune_seconds": 30.0, "versions": {"torch": "2"},
+            "date": "2026-11-29",
+        }
+        for arm, share in shares.items() for seed in range(seeds) for split in ("test", "ood")
+    ]  # fmt: skip
+    asked = {"depth": {"images": [f"{n // 2}.png" for n in range(QUESTIONS)], "chance": 0.5}}
+    folder.mkdir(exist_ok=True)
+    (folder / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "questions.json").write_text(json.dumps({"test": asked, "ood": asked}))
+
+
+def page(results: Path, out: Path) -> str:
+    load("report").write(results, out / "results.md")
+    return (out / "results.md").read_text(encoding="utf-8")
+
+
+def test_the_verdict_follows_from_the_rows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "good", SHARES)
+    text = page(tmp_path / "good", tmp_path)
+    assert "**Success** as it was fixed" in text
+    assert "| `random` | +" in text
+    assert (tmp_path / "images" / "results.png").is_file()
+    write_rows(tmp_path / "worse", {**SHARES, "embedding": 0.2})
+    assert "**No success**: the embedding losses are worse than" in page(tmp_path / "worse", tmp_path)
+
+
+def test_arms_of_other_layers_and_precisions_have_their_own_tables(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results", SHARES)
+    (tmp_path / "results" / "stores.json").write_text(json.dumps({"int8": {"bytes": 4321, "cosine": 0.99987}}))
+    text = page(tmp_path / "results", tmp_path)
+    layers, precision = text.split("## Layers")[1].split("## Precision")
+    (row,) = [line for line in layers.splitlines() if line.startswith("| (1,) |")]
+    assert row.split(" | ")[1] == "3"
+    assert float(row.split(" | ")[3].split()[0]) < -10  # points below the published choice
+    (row,) = [line for line in precision.splitlines() if line.startswith("| int8 |")]
+    assert row.startswith("| int8 | 4321 | 0.99987 | 3 | ")
+    assert "layers-1" not in text.split("## Layers")[0]
+
+
+def test_students_are_correlated_and_few_are_not(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results", SHARES)
+    rng = np.random.default_rng(1)
+    rows = [
+        {
+            "width": 32, "tower_steps": 60 + n, "pictures": 300, "probe": {"1": 0.0, "2": 0.05 * n}, "text": 0.3,
+            "right": {"test depth": digits(0.5 + 0.05 * n, rng), "ood depth": digits(0.5, rng)},
+        }
+        for n in range(10)
+    ]  # fmt: skip
+    path = tmp_path / "results" / "students.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    assert "Not enough was run yet: 3 students" in page(tmp_path / "results", tmp_path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part = page(tmp_path / "results", tmp_path).split("## (a)")[1]
+    (row,) = [line for line in part.splitlines() if line.startswith("| depth |")]
+    assert float(row.split(" | ")[3]) > 0.9
+    assert (tmp_path / "images" / "students.png").is_file()
+
+
+def test_a_page_without_results_says_so(tmp_path: Path) -> None:
+    text = page(tmp_path / "nothing", tmp_path)
+    assert "Not enough was run yet: a difference takes two paired seeds, and there are 0." in text
+    assert "Run never" in text
+
+
+def test_the_plan_names_arms_and_students_that_there_are() -> None:
+    evidence, arms, representations = load("evidence"), load("arms"), load("representations")
+    plan = evidence.PLAN
+    for form in plan["forms"].values():
+        assert {name for part in form["arms"] for name in part["arms"]} <= set(arms.ARMS)
+    full = plan["forms"]["full"]
+    assert {name for part in full["arms"] for name in part["arms"]} == set(arms.ARMS)
+    assert full["students"] == len(plan["students"]) == len(set(plan["students"]))
+    made = [representations.variant(name) for name in plan["students"]]
+    assert {len({getattr(one, name) for one in made}) for name in ("width", "tower_steps", "pictures")} == {3}
