@@ -165,18 +165,10 @@ def prepare(root: Path, options: argparse.Namespace, sizes: dict[str, Any]) -> d
     tokenizer.save_pretrained(root / "llm")
     vision = CLIPVisionConfig(image_size=336, patch_size=14, **sizes["vision"])
     CLIPVisionModel(vision).to(half).save_pretrained(root / "vision")
-    compose(
-        root / "llm", root / "vision", root / "student", teachers=NAMES, tokens_per_teacher=8, view="squash", seed=0
-    )
-    compose(
-        root / "llm",
-        root / "vision",
-        root / "student-text",
-        teachers=NAMES,
-        tokens_per_teacher=0,
-        view="squash",
-        seed=0,
-    )
+    for name, tokens in (("student", 8), ("student-text", 0)):
+        compose(
+            root / "llm", root / "vision", root / name, teachers=NAMES, tokens_per_teacher=tokens, view="squash", seed=0
+        )
     (root / "images").mkdir()
     count = options.batch * (options.steps + 1)
     keys = [f"{number:05d}.jpg" for number in range(count)]

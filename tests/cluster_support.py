@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from place_support import free_port
+from free_ports import free_port
 from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
 from ray.util import get_node_ip_address

@@ -7,20 +7,18 @@ import hashlib
 import hmac
 import http.client
 import os
-import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from email.utils import formatdate
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import pytest
+from free_ports import free_port
 
 BUCKET = "features"
 ENVIRONMENT = {
@@ -29,18 +27,6 @@ ENVIRONMENT = {
     "AWS_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-
-
-def free_port() -> int:
-    """Return a port that nobody listens at, below those that connections get on their way out.
-
-    One of those may be taken between this and the server's start, and was: Ray's agents then run without their port.
-    """
-    while True:
-        port = 20_000 + secrets.randbelow(12_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import io
 import json
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from free_ports import free_port
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
@@ -267,9 +267,7 @@ def start_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_preload"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks: list[BaseProcess] = [
         context.Process(target=_rank, args=(dict(chosen), rank, world, port, record, gradients))
         for rank in range(world)

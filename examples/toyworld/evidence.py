@@ -180,7 +180,7 @@ def run(options: argparse.Namespace) -> list[str]:
     if measured:
         known = json.loads(path.read_text(encoding="utf-8")) if (path := options.results / STORES).is_file() else {}
         path.write_text(json.dumps(known | measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    missing = [left for task in wanted if (left := workplace.missing(task, options.results)) is not None]
+    missing = workplace.missing(wanted, options.results)
     print(f"{len(wanted)} runs asked for, {len(missing)} to be done", flush=True)
     failed: list[str] = []
     context = multiprocessing.get_context("spawn")
@@ -242,21 +242,22 @@ class Workplace:
         recipe = _given(Recipe, PLAN["recipe"], self.over)
         return Laboratory(self.work, tower or self.student / "vision", self.student / "llm", recipe)
 
-    def missing(self, task: Task, results: Path) -> Task | None:
-        """Return what is left of a task; None where its rows are there."""
+    def missing(self, wanted: Sequence[Task], results: Path) -> list[Task]:
+        """Return what is left of tasks: those, and those budgets, whose rows are not there."""
         from arms import ARMS
         from representations import digest, variant
 
         laboratory = self.laboratory()
-        if task.student:
-            config = digest(laboratory, variant(task.name), task.budgets[0])
-            return None if any(row["config"] == config for row in read(results / STUDENTS)) else task
+        students = {row["config"] for row in read(results / STUDENTS)}
         known = {(row["arm"], row["seed"], row["budget"], row["config"]) for row in read(results / RUNS)}
-        left = [
-            budget for budget in task.budgets
-            if (task.name, task.seed, budget, laboratory.digest(ARMS[task.name], budget)) not in known
-        ]  # fmt: skip
-        return replace(task, budgets=tuple(left)) if left else None
+
+        def there(task: Task, budget: int) -> bool:
+            if task.student:
+                return digest(laboratory, variant(task.name), budget) in students
+            return (task.name, task.seed, budget, laboratory.digest(ARMS[task.name], budget)) in known
+
+        left = [replace(task, budgets=tuple(b for b in task.budgets if not there(task, b))) for task in wanted]
+        return [task for task in left if task.budgets]
 
     def rows(self, task: Task) -> list[dict[str, Any]]:
         """Do a task, on one core."""

@@ -14,6 +14,8 @@ import numpy as np
 from arms import ARMS, LAYER_CHOICES, LAYERS, PRECISIONS, layers_arm
 from significance import Estimate, digits, hierarchical, holm, rank_correlation, seeds_needed
 
+from olatrain.probe import LayerScore, suggest
+
 HERE = Path(__file__).parent
 Place = tuple[str, int, str, str]
 """Arm, budget, split, kind."""
@@ -255,13 +257,14 @@ def _layers(results: Results, plan: Mapping[str, Any]) -> str:
     lines = ["## Layers", ""]
     if probes:
         means = {layer: float(np.mean([probe[layer] for probe in probes])) for layer in sorted(probes[0])}
-        best = sorted(sorted(means, key=lambda layer: -means[layer])[:2])
+        best = suggest({int(layer): LayerScore(cosine=0.0, r2=value, smooth_l1=0.0) for layer, value in means.items()})
         lines += [
             "What depth probes read from each block of students trained on next tokens alone, before fine-tuning "
             f"(centred R², mean of {len(probes)} students; the mean map has 0):", "",
             "| block | " + " | ".join(means) + " |", "|---|" + "---|" * len(means),
             "| R² | " + " | ".join(f"{value:.3f}" for value in means.values()) + " |", "",
-            f"By the rule of `olatrain probe` (the two best blocks) that suggests {' and '.join(best)}.", "",
+            f"By the rule of `olatrain probe` (the two best blocks that beat the mean map) that suggests "
+            f"{' and '.join(map(str, best)) or 'none'}.", "",
         ]  # fmt: skip
     names = {"embedding": f"{LAYERS} (published, scaled)", **{layers_arm(one): str(one) for one in LAYER_CHOICES}}
     rows = [f"| {about} | {_against(results, plan, arm)}" for arm, about in names.items()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from free_ports import free_port
 from pipeline_support import olapipe
 from run_support import newest
 from trainer_support import (
@@ -186,9 +186,7 @@ def test_torchrun_on_two_nodes(corpus: Corpus, student: Path, tmp_path: Path) ->
     """Two launchers of one process each meet at an address, as two machines would; negatives stay on a node."""
     values = settings(corpus, student, tmp_path / "out", steps=2, negatives="node")
     file = run_file(tmp_path / "run.json", values)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     nodes = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from toyworld_support import load, on_the_path
 
-TOYWORLD = Path(__file__).parents[2] / "examples" / "toyworld"
-_NAMES = ("scenes", "language", "corpus", "significance", "student", "fitting")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(TOYWORLD))
-    yield
-    sys.path.remove(str(TOYWORLD))
-    for name in _NAMES:
-        sys.modules.pop(name, None)
-
-
-def load(name: str) -> ModuleType:
-    return __import__(name)
+__all__ = ["on_the_path"]
 
 
 @pytest.fixture(scope="module")

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
-import pytest
+from toyworld_support import load, on_the_path
 
-TOYWORLD = Path(__file__).parents[2] / "examples" / "toyworld"
-_NAMES = ("report", "arms", "significance", "evidence", "representations", "student", "language", "scenes", "fitting")
+__all__ = ["on_the_path"]
+
 QUESTIONS = 120
 SHARES = {"none": 0.5, "tokens": 0.5, "shuffled": 0.5, "random": 0.55, "embedding": 0.8, "int8": 0.8, "layers-1": 0.6}
-
-
-@pytest.fixture(autouse=True)
-def on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(TOYWORLD))
-    yield
-    sys.path.remove(str(TOYWORLD))
-    for name in _NAMES:
-        sys.modules.pop(name, None)
-
-
-def load(name: str) -> ModuleType:
-    return __import__(name)
 
 
 def digits(share: float, rng: np.random.Generator) -> str:
