@@ -2,10 +2,10 @@
 
 The pictures are drawn by numpy, 5 sizes from 128 × 96 to 1280 × 960; the checkpoint is any that --checkpoint names (the
 tests' tiny one by default, so reading and writing weigh more than with a published one). The prediction of the job's
-seconds is compared with images over the steady rate of the run, from its `_log/timings.jsonl`: shards finished while
-all workers were at work, over that time. So start-up (a worker that loads takes the core of one that encodes) and the
-last shards, when a worker has run out of work, are left out of both. The trivial baseline is what one
-worker takes that runs alone, over the number of workers, as if they shared nothing.
+seconds is compared with images over the steady rate of the run, from its `_log/timings.jsonl`: for each worker its
+images after its first shards, over the time since, summed over the workers (as `benchmarks/extract.py` has it). So
+start-up is left out of both; `plan` prints it apart. The trivial baseline is what one worker takes that runs alone,
+over the number of workers, as if they shared nothing.
 Run `python benchmarks/plan.py`; it writes benchmarks/results/plan.json and prints the table.
 """
 
@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from extract import rate
 from PIL import Image
 
 from olapipe.config import ExtractConfig
-from olapipe.extract import extract
+from olapipe.extract import extract as run_job
 from olapipe.plan import Assumptions, make_plan
 from olapipe.progress import LineReporter
 
@@ -44,19 +45,6 @@ def write_images(folder: Path, size: tuple[int, int], count: int) -> None:
         coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{place:05d}.jpg", quality=90)
 
 
-def rate_of_all(store: Path, shard_size: int) -> float:
-    """Return images per second while every worker was at work."""
-    lines = [json.loads(line) for line in (store / "_log" / "timings.jsonl").read_text().splitlines()]
-    workers: dict[int, list[float]] = {}
-    for line in lines:
-        workers.setdefault(line["pid"], []).append(line["finished"])
-    # each has two shards under way, and those that began together at the start end together
-    begin = max(sorted(times)[1] for times in workers.values())
-    end = min(max(times) for times in workers.values())
-    finished = sorted(line["finished"] for line in lines if begin <= line["finished"] <= end)
-    return shard_size * (len(finished) - 1) / (finished[-1] - finished[0])
-
-
 def measure(size: tuple[int, int], arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     corpus = work / f"{size[0]}"
     write_images(corpus, size, arguments.images)
@@ -68,9 +56,9 @@ def measure(size: tuple[int, int], arguments: argparse.Namespace, work: Path) ->
     with open(os.devnull, "w") as nowhere:
         plan = make_plan(config, Assumptions(seconds=arguments.seconds))
         alone = make_plan(config.model_copy(update={"workers": 1}), Assumptions(seconds=arguments.seconds))
-        extract(config, LineReporter(nowhere))
+        run_job(config, LineReporter(nowhere))
     predicted = plan.hours * 3600
-    taken = arguments.images / rate_of_all(work / f"{size[0]}.zarr", arguments.shard_size)
+    taken = arguments.images / rate(work / f"{size[0]}.zarr", arguments.shard_size)["images_per_second"]
     bare = alone.hours * 3600 / plan.measured.workers
     return {
         "size": list(size),
@@ -90,7 +78,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="*", default=[width for width, _ in SIZES], help="of the sizes")
     parser.add_argument("--add", action="store_true", help="keep the runs of other sizes in the result file")
     parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--shard-size", type=int, default=32)
+    parser.add_argument("--shard-size", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--conditions", default="", help="what else the machine was doing; kept in the result")

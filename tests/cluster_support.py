@@ -92,7 +92,7 @@ class Head:
     address: str
     client_address: str
     environment: dict[str, str]
-    """What a driver needs: the token."""
+    """What a driver needs: the token, and an address that others reach."""
 
     def drop_clients(self) -> int:
         """Kill the processes that stand for drivers outside the cluster; return how many there were."""
@@ -122,8 +122,13 @@ def started_head(folder: Path, *, most_nodes: int) -> Iterator[Head]:
         "autoscaling-config": folder / "autoscaling.json",
     }
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = token | {"PYTHONPATH": _PATH, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    drivers = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # an extraction that an earlier test of this process ran has kept Ray to the loopback address
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+    }
+    environment = drivers | {"PYTHONPATH": _PATH, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     output = folder / "ray.log"
     with output.open("w") as log:
         head = subprocess.Popen(
@@ -136,7 +141,7 @@ def started_head(folder: Path, *, most_nodes: int) -> Iterator[Head]:
             if head.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(output.read_text())
             time.sleep(0.2)
-        yield Head(address, f"ray://127.0.0.1:{client_port}", token)
+        yield Head(address, f"ray://127.0.0.1:{client_port}", drivers)
     finally:
         os.killpg(head.pid, signal.SIGKILL)
         head.wait()
