@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 from free_ports import free_port
+from ray._common.network_utils import node_ip_address_from_perspective
 from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
-from ray.util import get_node_ip_address
 
 PLUGINS = Path(__file__).parent / "plugins"
 _PATH = os.pathsep.join([str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -109,7 +109,7 @@ class Head:
 @contextmanager
 def started_head(folder: Path, *, most_nodes: int) -> Iterator[Head]:
     """Yield a head of one CPU to which Ray's autoscaler adds up to `most_nodes` nodes of one CPU, on this machine."""
-    client_port, host = free_port(), get_node_ip_address()
+    client_port, host = free_port(), node_ip_address_from_perspective()
     address = f"{host}:{free_port()}"
     (folder / "autoscaling.json").write_text(json.dumps(_autoscaling(address, most_nodes)))
     options = {
