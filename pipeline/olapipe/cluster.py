@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from olapipe.environment import environment
 from olapipe.signals import Terminated, sigterm_raises
 from olaschema.errors import OlaError
 
@@ -27,6 +28,7 @@ _OBJECT_STORE_BYTES = 80 << 20
 _PREFIX = "olapipe-"
 _HELD = "in-use.lock"
 _CLIENT = "ray://"
+_OTHER_HOSTS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # whatever the system, by Ray's code
 
 
 @contextmanager
@@ -36,24 +38,26 @@ def ray_running(address: str | None, cpus: int) -> Iterator[None]:
     A Ray that this process has running already is used and left running. Raises OlaError where there is none to use,
     and where the connection to a cluster that this process is no part of (`ray://`) is lost meanwhile.
     """
+    alone = {}
     if address is None:
         # Set before ray is imported, which reads it then: servers listen on the loopback address only.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # A token for this run alone; otherwise Ray writes one into the home folder.
+        alone[_OTHER_HOSTS] = os.environ.get(_OTHER_HOSTS, "0")
+        # A token of this process, whose Ray keeps the first it sees; otherwise Ray writes one into the home folder.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
+    with environment(alone):
+        import ray
 
-    if ray.is_initialized():
-        yield
-        return
-    with nullcontext() if address else _scratch_folder() as scratch:
-        try:
-            _initialise(address, cpus, scratch)
-            with sigterm_raises(), _connected(address):  # Ray's own handler, set by init, dumps stacks, exits with 15
-                yield
-        finally:
-            ray.shutdown()
+        if ray.is_initialized():
+            yield
+            return
+        with nullcontext() if address else _scratch_folder() as scratch:
+            try:
+                _initialise(address, cpus, scratch)
+                with sigterm_raises(), _connected(address):  # Ray's own handler dumps stacks and exits with 15
+                    yield
+            finally:
+                ray.shutdown()
 
 
 def _initialise(address: str | None, cpus: int, scratch: str | None) -> None:

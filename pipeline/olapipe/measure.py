@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from typing import Any
 from olapipe.config import ExtractConfig
 from olapipe.corpora.entry import Entry
 from olapipe.corpus import Listing
+from olapipe.environment import environment
 from olapipe.tally import ShardTask
 from olaschema.errors import ConfigError, OlaError, TeacherError
 from olaschema.manifest import Receipt, TeacherRecord
@@ -167,7 +168,7 @@ def _workers(config: ExtractConfig, root: Path, device: str, count: int) -> Iter
             own = {"CUDA_VISIBLE_DEVICES": visible[gpu] if visible else str(gpu)} if device == "cuda" else {}
             mine, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, config, root, device), daemon=True)
-            with _environment({"OMP_NUM_THREADS": "1"} | own):  # the former as Ray sets it for a worker
+            with environment({"OMP_NUM_THREADS": "1"} | own):  # the former as Ray sets it for a worker
                 process.start()
             theirs.close()
             started.append(_Worker(process, mine))
@@ -177,20 +178,6 @@ def _workers(config: ExtractConfig, root: Path, device: str, count: int) -> Iter
             worker.process.terminate()
             worker.process.join()
             worker.line.close()
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _work(line: Connection, config: ExtractConfig, root: Path, device: str) -> None:

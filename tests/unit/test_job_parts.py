@@ -212,6 +212,27 @@ def test_a_ray_that_does_not_come_up_is_an_error_with_a_remedy(tmp_path: Path, m
         pass
 
 
+@pytest.mark.parametrize("given", [None, "1"])
+def test_a_ray_of_this_machine_alone_leaves_the_environment_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    seen: list[str | None] = []
+
+    def init(**_: object) -> None:
+        seen.append(os.environ.get(name))
+
+    stub = SimpleNamespace(init=init, is_initialized=lambda: False, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    with ray_running(None, 1):
+        pass
+    assert seen == [given or "0"]
+    assert os.environ.get(name) == given
+
+
 def test_sigterm_while_ray_starts_ends_as_it_does_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**_: object) -> None:
         def handler(number: int, frame: object) -> None:
