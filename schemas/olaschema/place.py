@@ -467,7 +467,7 @@ def _cannot_write(path: Path, error: OSError) -> StoreError:
         errno.EDQUOT: "The disk quota is used up. Free some and run the same command again.",
         errno.EACCES: "Choose a folder that you may write to (--out).",
         errno.EPERM: "Choose a folder that you may write to (--out).",
-        errno.EROFS: "The file system is read-only. Choose another folder (--out).",
+        errno.EROFS: "It is read-only. Make it writable and run the same command again, or choose another folder.",
         errno.ENOTDIR: "A parent of it is a file. Choose another folder (--out).",
         errno.EEXIST: "A file stands where a folder is needed. Choose another folder (--out).",
     }
