@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -120,7 +119,7 @@ class Laboratory:
         self.world = work / "world"
         self.recipe = recipe
         self._vision, self._llm = vision, llm
-        self._quiet = Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        self._quiet = Console(quiet=True)
 
     def digest(self, arm: Arm, budget: int, *, tower: bool = True) -> str:
         """Return a digest of everything that a result follows from, but for the seed, versions and hardware.
@@ -191,8 +190,8 @@ class Laboratory:
             "student": student, "store": str(self.work / "depth.zarr"), "conversations": self.world / "captions.jsonl",
             "images": self.world / "images", "out": student.parent / "probe", "seed": seed,
             "teachers": {"depth": {"layers": list(layers), "weight": 1.0}}, "train": ["predictors"],
-            "contrastive": 0.0, "context": "image", "probe": {"held_out": 0.2}, "steps": self.recipe.probe_steps,
-            "batch": self.recipe.pretrain_batch, "lr": self.recipe.pretrain_lr,
+            "text": 0.0, "contrastive": 0.0, "context": "image", "probe": {"held_out": 0.2},
+            "steps": self.recipe.probe_steps, "batch": self.recipe.pretrain_batch, "lr": self.recipe.pretrain_lr,
         }  # fmt: skip
         result = run_probe(self._settings(given), self._quiet)
         return {

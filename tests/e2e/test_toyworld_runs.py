@@ -1,0 +1,68 @@
+"""The toy world's experiment in miniature: an arm and a student of part (a), from pictures to answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline_support import olapipe, ray_session
+from toyworld_support import TOYWORLD, load, on_the_path
+
+__all__ = ["on_the_path", "ray_session"]
+
+BUDGET = 8
+SIZE = {
+    "captions": 12, "tests": 4, "ood": 2, "pretrain_steps": 2, "pretrain_batch": 4, "tune_epochs": 1, "tune_batch": 4,
+    "probe_steps": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workplace(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    evidence, corpus = load("evidence"), load("corpus")
+    work = tmp_path_factory.mktemp("toyworld")
+    world = work / "world"
+    corpus.write(world, corpus.Size(*(SIZE[name] for name in ("captions", "tests", "ood"))))
+    corpus.write_questions(world, BUDGET)
+    done = olapipe(
+        "extract", world / "captions.jsonl", "--images", world / "images", "--out", work / "depth.zarr",
+        "--teacher", "depth", "--checkpoint", f"depth={TOYWORLD / 'teachers' / 'depth'}",
+        "--set", f"options.depth.grid={evidence.GRID}", "--set", "options.depth.grid_resize=area",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return evidence.Workplace(work, TOYWORLD / "teachers", TOYWORLD / "student", SIZE)
+
+
+def test_an_arm_answers_every_question_and_is_not_run_again(workplace: Any, tmp_path: Path) -> None:
+    evidence = load("evidence")
+    task = evidence.Task("embedding", 0, (BUDGET,))
+    rows = workplace.rows(task)
+    asked = workplace.laboratory().asked()
+    assert {(row["split"], row["kind"]): len(row["right"]) for row in rows} == {
+        (split, kind): len(about["images"]) for split, kinds in asked.items() for kind, about in kinds.items()
+    }
+    assert workplace.missing([task], tmp_path) == [task]
+    evidence.append(tmp_path / evidence.RUNS, rows)
+    assert workplace.missing([task], tmp_path) == []
+    other = evidence.Workplace(workplace.work, workplace.teachers, workplace.student, SIZE | {"tune_lr": 0.5})
+    assert other.missing([task], tmp_path) == [task], "with other settings it is another run"
+
+
+def test_a_student_of_part_a_is_probed_at_each_layer_and_asked(workplace: Any, tmp_path: Path) -> None:
+    evidence = load("evidence")
+    tower = workplace.work / "towers" / "64-60"  # a trained one, in the place of one that would take minutes
+    shutil.copytree(TOYWORLD / "student" / "vision", tower)
+    scores = {"depth R² (centred)": 0.5}
+    (tower / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    task = evidence.Task("64-60-6", 0, (BUDGET,), student=True)
+    (row,) = workplace.rows(task)
+    assert sorted(row["probe"]) == ["1", "2", "3", "4"]
+    assert all(value < 1 for value in row["probe"].values())
+    assert row["tower"] == scores
+    assert row["text"] > 0
+    assert {"test depth", "test colour", "ood depth"} <= set(row["right"])
+    evidence.append(tmp_path / evidence.STUDENTS, [row])
+    assert workplace.missing([task], tmp_path) == []
