@@ -147,6 +147,26 @@ def test_the_scores_are_those_of_the_trained_probes_on_unseen_images(probed: tup
     assert found.mean_map_cosine == pytest.approx(floor.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("start", ["mean", "random"])
+def test_a_probe_that_has_learnt_nothing_is_the_mean_map(
+    student: Path, corpus: Corpus, tmp_path: Path, start: str
+) -> None:
+    out = tmp_path / "out"
+    more = ("--teacher", "colour", "--steps", "1", "--lr", "1e-9", "--set", f"probe.start={start}")
+    result = CliRunner().invoke(app, arguments(corpus, student, out, *more))
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = read_result(out)
+    assert found.start == start
+    scores = found.teachers["colour"].layers.values()
+    if start == "mean":
+        assert all(score.r2 == pytest.approx(0, abs=1e-4) for score in scores)
+        assert all(
+            score.cosine == pytest.approx(found.teachers["colour"].mean_map_cosine, abs=1e-4) for score in scores
+        )
+    else:
+        assert all(score.r2 is not None and score.r2 < -0.1 for score in scores)
+
+
 def test_the_student_stays_as_it_is_and_is_asked_as_it_is(probed: tuple[Path, str], student: Path) -> None:
     """Nothing but the probes trains, and the task tokens are the folder's own rows, not fresh vectors."""
     run = prepared(probed[0])
@@ -240,6 +260,10 @@ def test_students_are_compared_on_the_same_images_only(
     compared = ("--teacher", "colour", "--steps", "1", "--compare", str(first))
     result = CliRunner().invoke(app, arguments(corpus, student, tmp_path / "second", *compared))
     assert result.exit_code == 0, (result.output, result.exception)
+    other = arguments(corpus, student, tmp_path / "third", *compared, "--set", "probe.start=random")
+    start = CliRunner().invoke(app, other)
+    assert isinstance(start.exception, ConfigError)
+    assert "started at mean, these at random (probe.start)" in str(start.exception)
     again = CliRunner().invoke(app, arguments(corpus, student, tmp_path / "third", *compared, "--seed", "5"))
     assert isinstance(again.exception, ConfigError)
     assert "was scored on other images" in str(again.exception)
@@ -272,6 +296,7 @@ def test_the_published_protocol_and_its_warning(student: Path, corpus: Corpus, t
     assert result.exit_code == 0, (result.output, result.exception)
     saved = json.loads((out / "config.json").read_text())
     assert (saved["context"], saved["epochs"], saved["contrastive"]) == ("all", 2, 0.0)
+    assert saved["probe"]["start"] == read_result(out).start == "random"
     assert "the probes read the answer's states too" in result.output
     assert read_result(out).steps == 2
 

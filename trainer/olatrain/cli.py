@@ -254,7 +254,10 @@ def probe(
         ContextName | None, typer.Option(help="What the probes read: the image's states, the prompt's, or all. [image]")
     ] = None,
     published: Annotated[
-        bool, typer.Option("--published", help="The paper's protocol: context all and 2 epochs, unless said.")
+        bool,
+        typer.Option(
+            "--published", help="The paper's protocol: context all, 2 epochs, probe.start=random, unless said."
+        ),
     ] = False,
     held_out: Annotated[float, typer.Option(help="Share of the images to score on.")] = 0.1,
     compare: Annotated[
@@ -287,7 +290,7 @@ def probe(
         "student": student, "store": store, "conversations": conversations, "images": images, "out": out,
         "teachers": {name: {"layers": layers, "weight": 1.0} for name in teacher}, "train": ["predictors"],
         "text": 0.0, "contrastive": 0.0, "context": (context or ContextName.image).value, "probe.held_out": held_out,
-        "micro_batch": PROBE_MICRO_BATCH,
+        "probe.start": "random" if published else None, "micro_batch": PROBE_MICRO_BATCH,
         "epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "workers": workers, "seed": seed,
         "allow_view_mismatch": allow_view_mismatch, "feed": fed_teachers(student),
     }  # fmt: skip

@@ -116,11 +116,17 @@ class SourceSettings(Frozen):
         return self
 
 
+ProbeStart = Literal["mean", "random"]
+
+
 class Probe(Frozen):
     """Probing a frozen student instead of training it (`olatrain probe`)."""
 
     held_out: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of the images on which the probes are scored; which ones depends on their keys and the seed."""
+    start: ProbeStart = "mean"
+    """What a probe predicts before it has learnt: its teacher's mean map, or, as published, what random weights give.
+    """
 
 
 class TrainConfig(Frozen):

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from olaschema.errors import ConfigError
 from olaschema.manifest import Frozen, canonical_json
-from olatrain.config import Probe, TrainConfig
+from olatrain.config import Probe, ProbeStart, TrainConfig
 from olatrain.launch import under_launcher
 from olatrain.probebank import split_by_image
 from olatrain.setup import open_data
@@ -55,6 +55,8 @@ class ProbeResult(Frozen):
     format: int = 1
     student: str
     context: Context
+    start: ProbeStart = "random"
+    """What the probes began at; results of versions that knew no other do not say."""
     trained_on: int
     """Images."""
     held_out: int
@@ -177,6 +179,7 @@ def _result(config: TrainConfig) -> ProbeResult:
     return ProbeResult(
         student=config.student.resolve().name,
         context=config.context,
+        start=(config.probe or Probe()).start,
         trained_on=start["samples"],
         held_out=start["held_out"]["images"],
         held_out_digest=start["held_out"]["digest"],
@@ -197,6 +200,10 @@ def _require_comparable(config: TrainConfig, others: Sequence[ProbeResult]) -> N
             raise ConfigError(f"{other.student} was scored on other images", remedy)
         if other.context != config.context:
             raise ConfigError(f"the probes of {other.student} saw {other.context}, these see {config.context}", remedy)
+        if other.start != probe.start:
+            raise ConfigError(
+                f"the probes of {other.student} started at {other.start}, these at {probe.start} (probe.start)", remedy
+            )
         for teacher, digest in digests.items():
             if teacher not in other.teachers or other.teachers[teacher].fingerprint != digest:
                 raise ConfigError(f"{other.student} was not probed for the same features of {teacher}", remedy)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from olaschema.errors import ConfigError, CorpusError
 from olaschema.manifest import Fingerprint
@@ -27,6 +27,8 @@ from olatrain.tokens import Items, TaskTokens
 class ProbeBank(PredictorBank):
     """Predictors that own their queries and never see a task token, so that any two students are asked the same.
 
+    After `start_from` a probe predicts its teacher's mean map and learns what to add: its score is what is read from
+    the student, however short it is trained. A published probe has to learn the map from random weights first.
     `context` `image`: the image's states alone; `prompt`: the text before it as well; `all`: all text, as published.
     """
 
@@ -41,11 +43,28 @@ class ProbeBank(PredictorBank):
             teachers=tuple(probes), tokens_per_teacher=0, ids=dict.fromkeys(probes, ()), image_id=0, never_predicted=()
         )
         super().__init__(probes, nobody, hidden_size=hidden_size, seed=config.seed, context=config.context)
+        for name, probe in probes.items():
+            self.register_buffer(_mean(name), torch.zeros(probe.shape))
+
+    @torch.no_grad()
+    def start_from(self, means: Mapping[str, Tensor]) -> None:
+        """Let every probe predict its teacher's mean map (`config.shape`, float32) and nothing else."""
+        for name, probe in self.configs.items():
+            self.get_buffer(_mean(name)).copy_(means[name])
+            for layer in probe.layers:
+                added = self.head(name, layer).projector.norm_out
+                nn.init.zeros_(added.weight)
+                nn.init.zeros_(added.bias)
 
     def forward(self, taps: Mapping[int, Tensor], items: Items, latents: Mapping[str, Tensor]) -> Predictions:
         """Predict as `PredictorBank`; the student's task tokens and latents are left out."""
         bare = items.task.new_zeros(len(items), len(self.configs), 0)
-        return super().forward(taps, replace(items, task=bare), {})
+        added = super().forward(taps, replace(items, task=bare), {})
+        return {(name, layer): self.get_buffer(_mean(name)) + found for (name, layer), found in added.items()}
+
+
+def _mean(teacher: str) -> str:
+    return f"mean_{teacher}"
 
 
 def build_probe(

@@ -32,7 +32,7 @@ from olatrain.order import cyclic_partners
 from olatrain.packeddata import PackedData
 from olatrain.parallel import Ranks
 from olatrain.predictors import Standard
-from olatrain.probebank import build_probe, split_by_image
+from olatrain.probebank import ProbeBank, build_probe, split_by_image
 from olatrain.prompts import PromptBuilder
 from olatrain.scaling import StoredBasis
 from olatrain.sidecar import Sidecar
@@ -138,6 +138,9 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     if learner.tower is not None:
         notes.append("target_control = self: targets are of the student's own vision tower; no predictions are kept")
     grouped = config.batch if config.order == "grouped" else None
+    means = _means(config, data, coverages, ranks, learner, SampleStream(source, listing, seed=None))
+    if isinstance(learner.bank, ProbeBank) and config.probe is not None and config.probe.start == "mean":
+        learner.bank.start_from(means)
     return Run(
         config=config,
         ranks=ranks,
@@ -157,7 +160,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
             micro_batch=config.micro_batch,
             formats={name: formats_of(record) for name, record in records.items()},
         ),
-        means=_means(config, data, coverages, ranks, learner, SampleStream(source, listing, seed=None)),
+        means=means,
         teachers=records,
         identity={"samples": listing.digest, "student": student_digest(config.student)},
         samples=len(listing),
