@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from arms import ARMS, LAYER_CHOICES, LAYERS, PRECISIONS, layers_arm
-from significance import Estimate, digits, hierarchical, holm, rank_correlation, seeds_needed
+from significance import Correlation, Estimate, digits, hierarchical, holm, rank_correlation, seeds_needed
 
 from olatrain.probe import LayerScore, suggest
 
@@ -41,6 +42,8 @@ class Results:
     """By store: bytes an image, cosine and centred R² of what is read from it with float16."""
     students: list[dict[str, Any]]
     """Rows of part (a)."""
+    repeated: list[bool]
+    """Of rows that were made a second time from nothing: whether every question was answered as before."""
 
     def seeds(self, arms: Sequence[str], budget: int, split: str, kind: str) -> list[int]:
         """Seeds that all these arms have."""
@@ -97,6 +100,11 @@ def load(folder: Path) -> Results:
         left_out=len(rows) - len(used),
         stored=_record(folder / "stores.json"),
         students=_rows(folder / "students.jsonl"),
+        repeated=[
+            right[row["arm"], row["budget"], row["split"], row["kind"]][row["seed"]] == row["right"]
+            for row in _rows(folder / "repeated.jsonl")
+            if newest.get((row["arm"], row["budget"])) == row["config"]
+        ],
     )
 
 
@@ -319,9 +327,43 @@ def _representations(results: Results, plan: Mapping[str, Any]) -> str:
         plain, partial = rank_correlation(probe, shares), rank_correlation(probe, shares, text)
         lines.append(
             f"| {_title((split, kind))} | {100 * results.chance[split, kind]:.0f} | {100 * shares.min():.1f} to {100 * shares.max():.1f} | "
-            f"{plain.value:+.2f} | {plain.low:+.2f} to {plain.high:+.2f} | {partial.value:+.2f} | {partial.low:+.2f} to {partial.high:+.2f} |"
+            f"{_correlation(plain)} | {_correlation(partial)} |"
         )
-    return "\n".join([*lines, "", "A rank correlation of 0 is what no relation gives.", ""])
+    lines += [
+        "",
+        "A rank correlation of 0 is what no relation gives; –: too few students differ.",
+        "",
+        *_specificity(rows),
+    ]
+    return "\n".join(lines)
+
+
+def _specificity(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The matrix of what is known about a student and what it is asked: is depth what goes with depth?"""
+    about = {"depth probe of the student": np.array([_best_probe(row) for row in rows])}
+    about |= {
+        f"{name} of its tower": np.array([row["tower"][name] for row in rows])
+        for name in rows[0]["tower"]
+        if not name.endswith("by chance")
+    }
+    places = sorted(rows[0]["right"], key=lambda name: _order((name.split()[0], name.split()[1])))
+    lines = [
+        "Spearman's correlation of each score with the answers to each kind of question:", "",
+        "| score | " + " | ".join(_title((place.split()[0], place.split()[1])) for place in places) + " |",
+        "|---|" + "---|" * len(places),
+    ]  # fmt: skip
+    for name, values in about.items():
+        shares = [np.array([_share(row["right"][place]) for row in rows]) for place in places]
+        found = [_correlation(rank_correlation(values, share)).split(" | ")[0] for share in shares]
+        lines.append(f"| {name} | " + " | ".join(found) + " |")
+    return [*lines, ""]
+
+
+def _correlation(found: Correlation) -> str:
+    """A correlation and its interval, as two cells."""
+    if math.isnan(found.value) or math.isnan(found.low):
+        return "– | –"
+    return f"{found.value:+.2f} | {found.low:+.2f} to {found.high:+.2f}"
 
 
 def _values(rows: list[dict[str, Any]], name: str) -> str:
@@ -379,6 +421,11 @@ def _made(results: Results, plan: Mapping[str, Any]) -> str:
         "",
         f"Run {when}; {'; '.join(results.versions) or 'no version yet'}; CPU, one thread an arm, float32.",
     ]
+    if results.repeated:
+        lines.append(
+            f"{len(results.repeated)} rows (an arm, a seed, a kind of question) were made a second time from nothing, "
+            f"pictures and features included: in {sum(results.repeated)} of them every question was answered as before."
+        )
     if results.left_out:
         lines.append(f"{results.left_out} rows of earlier settings are kept in the file and are not shown.")
     return "\n".join([*lines, "", plan["cost"], ""])

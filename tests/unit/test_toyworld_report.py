@@ -68,6 +68,7 @@ def test_students_are_correlated_and_few_are_not(tmp_path: Path) -> None:
     rows = [
         {
             "width": 32, "tower_steps": 60 + n, "pictures": 300, "probe": {"1": 0.0, "2": 0.05 * n}, "text": 0.3,
+            "tower": {"depth R²": -n, "names AP": 0.5, "names AP by chance": 0.1},
             "right": {"test depth": digits(0.5 + 0.05 * n, rng), "ood depth": digits(0.5, rng)},
         }
         for n in range(10)
@@ -79,7 +80,25 @@ def test_students_are_correlated_and_few_are_not(tmp_path: Path) -> None:
     part = page(tmp_path / "results", tmp_path).split("## (a)")[1]
     (row,) = [line for line in part.splitlines() if line.startswith("| depth |")]
     assert float(row.split(" | ")[3]) > 0.9
+    assert row.endswith("| – | – |"), "the text losses are all equal: nothing is left to take out"
+    matrix = {line.split(" | ")[0]: line.split(" | ")[1] for line in part.splitlines() if "of its tower" in line}
+    assert matrix.keys() == {"| depth R² of its tower", "| names AP of its tower"}
+    assert float(matrix["| depth R² of its tower"]) < -0.9
+    assert matrix["| names AP of its tower"] == "–"
     assert (tmp_path / "images" / "students.png").is_file()
+
+
+def test_rows_made_again_are_counted_and_compared(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results", SHARES)
+    path = tmp_path / "results" / "runs.jsonl"
+    first, second, *_ = path.read_text().splitlines()
+    other = json.loads(second)
+    other["right"] = other["right"][::-1]
+    (tmp_path / "results" / "repeated.jsonl").write_text(f"{first}\n{json.dumps(other)}\n")
+    text = page(tmp_path / "results", tmp_path)
+    assert "2 rows (an arm, a seed, a kind of question) were made a second time from nothing" in text
+    assert "in 1 of them every question was answered as before" in text
+    assert path.read_text().count("\n") == 3 * 2 * len(SHARES)
 
 
 def test_a_page_without_results_says_so(tmp_path: Path) -> None:
