@@ -42,7 +42,7 @@ class Arm:
     teachers: tuple[str, ...] = ("depth",)
     settings: dict[str, Any] = field(default_factory=dict)
     captions: str = "captions.jsonl"
-    longer: int = 1
+    longer: float = 1
     """Times the pretraining steps of the others."""
     feed: tuple[str, ...] = ()
     """Teachers whose features are inputs, in every stage and when questions are asked."""
@@ -77,7 +77,7 @@ ARMS = {
         ),
         Arm("random", "embedding losses, an untrained teacher", store="random.zarr", settings=_with_depth()),
         Arm("oracle", "no task tokens, distances written in the captions", tokens=0, captions="captions-oracle.jsonl"),
-        Arm("longer", "no task tokens, as long as the embedding losses take", tokens=0, longer=2),
+        Arm("longer", "no task tokens, more steps: as long as the embedding losses take", tokens=0, longer=1.5),
         Arm(
             "own", "embedding losses, features of the student's own tower", store="own.zarr", teachers=("clip",),
             settings={"teachers": {"clip": {"layers": list(LAYERS)}}},
@@ -156,7 +156,7 @@ class Laboratory:
         given: dict[str, Any] = {
             "preset": "pretrain", "student": student, "conversations": folder / "captions.jsonl",
             "images": self.world / "images", "out": folder / "pretrain", "seed": seed,
-            "steps": self.recipe.pretrain_steps * arm.longer, "batch": self.recipe.pretrain_batch,
+            "steps": round(self.recipe.pretrain_steps * arm.longer), "batch": self.recipe.pretrain_batch,
             "lr": self.recipe.pretrain_lr, **arm.settings,
         }  # fmt: skip
         if arm.store is not None:
