@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import trivial
 from rich.console import Console
 
 from olaschema.config import load_config
@@ -54,6 +55,12 @@ LAYER_CHOICES = ((1,), (2,), (3,), (4,), (1, 2), (3, 4))
 """Others that are tried."""
 PRECISIONS = ("int8", "int4", "klt")
 """Forms of stored features that are tried beside float16."""
+
+
+def numbers(text: str) -> list[int]:
+    """Return the seeds or budgets that `0,2` or `0-4` stand for."""
+    first, dash, last = text.partition("-")
+    return list(range(int(first), int(last) + 1)) if dash else [int(part) for part in text.split(",")]
 
 
 def _with_depth(layers: tuple[int, ...] = LAYERS, **more: Any) -> dict[str, Any]:
@@ -199,7 +206,7 @@ class Laboratory:
         }
 
     def text_loss(self, run: Path) -> float:
-        """Return the next-token loss of a run, the mean of its last tenth of steps."""
+        """Return the next-token loss that a run trained on, the mean of its last tenth of steps."""
         lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         losses: list[float] = [line["text"] for line in lines if line["event"] == "train"]
         last = losses[-max(1, len(losses) // 10) :]
@@ -234,29 +241,46 @@ class Laboratory:
             for task in sorted({answer["task"] for answer in answers}):
                 yield split, task.lower(), "".join(str(int(a["right"])) for a in answers if a["task"] == task)
 
-    def asked(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Say of each split and kind which picture each question is about (`scores` has their order), and chance."""
-        found: dict[str, dict[str, dict[str, Any]]] = {}
+    def asked(self, budget: int) -> dict[str, dict[str, dict[str, Any]]]:
+        """Say of each split and kind which picture each question is about (`scores` has their order), and chance.
+
+        `rules` are shares of right answers without looking; what has to be learnt is, from `budget` questions.
+        """
+        rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for split, folder in (("test", "bench"), ("ood", "bench-ood")):
             for path in sorted((self.world / folder).glob("test*.jsonl")):
-                for line in path.read_text(encoding="utf-8").splitlines():
-                    row = json.loads(line)
-                    kind = found.setdefault(split, {}).setdefault(row["task"].lower(), {"images": [], "chance": 0.0})
-                    kind["images"].append(row["filename"])
-                    kind["chance"] = 1 / len(row["choices"])
+                for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+                    rows.setdefault((split, row["task"].lower()), []).append(row)
+        learnt = (self.world / f"questions-{budget}.jsonl").read_text(encoding="utf-8").splitlines()
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for (split, kind), own in rows.items():
+            rules = trivial.by_rule(own)
+            if kind in ("depth", "distance"):
+                text = own[0]["question"].partition(" the ")[0]
+                alone = trivial.names_alone(map(json.loads, learnt), own, text)
+                rules |= {} if alone is None else {trivial.NAMES: alone}
+            found.setdefault(split, {})[kind] = {
+                "images": [row["filename"] for row in own], "chance": 1 / len(own[0]["choices"]), "rules": rules,
+            }  # fmt: skip
         return found
+
+    def bench(self) -> str:
+        """Return a digest of the questions that are scored: rows of different ones are not compared."""
+        files = sorted(self.world.glob("bench*/test_*.jsonl"))
+        return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
     def run(self, arm: Arm, seed: int, budgets: list[int]) -> Iterator[dict[str, Any]]:
         """Run an arm with a seed; yield its rows, a kind of question at a time."""
         torch.set_num_threads(1)
-        pretrained, seconds = self.pretrained(arm, seed)
+        # the same arm and seed may run beside this one with other budgets
+        pretrained, seconds = self.pretrained(arm, seed, label=f"{arm.name}-{'-'.join(map(str, budgets))}")
         for budget in budgets:
             student, took = self.tuned(arm, pretrained, seed, budget)
             store = self.work / str(arm.store) if arm.feed else None
             for split, kind, right in self.scores(student, store):
                 yield {
                     "arm": arm.name, "seed": seed, "budget": budget, "split": split, "kind": kind, "right": right,
-                    "config": self.digest(arm, budget), "pretrain_seconds": round(seconds, 1),
+                    "config": self.digest(arm, budget), "bench": self.bench(), "pretrain_seconds": round(seconds, 1),
                     "tune_seconds": round(took, 1), "versions": versions(),
                     "date": datetime.now(UTC).date().isoformat(),
                 }  # fmt: skip

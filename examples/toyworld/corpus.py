@@ -27,9 +27,9 @@ class Size:
     captions: int
     """Pictures to pretrain on."""
     tests: int
-    """Pictures that questions are scored on, of all kinds."""
+    """Scenes drawn for questions to be scored on, of all kinds; few of them allow one of depth."""
     ood: int
-    """Pictures without the cue of size, depth questions alone."""
+    """The same without the cue of size, depth questions alone."""
 
 
 def write(out: Path, size: Size, *, seed: int = 0) -> None:
@@ -104,6 +104,7 @@ def _questions(
 
 def _write_bench(out: Path, split: Split, count: int, kinds: Sequence[language.Kind], *, seed: int) -> None:
     rows: dict[str, list[dict[str, Any]]] = {"2D": [], "3D": []}
+    (out / "img" / split).mkdir(parents=True)
     for scene, picture, found in _questions(split, 0, count, seed=seed):
         chosen = [question for question in found if question.kind in kinds]
         if chosen:

@@ -54,6 +54,8 @@ def main() -> int:
     parser.add_argument("--size", type=json.loads, default={}, help="JSON over the plan's size and recipe, for trials")
     parser.add_argument("--report", action="store_true", help="write the report from what is there, run nothing")
     options = parser.parse_args()
+    if options.size and options.results == HERE / "results":
+        parser.error("--size is for trials: give them a --results and an --out of their own")
     failed = [] if options.report else run(options)
     import report
 
@@ -75,14 +77,16 @@ class Task:
 
 def tasks(options: argparse.Namespace) -> list[Task]:
     """List what is asked for, in the order of the plan."""
+    from arms import numbers
+
     form = PLAN["forms"][options.form]
     sets = form["arms"]
     if options.arms is not None:
-        sets = [{"arms": options.arms.split(","), "seeds": options.seeds, "budgets": _numbers(options.budgets)}]
+        sets = [{"arms": options.arms.split(","), "seeds": options.seeds, "budgets": numbers(options.budgets)}]
     found = [
         Task(name, seed, tuple(chosen["budgets"]))
         for chosen in sets
-        for seed in _numbers(chosen["seeds"])
+        for seed in numbers(chosen["seeds"])
         for name in chosen["arms"]
     ]
     count = form["students"] if options.students is None and options.arms is None else options.students or 0
@@ -107,7 +111,8 @@ def prepare(work: Path, teachers: Path, student: Path, over: dict[str, Any], wan
         shutil.rmtree(drawn, ignore_errors=True)
         corpus.write(drawn, _given(corpus.Size, PLAN["size"], over))
         drawn.rename(world)
-    for budget in sorted({budget for task in wanted for budget in task.budgets}):
+    budgets = {budget for task in wanted for budget in task.budgets}
+    for budget in sorted(budgets | {PLAN["endpoint"]["budget"]}):
         corpus.write_questions(world, budget)
     depth = Extraction("depth", teachers / "depth", "area")
     stores = {ARMS[task.name].store for task in wanted if not task.student}
@@ -174,7 +179,8 @@ def run(options: argparse.Namespace) -> list[str]:
     prepare(options.work, options.teachers, options.student, options.size, wanted)
     options.results.mkdir(parents=True, exist_ok=True)
     workplace = Workplace(options.work, options.teachers, options.student, options.size)
-    questions = json.dumps(workplace.laboratory().asked(), indent=0, sort_keys=True)
+    asked = workplace.laboratory().asked(PLAN["endpoint"]["budget"])
+    questions = json.dumps(asked, indent=0, sort_keys=True)
     (options.results / QUESTIONS).write_text(questions + "\n", encoding="utf-8")
     measured = _stored(options.work)
     if measured:
@@ -199,7 +205,10 @@ def run(options: argparse.Namespace) -> list[str]:
 
 
 def _stored(work: Path) -> dict[str, dict[str, float]]:
-    """Say of each precision's store how many bytes an image takes, and how near its features are to float16's."""
+    """Say of each precision's store how many bytes an image takes, and how near its features are to float16's.
+
+    `r2` is centred: 0 is the mean over images, 1 the very features.
+    """
     import numpy as np
     from arms import PRECISIONS
 
@@ -217,12 +226,11 @@ def _stored(work: Path) -> dict[str, dict[str, float]]:
         if not path.is_dir():
             continue
         reader = FeatureReader(FeatureStore.open(str(path)), "depth")
-        cosines = []
-        for row in range(0, pictures, 19):
-            one, other = (np.asarray(r.feature(row), dtype=np.float64).ravel() for r in (reader, truth))
-            cosines.append(one @ other / np.sqrt((one @ one) * (other @ other)))
+        chosen = range(0, pictures, 19)
+        one, other = (np.stack([np.asarray(r.feature(n), dtype=np.float64) for n in chosen]) for r in (reader, truth))
+        r2 = 1 - ((one - other) ** 2).sum() / ((other - other.mean(axis=0)) ** 2).sum()
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and "_log" not in file.parts)
-        found[name] = {"bytes": round(size / pictures), "cosine": round(float(np.mean(cosines)), 6)}
+        found[name] = {"bytes": round(size / pictures), "r2": round(float(r2), 6)}
     return found
 
 
@@ -270,11 +278,6 @@ class Workplace:
             towers = self.work / "towers"
             return [measure(self.laboratory, towers, variant(task.name), task.seed, task.budgets[0])]
         return list(self.laboratory().run(ARMS[task.name], task.seed, list(task.budgets)))
-
-
-def _numbers(text: str) -> list[int]:
-    first, dash, last = text.partition("-")
-    return list(range(int(first), int(last) + 1)) if dash else [int(part) for part in text.split(",")]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

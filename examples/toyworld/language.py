@@ -14,6 +14,7 @@ always says the same is right once in as many times as there are choices. Things
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -58,8 +59,8 @@ class Question:
     text: str
     choices: tuple[str, ...]
     answer: int
-    plain: bool | None = None
-    """Of depth: whether the right choice is the one that shows more of itself; None for other kinds."""
+    rules: tuple[tuple[str, bool], ...] = ()
+    """What can be told from the picture's plane alone, by name, and whether it leads to the right choice."""
 
     @property
     def prompt(self) -> str:
@@ -76,29 +77,30 @@ class Question:
 class Balance:
     """Keeps right letters even within a kind: says where the right choice goes, or that a question is one too many.
 
-    Questions of depth are even too in whether the thing that shows more of itself is the closer one: else to compare
-    areas answers five of six of them (seen in a pilot), and what else tells a distance is not asked for. As that makes
-    them rare, no other kind is asked more often.
+    Questions of depth are even too in what their rules lead to, each with each: else to compare areas, or which of two
+    things stands lower, answers five of six of them (seen in two pilots), and what else tells a distance is not asked
+    for. As that makes them rare, no other kind is asked more often.
     """
 
     def __init__(self, *, slack: int = 1) -> None:
         self._slack = slack
-        self._seen: dict[Kind, Counter[tuple[int, bool | None]]] = {kind: Counter() for kind in KINDS}
+        self._seen: dict[Kind, Counter[tuple[int, tuple[bool, ...]]]] = {kind: Counter() for kind in KINDS}
 
-    def place(self, kind: Kind, choices: int, *, plain: bool | None = None) -> int:
-        """Return the letter that was right least often so far."""
-        return min(range(choices), key=lambda place: self._seen[kind][place, plain])
+    def place(self, kind: Kind, choices: int, *, sort: tuple[bool, ...] = ()) -> int:
+        """Return the letter that was right least often so far, among questions whose rules lead there too."""
+        return min(range(choices), key=lambda place: self._seen[kind][place, sort])
 
     def admits(self, question: Question) -> bool:
         """Whether its like is not ahead of the others by more than the slack; if so it is counted."""
         seen = self._seen[question.kind]
         if question.kind != "depth" and seen.total() - self._seen["depth"].total() >= self._slack:
             return False
-        sorts = (None,) if question.plain is None else (False, True)
-        least = min(seen[place, plain] for place in range(len(question.choices)) for plain in sorts)
-        if seen[question.answer, question.plain] - least >= self._slack:
+        sort = tuple(right for _, right in question.rules) if question.kind == "depth" else ()
+        sorts = itertools.product((False, True), repeat=len(sort))
+        least = min(seen[place, other] for other in sorts for place in range(len(question.choices)))
+        if seen[question.answer, sort] - least >= self._slack:
             return False
-        seen[question.answer, question.plain] += 1
+        seen[question.answer, sort] += 1
         return True
 
 
@@ -207,7 +209,7 @@ def questions(scene: Scene, picture: Picture, rng: np.random.Generator, balance:
     pairs = [(a, b) for n, a in enumerate(things) for b in things[n + 1 :]]
     rng.shuffle(pairs)
     makers: list[Iterator[Question]] = [
-        _relations(pairs, balance), _counts(scene, things), _depths(pairs, _shares(scene, picture), balance),
+        _relations(pairs, balance), _counts(scene, things), _depths(scene, pairs, _shares(scene, picture), balance),
         _colours(scene, things, rng, balance), _distances(things, rng, balance),
     ]  # fmt: skip
     for maker in makers:
@@ -244,14 +246,23 @@ def _shares(scene: Scene, picture: Picture) -> dict[Thing, float]:
     return {thing: float((picture.segments == 2 + number).mean()) for number, thing in enumerate(scene.things)}
 
 
-def _depths(pairs: Sequence[tuple[Thing, Thing]], shares: dict[Thing, float], balance: Balance) -> Iterator[Question]:
+def _depths(
+    scene: Scene, pairs: Sequence[tuple[Thing, Thing]], shares: dict[Thing, float], balance: Balance
+) -> Iterator[Question]:
+    if "contact" in scene.cues:
+        return  # what stands lower is closer there, always
     for a, b in pairs:
         near, far = (a, b) if a.distance < b.distance else (b, a)
         if far.distance < _CLOSER * near.distance or level(far.distance) == level(near.distance):
             continue
-        plain = shares[near] > shares[far]
-        place = balance.place("depth", 2, plain=plain)
-        yield Question("depth", "Which is closer ?", _placed(near.name, far.name, place), place, plain)
+        larger = near.size > far.size
+        more = shares[near] - shares[far]
+        if more == 0 or (more > 0) != larger:
+            continue  # even in both, names would tell: some shapes show more of their size than others
+        lower = near.foot > far.foot
+        place = balance.place("depth", 2, sort=(lower, larger))
+        rules = (("lower in the picture", lower), ("larger in the picture", larger))
+        yield Question("depth", "Which is closer ?", _placed(near.name, far.name, place), place, rules)
 
 
 def _distances(things: Sequence[Thing], rng: np.random.Generator, balance: Balance) -> Iterator[Question]:
@@ -266,7 +277,9 @@ def _distances(things: Sequence[Thing], rng: np.random.Generator, balance: Balan
                 continue
             place = balance.place("distance", 2)
             text = f"Which is nearer to the {middle.name} ?"
-            yield Question("distance", text, _placed(near.name, far.name, place), place)
+            flat = [math.hypot(thing.x - middle.x, thing.foot - middle.foot) for thing in (near, far)]
+            rules = (("nearer in the picture", flat[0] < flat[1]),)
+            yield Question("distance", text, _placed(near.name, far.name, place), place, rules)
 
 
 def _colours(scene: Scene, things: Sequence[Thing], rng: np.random.Generator, balance: Balance) -> Iterator[Question]:
@@ -292,7 +305,7 @@ def caption_conversation(scene: Scene, picture: Picture, *, distances: bool = Fa
         "id": scene.key,
         "image": scene.key,
         "conversations": [
-            {"from": "human", "value": f"<image>\n{DESCRIBE}"},
+            {"from": "human", "value": f"<image>\n{DESCRIBE_DEPTH if distances else DESCRIBE}"},
             {"from": "gpt", "value": caption(scene, picture, distances=distances)},
         ],
     }
@@ -326,4 +339,5 @@ def bench_row(scene: Scene, question: Question) -> dict[str, Any]:
     return {
         "type": kind, "task": task, "source": source, "filename": scene.key, "question": question.text,
         "choices": list(question.choices), "answer": f"({question.letter})", "prompt": question.prompt,
+        "rules": dict(question.rules),
     }  # fmt: skip

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import ARMS, LAYER_CHOICES, LAYERS, PRECISIONS, layers_arm
+from arms import ARMS, LAYER_CHOICES, LAYERS, PRECISIONS, layers_arm, numbers
 from significance import Correlation, Estimate, digits, hierarchical, holm, rank_correlation, seeds_needed
 
 from olatrain.probe import LayerScore, suggest
@@ -31,15 +31,15 @@ class Results:
     images: dict[tuple[str, str], np.ndarray]
     """By split and kind: which picture each question is about."""
     chance: dict[tuple[str, str], float]
-    seconds: dict[str, float]
-    """By arm: mean seconds of pretraining."""
+    rules: dict[tuple[str, str], dict[str, float]]
+    """By split and kind: the share of right answers by a rule that does not look for what is asked."""
     versions: list[str]
     dates: list[str]
     left_out: int
-    """Rows of other settings than the newest of their arm and budget."""
+    """Rows of other settings than the newest of their arm and budget, or about other questions than the newest."""
 
     stored: dict[str, dict[str, float]]
-    """By store: bytes an image, cosine and centred R² of what is read from it with float16."""
+    """By store: bytes an image, and centred R² of what is read from it with float16."""
     students: list[dict[str, Any]]
     """Rows of part (a)."""
     repeated: list[bool]
@@ -59,7 +59,7 @@ class Results:
         seeds = self.seeds([arm], budget, split, kind)
         if not seeds:
             return None
-        return hierarchical(self.values(arm, budget, split, kind, seeds), self.images[split, kind], null=False)
+        return hierarchical(self.values(arm, budget, split, kind, seeds), self.images[split, kind])
 
     def difference(self, arm: str, other: str, budget: int, split: str, kind: str) -> Estimate | None:
         """Estimate the paired difference of two arms over the seeds that both have; None with fewer than two."""
@@ -84,22 +84,22 @@ def load(folder: Path) -> Results:
     rows = _rows(folder / "runs.jsonl")
     asked = _record(folder / "questions.json")
     newest = {(row["arm"], row["budget"]): row["config"] for row in rows}
-    used = [row for row in rows if newest[row["arm"], row["budget"]] == row["config"]]
+    bench = rows[-1]["bench"] if rows else None
+    used = [row for row in rows if newest[row["arm"], row["budget"]] == row["config"] and row["bench"] == bench]
     right: dict[Place, dict[int, str]] = defaultdict(dict)
-    seconds: dict[str, dict[int, float]] = defaultdict(dict)
     for row in used:
         right[row["arm"], row["budget"], row["split"], row["kind"]][row["seed"]] = row["right"]
-        seconds[row["arm"]][row["seed"]] = row["pretrain_seconds"]
+    students = {(row["width"], row["tower_steps"], row["pictures"]): row for row in _rows(folder / "students.jsonl")}
     return Results(
         right=dict(right),
         images={(s, k): np.asarray(v["images"]) for s, kinds in asked.items() for k, v in kinds.items()},
         chance={(s, k): v["chance"] for s, kinds in asked.items() for k, v in kinds.items()},
-        seconds={arm: float(np.mean(list(found.values()))) for arm, found in seconds.items()},
+        rules={(s, k): v["rules"] for s, kinds in asked.items() for k, v in kinds.items()},
         versions=sorted({", ".join(f"{n} {v}" for n, v in row["versions"].items()) for row in used}),
         dates=sorted({row["date"] for row in used}),
         left_out=len(rows) - len(used),
         stored=_record(folder / "stores.json"),
-        students=_rows(folder / "students.jsonl"),
+        students=[row for row in students.values() if bench is None or row["bench"] == bench],
         repeated=[
             right[row["arm"], row["budget"], row["split"], row["kind"]][row["seed"]] == row["right"]
             for row in _rows(folder / "repeated.jsonl")
@@ -113,10 +113,12 @@ def write(folder: Path, out: Path) -> None:
     results = load(folder)
     plan = _record(HERE / "plan.json")
     images = out.parent / "images"
-    parts = [_HEAD, _fixed(plan), _endpoint(results, plan)]
+    parts = [_HEAD, _missing(results, plan), _fixed(plan), _endpoint(results, plan)]
     if plot(results, plan, images / "results.png"):
         parts.append("![accuracy by arm and seed](images/results.png)\n")
-    parts += [_accuracies(results), _rest(results, plan), _layers(results, plan), _precision(results, plan)]
+    corrected = _corrected(results, plan)
+    parts += [_sensitivity(results, plan, corrected), _accuracies(results), _rest(results, corrected)]
+    parts += [_layers(results, plan, corrected), _precision(results, plan, corrected)]
     parts.append(_representations(results, plan))
     if plot_students(results, plan, images / "students.png"):
         parts.append("![depth probe and depth answers by student](images/students.png)\n")
@@ -133,7 +135,31 @@ _HEAD = """# Results: the toy world
 Does it work? Pretrained weights are out of reach of a test machine, so this is the method in miniature: a world of coloured shapes on a plain whose depth is known
 (`examples/toyworld`), small teachers trained on it, a student whose tower sees what is there but little of how far away it is, and everything from extraction to answers through the
 commands of this project. `make evidence` writes this page from `examples/toyworld/results/`; nothing here is typed by hand. What a toy shows holds for the toy.
+
+One teacher, the depth one, with 9 task tokens; its losses are on while the projector is pretrained on captions, and off in fine-tuning on questions. The student's tower is frozen throughout.
 """
+
+
+def _missing(results: Results, plan: Mapping[str, Any]) -> str:
+    """How much of the full form there is."""
+    form = plan["forms"]["full"]
+    split, kind = plan["endpoint"]["split"], plan["endpoint"]["question"]
+    wanted = [
+        (arm, seed, budget)
+        for part in form["arms"]
+        for arm in part["arms"]
+        for seed in numbers(part["seeds"])
+        for budget in part["budgets"]
+    ]
+    left = Counter(arm for arm, seed, budget in wanted if seed not in results.right.get((arm, budget, split, kind), {}))
+    lacking = ", ".join(f"`{arm}` {count}" for arm, count in left.items())
+    lines = [
+        f"**How much of it there is**: {len(wanted) - left.total()} of {len(wanted)} runs of the full form (an arm, a seed, a number of questions), "
+        f"{len(results.students)} of {form['students']} students of part (a)."
+    ]
+    if left:
+        lines.append(f"Runs still missing: {lacking}.")
+    return " ".join(lines) + "\n"
 
 
 def _fixed(plan: Mapping[str, Any]) -> str:
@@ -164,23 +190,87 @@ def _endpoint(results: Results, plan: Mapping[str, Any]) -> str:
         return "\n".join(
             [*lines, f"Not enough was run yet: a difference takes two paired seeds, and there are {len(seeds)}.", ""]
         )
-    lines += ["| `embedding` minus | difference (points) | 95 % interval | SD over seeds | paired seeds | seeds needed at this spread (80 % power) |", "|---|---|---|---|---|---|"]  # fmt: skip
+    lines += ["| `embedding` minus | difference (points) | 95 % interval | SD over seeds | paired seeds | seeds needed for this difference (80 % power) |", "|---|---|---|---|---|---|"]  # fmt: skip
     for other, e in known.items():
         lines.append(
-            f"| `{other}` | {e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {e.spread:.1f} | {e.seeds} | {_number(seeds_needed(e.value, e.spread))} |"
+            f"| `{other}` | {e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {e.spread:.1f} | {e.seeds} | {_number(seeds_needed(e)) if e.value > 0 else '–'} |"
         )
-    missing = [other for other in end["against"] if other not in known]
-    if missing:
-        verdict = f"**Undecided**: `{'`, `'.join(missing)}` has fewer than two paired seeds."
-    elif all(e.low > 0 for e in known.values()):
-        verdict = "**Success** as it was fixed: all three intervals lie above 0."
-    elif any(e.high < 0 for e in known.values()):
-        worse = [other for other, e in known.items() if e.high < 0]
+    fewest = min((e.seeds for e in known.values()), default=0) if len(known) == len(end["against"]) else 0
+    worse = [other for other, e in known.items() if e.high < 0]
+    open_ = [other for other, e in known.items() if e.low <= 0]
+    if fewest < end["seeds_for_a_verdict"]:
+        verdict = f"**No verdict yet**: it takes {end['seeds_for_a_verdict']} paired seeds of all arms, and there are {fewest}."
+    elif worse:
         verdict = f"**No success**: the embedding losses are worse than `{'`, `'.join(worse)}`."
+    elif open_:
+        verdict = f"**No success**: the interval against `{'`, `'.join(open_)}` holds 0."
     else:
-        open_ = [other for other, e in known.items() if e.low <= 0]
-        verdict = f"**No success so far**: the interval against `{'`, `'.join(open_)}` holds 0."
-    return "\n".join([*lines, "", f"{verdict} An SD over fewer than five seeds is itself uncertain.", ""])
+        verdict = "**Success** as it was fixed: all three intervals lie above 0."
+    note = "–: fewer than five seeds, or no advantage; ∞: more seeds do not show it, more pictures might."
+    return "\n".join([*lines, "", verdict, "", note, ""])
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A paired difference, with its p-value after correction for all that are not the endpoint."""
+
+    estimate: Estimate
+    p: float
+
+
+Comparison = tuple[str, str, int, str, str]
+"""Arm, the arm it is compared with, budget, split, kind."""
+
+
+def _corrected(results: Results, plan: Mapping[str, Any]) -> dict[Comparison, Compared]:
+    """Everything but the endpoint that the page compares, corrected together after Holm."""
+    end = plan["endpoint"]
+    where = (end["budget"], end["split"], end["question"])
+    wanted: list[Comparison] = [
+        (arm, "tokens", budget, split, kind)
+        for arm, budget, split, kind in sorted(results.right)
+        if arm in MAIN and arm != "tokens"
+    ]
+    wanted += [("embedding", other, *where) for other in ("none", *_CONTROLS)]
+    wanted += [(arm, "none", *where) for arm in ("oracle", "feed")]
+    wanted += [(arm, "embedding", *where) for arm in ARMS if arm not in MAIN]
+    fixed = {("embedding", other, *where) for other in end["against"]}
+    found = {one: results.difference(*one) for one in dict.fromkeys(wanted) if one not in fixed}
+    known = {one: estimate for one, estimate in found.items() if estimate is not None}
+    p = holm({str(one): estimate.p for one, estimate in known.items()})
+    return {one: Compared(estimate, p[str(one)]) for one, estimate in known.items()}
+
+
+_CONTROLS = ("longer", "own", "feed", "oracle")
+
+
+def _sensitivity(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared]) -> str:
+    """Whether what is given away is used: without that, no effect of the losses says little."""
+    end = plan["endpoint"]
+    where = (end["budget"], end["split"], end["question"])
+    lines = [
+        "## Could it see an effect?", "",
+        "`feed` has the teacher's features as inputs, `oracle` distances in the captions. Where these help no more than the losses, the endpoint cannot tell whether a student sees depth.", "",
+        "| arm | seeds | depth order, % | minus `none`, points | 95 % interval | p, corrected |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for arm in ("none", "oracle", "feed"):
+        found = results.accuracy(arm, *where)
+        if found is None:
+            lines.append(f"| `{arm}` | 0 | | | | |")
+            continue
+        compared = corrected.get((arm, "none", *where))
+        cells = "| – | – | –" if compared is None else f"| {_difference(compared)}"
+        lines.append(f"| `{arm}` | {found.seeds} | {_percent(found)} {cells} |")
+    return "\n".join([*lines, ""])
+
+
+def _difference(found: Compared) -> str:
+    e = found.estimate
+    return f"{e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {found.p:.3f}"
+
+
+def _percent(found: Estimate) -> str:
+    return f"{found.value:.1f} ({max(found.low, 0):.0f}–{min(found.high, 100):.0f})"
 
 
 def _accuracies(results: Results) -> str:
@@ -194,73 +284,72 @@ def _accuracies(results: Results) -> str:
             "Percent, with 95 % intervals over seeds and images. `ood`: pictures in which the apparent size tells no distance.",
             "",
         ]
-        lines.append("| arm | seeds | " + " | ".join(_title(place) for place in kinds) + " | pretraining (s) |")
-        lines.append("|---|---|" + "---|" * (len(kinds) + 1))
-        lines.append("| chance | | " + " | ".join(f"{100 * results.chance[place]:.0f}" for place in kinds) + " | |")
+        lines.append("| arm | seeds | " + " | ".join(_title(place) for place in kinds) + " |")
+        lines.append("|---|---|" + "---|" * len(kinds))
+        lines.append("| chance | | " + " | ".join(f"{100 * results.chance[place]:.0f}" for place in kinds) + " |")
+        for rule in dict.fromkeys(rule for place in kinds for rule in results.rules[place]):
+            told = [results.rules[place].get(rule) for place in kinds]
+            cells = " | ".join("" if share is None else f"{100 * share:.1f}" for share in told)
+            lines.append(f"| rule: {rule} | | {cells} |")
         for arm in arms:
             found = [results.accuracy(arm, budget, *place) for place in kinds]
-            cells = [f"{e.value:.1f} ({e.low:.0f}–{e.high:.0f})" if e else "" for e in found]
             seeds = max((e.seeds for e in found if e), default=0)
-            lines.append(f"| `{arm}`: {ARMS[arm].about} | {seeds} | {' | '.join(cells)} | {results.seconds[arm]:.0f} |")
+            cells = " | ".join(_percent(e) if e else "" for e in found)
+            lines.append(f"| `{arm}`: {ARMS[arm].about} | {seeds} | {cells} |")
         counts = ", ".join(f"{_title(p)} {len(results.images[p])}" for p in kinds)
-        parts.append(
-            "\n".join(
-                [
-                    *lines,
-                    "",
-                    f"Questions: {counts}. Seconds were taken while the machine did other work: a hint, not a measurement.",
-                    "",
-                ]
-            )
-        )
+        parts.append("\n".join([*lines, "", f"Questions: {counts}.", ""]))
     return "\n".join(parts)
 
 
-def _rest(results: Results, plan: Mapping[str, Any]) -> str:
-    end = plan["endpoint"]
-    fixed = {("embedding", other, end["budget"], end["split"], end["question"]) for other in end["against"]}
-    found = {}
-    for arm, budget, split, kind in sorted(results.right):
-        if arm == "tokens" or arm not in MAIN or (arm, "tokens", budget, split, kind) in fixed:
-            continue
-        estimate = results.difference(arm, "tokens", budget, split, kind)
-        if estimate is not None:
-            found[f"| `{arm}` | {budget} | {_title((split, kind))}"] = estimate
-    if not found:
+def _rest(results: Results, corrected: Mapping[Comparison, Compared]) -> str:
+    if not corrected:
         return ""
-    corrected = holm({name: estimate.p for name, estimate in found.items()})
     lines = [
-        "## The rest: differences from `tokens`",
+        "## The rest",
         "",
-        f"{len(found)} comparisons, corrected together (Holm). Nothing here was fixed as a success beforehand.",
+        f"{len(corrected)} comparisons, those of layers and precision among them, corrected together (Holm). Nothing here was fixed as a success beforehand.",
         "",
+        "| arm | minus | questions | kind | difference (points) | 95 % interval | p, corrected | seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        "| arm | questions | kind | difference (points) | 95 % interval | seeds | p, corrected |",
-        "|---|---|---|---|---|---|---|",
+    for (arm, other, budget, split, kind), found in corrected.items():
+        if arm in MAIN:
+            lines.append(
+                f"| `{arm}` | `{other}` | {budget} | {_title((split, kind))} | {_difference(found)} | {found.estimate.seeds} |"
+            )
+    worse = [
+        f"{_title((split, kind))} after {budget} questions"
+        for (arm, other, budget, split, kind), found in corrected.items()
+        if (arm, other) == ("embedding", "tokens") and found.estimate.high < 0
     ]
-    for name, e in found.items():
-        lines.append(f"{name} | {e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {e.seeds} | {corrected[name]:.3f} |")
-    worse = [name for name, e in found.items() if e.high < 0]
-    said = "; ".join(" ".join(name.strip("| ").split(" | ")) for name in worse) or "nothing beyond its interval"
-    return "\n".join([*lines, "", f"What gets worse than without a loss: {said}.", ""])
+    said = ", ".join(worse) or "nothing beyond its interval"
+    return "\n".join([*lines, "", f"What the embedding losses make worse than tokens without one (uncorrected intervals): {said}.", ""])  # fmt: skip
 
 
-def _against(results: Results, plan: Mapping[str, Any], arm: str) -> str:
-    """Cells of a table: seeds, accuracy at the endpoint's questions, and what is paired with `embedding`."""
+def _against(
+    results: Results, plan: Mapping[str, Any], arm: str, corrected: Mapping[Comparison, Compared], other: str
+) -> str:
+    """Cells of a table: seeds, accuracy at the endpoint's questions, and what is paired with `other`."""
     end = plan["endpoint"]
     where = (end["budget"], end["split"], end["question"])
     found = results.accuracy(arm, *where)
     if found is None:
-        return "0 | | |"
-    difference = results.difference(arm, "embedding", *where)
-    apart = f"{difference.value:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})" if difference else "one seed"
-    if arm == "embedding":
-        apart = "–"
-    return f"{found.seeds} | {found.value:.1f} ({found.low:.0f}–{found.high:.0f}) | {apart} |"
+        return "0 | | | |"
+    compared = corrected.get((arm, other, *where))
+    cells = "– | – | –" if compared is None else _difference(compared)
+    return f"{found.seeds} | {_percent(found)} | {cells} |"
 
 
-def _layers(results: Results, plan: Mapping[str, Any]) -> str:
+_COLUMNS = "seeds | depth order, % | minus {}, points | 95 % interval | p, corrected |"
+
+
+def _floor(results: Results, plan: Mapping[str, Any]) -> str:
+    end = plan["endpoint"]
+    found = results.chance.get((end["split"], end["question"]))
+    return "" if found is None else f"Chance is {100 * found:.0f} %."
+
+
+def _layers(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared]) -> str:
     probes = [row["probe"] for row in results.students]
     lines = ["## Layers", ""]
     if probes:
@@ -275,28 +364,27 @@ def _layers(results: Results, plan: Mapping[str, Any]) -> str:
             f"{' and '.join(map(str, best)) or 'none'}.", "",
         ]  # fmt: skip
     names = {"embedding": f"{LAYERS} (published, scaled)", **{layers_arm(one): str(one) for one in LAYER_CHOICES}}
-    rows = [f"| {about} | {_against(results, plan, arm)}" for arm, about in names.items()]
-    lines += [
-        "| supervised blocks | seeds | depth order, % | minus the published choice, points |",
-        "|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *rows, ""])
+    names |= {arm: f"none (`{arm}`)" for arm in ("tokens", "shuffled")}
+    rows = [f"| {about} | {_against(results, plan, arm, corrected, 'embedding')}" for arm, about in names.items()]
+    lines += [f"| supervised blocks | {_COLUMNS.format('the published choice')}", "|---|" + "---|" * 5]
+    return "\n".join([*lines, *rows, "", _floor(results, plan), ""])
 
 
-def _precision(results: Results, plan: Mapping[str, Any]) -> str:
+def _precision(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared]) -> str:
     lines = [
         "## Precision", "",
         "The arm `embedding` with features stored in other forms; bytes are what an image takes in the store.", "",
-        "| stored as | bytes an image | cosine with float16 | seeds | depth order, % | minus float16, points |",
-        "|---|---|---|---|---|---|",
+        f"| stored as | bytes an image | centred R² to float16 | {_COLUMNS.format('float16')}", "|---|---|---|" + "---|" * 5,
     ]  # fmt: skip
     for arm in ("embedding", *PRECISIONS):
         store = "float16" if arm == "embedding" else arm
         known = results.stored.get(store, {})
         size = f"{known['bytes']:.0f}" if known else ""
-        cosine = f"{known['cosine']:.5f}" if known else ""
-        lines.append(f"| {store} | {size} | {cosine} | {_against(results, plan, arm)}")
-    return "\n".join([*lines, ""])
+        near = f"{known['r2']:.5f}" if known else ""
+        lines.append(f"| {store} | {size} | {near} | {_against(results, plan, arm, corrected, 'embedding')}")
+    tokens = _against(results, plan, "tokens", corrected, "embedding")
+    lines.append(f"| no loss (`tokens`) | | | {tokens}")
+    return "\n".join([*lines, "", f"{_floor(results, plan)} The mean over images has a centred R² of 0.", ""])
 
 
 def _best_probe(row: Mapping[str, Any]) -> float:
@@ -307,11 +395,16 @@ def _share(text: str) -> float:
     return text.count("1") / len(text)
 
 
+_FEWEST_STUDENTS = 12
+
+
 def _representations(results: Results, plan: Mapping[str, Any]) -> str:
     rows = results.students
     lines = ["## (a) Better representations, better answers?", ""]
-    if len(rows) < 4:
-        return "\n".join([*lines, f"Not enough was run yet: {len(rows)} students.", ""])
+    if len(rows) < _FEWEST_STUDENTS:
+        said = f"Not enough was run yet: {len(rows)} students; correlations are told from {_FEWEST_STUDENTS} on."
+        return "\n".join([*lines, said, ""])
+    towers = [(row["width"], row["tower_steps"]) for row in rows]
     probe = np.array([_best_probe(row) for row in rows])
     text = np.array([row["text"] for row in rows])
     lines += [
@@ -324,17 +417,21 @@ def _representations(results: Results, plan: Mapping[str, Any]) -> str:
     for place in sorted(rows[0]["right"], key=lambda name: _order((name.split()[0], name.split()[1]))):
         split, kind = place.split()
         shares = np.array([_share(row["right"][place]) for row in rows])
-        plain, partial = rank_correlation(probe, shares), rank_correlation(probe, shares, text)
+        plain = rank_correlation(probe, shares, groups=towers)
+        partial = rank_correlation(probe, shares, text, groups=towers)
         lines.append(
             f"| {_title((split, kind))} | {100 * results.chance[split, kind]:.0f} | {100 * shares.min():.1f} to {100 * shares.max():.1f} | "
             f"{_correlation(plain)} | {_correlation(partial)} |"
         )
+    depth, colour = (np.array([_share(row["right"][f"test {kind}"]) for row in rows]) for kind in ("depth", "colour"))
+    apart = rank_correlation(probe, depth, minus=colour, groups=towers)
     lines += [
         "",
-        "A rank correlation of 0 is what no relation gives; –: too few students differ.",
-        "",
+        "A rank correlation of 0 is what no relation gives; –: too few students differ. The bootstrap draws towers, which several students share; "
+        "the next-token loss is that of pretraining on captions.", "",
+        f"The depth probe's correlation with depth answers minus that with colour answers: {_correlation(apart).replace(' | ', ' (95 %: ')}).", "",
         *_specificity(rows),
-    ]
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -391,10 +488,6 @@ def _cost(results: Results) -> str:
                 f"| {said} | {found['seconds']:.2f} | {found['seconds'] / base['seconds']:.2f} | {found['peak_gib']:.2f} |"
             )
         lines.append("")
-    seconds = {arm: results.seconds[arm] for arm in ("none", "embedding", "longer") if arm in results.seconds}
-    if seconds:
-        said = ", ".join(f"`{arm}` {value:.0f}" for arm, value in seconds.items())
-        lines += [f"In this experiment, seconds of pretraining with other jobs on the machine: {said}.", ""]
     return "\n".join(lines)
 
 
@@ -408,7 +501,7 @@ def _parts_of_the_student() -> str:
         [
             *lines,
             "",
-            "Of questions about written-out scenes chance is a half (of counting a quarter); a centred R² of 0 is the mean map's.",
+            "Of questions about written-out scenes chance is a half (of counting a quarter); a centred R² of 0 is the mean map's. The language model was scored on questions of depth as they were in the first form of the experiment.",
             "",
         ]
     )
@@ -465,7 +558,9 @@ def plot(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
     axis.set_yticks(range(len(arms)), list(reversed(arms)))
     axis.axvline(100 * results.chance[end["split"], end["question"]], color="grey", linestyle="--", label="chance")
     axis.set(xlabel=f"{end['question']} order right, % (dots: seeds; bars: 95 %), {end['budget']} questions")
-    axis.legend(loc="lower right")
+    for rule, share in results.rules[end["split"], end["question"]].items():
+        axis.axvline(100 * share, color="tab:orange", linestyle=":", linewidth=1, label=f"rule: {rule}")
+    axis.legend(loc="lower right", fontsize=7)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110, metadata={"Software": None})
     plt.close(figure)
@@ -475,7 +570,7 @@ def plot(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
 def plot_students(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
     """Draw depth answers over the depth probe, a dot for each student of part (a); False where there are too few."""
     rows = results.students
-    if len(rows) < 4:
+    if len(rows) < _FEWEST_STUDENTS:
         return False
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt

@@ -20,6 +20,9 @@ from typing import Any
 import student as parts
 from arms import ARMS, Laboratory, versions
 
+METHOD = "probes start at the mean map; text is the loss of pretraining"
+"""What is not settings, and makes another row when it changes."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -67,11 +70,11 @@ def measure(
     probed = lab.probed(pretrained, seed)
     student, _ = lab.tuned(arm, pretrained, seed, budget)
     right = {f"{split} {kind}": digits for split, kind, digits in lab.scores(student)}
-    text = lab.text_loss(student.parent / f"tune-{budget}")
+    text = lab.text_loss(pretrained.parent / "pretrain")
     tower_scores = json.loads((tower / "scores.json").read_text(encoding="utf-8"))
     shutil.rmtree(pretrained.parent)
     return {
-        **asdict(made_of), "seed": seed, "budget": budget, "config": digest(lab, made_of, budget),
+        **asdict(made_of), "seed": seed, "budget": budget, "config": digest(lab, made_of, budget), "bench": lab.bench(),
         "tower": tower_scores, "probe": probed, "text": text, "right": right, "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
@@ -79,5 +82,5 @@ def measure(
 
 def digest(lab: Laboratory, made_of: Variant, budget: int) -> str:
     """Return a digest of everything that a row follows from, but for seed, versions and the tower's weights."""
-    parts_ = json.dumps(asdict(made_of), sort_keys=True) + lab.digest(ARMS["none"], budget, tower=False)
+    parts_ = METHOD + json.dumps(asdict(made_of), sort_keys=True) + lab.digest(ARMS["none"], budget, tower=False)
     return hashlib.sha256(parts_.encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ __all__ = ["on_the_path", "ray_session"]
 
 BUDGET = 8
 SIZE = {
-    "captions": 12, "tests": 4, "ood": 2, "pretrain_steps": 2, "pretrain_batch": 4, "tune_epochs": 1, "tune_batch": 4,
+    "captions": 12, "tests": 40, "ood": 20, "pretrain_steps": 2, "pretrain_batch": 4, "tune_epochs": 1, "tune_batch": 4,
     "probe_steps": 2,
 }  # fmt: skip
 
@@ -40,7 +40,9 @@ def test_an_arm_answers_every_question_and_is_not_run_again(workplace: Any, tmp_
     evidence = load("evidence")
     task = evidence.Task("embedding", 0, (BUDGET,))
     rows = workplace.rows(task)
-    asked = workplace.laboratory().asked()
+    asked = workplace.laboratory().asked(BUDGET)
+    assert asked["test"]["depth"]["rules"].keys() == {"lower in the picture", "larger in the picture", "names alone"}
+    assert asked["test"]["relation"]["rules"] == {}
     assert {(row["split"], row["kind"]): len(row["right"]) for row in rows} == {
         (split, kind): len(about["images"]) for split, kinds in asked.items() for kind, about in kinds.items()
     }

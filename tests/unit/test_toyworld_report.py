@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from toyworld_support import load, on_the_path
@@ -18,20 +19,27 @@ def digits(share: float, rng: np.random.Generator) -> str:
     return "".join(str(int(value)) for value in rng.random(QUESTIONS) < share)
 
 
-def write_rows(folder: Path, shares: dict[str, float], *, seeds: int = 3) -> None:
+def write_rows(folder: Path, shares: dict[str, float], *, seeds: int = 10) -> None:
     rng = np.random.default_rng(0)
     rows = [
         {
             "arm": arm, "seed": seed, "budget": 3000, "split": split, "kind": "depth", "right": digits(share, rng),
-            "config": "same", "pretrain_seconds": 20.0, "tune_seconds": 30.0, "versions": {"torch": "2"},
-            "date": "2026-11-29",
+            "config": "same", "bench": "these", "pretrain_seconds": 20.0, "tune_seconds": 30.0,
+            "versions": {"torch": "2"}, "date": "2026-11-29",
         }
         for arm, share in shares.items() for seed in range(seeds) for split in ("test", "ood")
     ]  # fmt: skip
-    asked = {"depth": {"images": [f"{n // 2}.png" for n in range(QUESTIONS)], "chance": 0.5}}
+    images = [f"{n // 2}.png" for n in range(QUESTIONS)]
+    asked = {"depth": {"images": images, "chance": 0.5, "rules": {"names alone": 0.612}}}
     folder.mkdir(exist_ok=True)
     (folder / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "questions.json").write_text(json.dumps({"test": asked, "ood": asked}))
+
+
+def _asked_with_colours(folder: Path) -> dict[str, Any]:
+    asked: dict[str, Any] = json.loads((folder / "questions.json").read_text())
+    asked["test"]["colour"] = asked["test"]["depth"] | {"rules": {}}
+    return asked
 
 
 def page(results: Path, out: Path) -> str:
@@ -47,19 +55,51 @@ def test_the_verdict_follows_from_the_rows(tmp_path: Path) -> None:
     assert (tmp_path / "images" / "results.png").is_file()
     write_rows(tmp_path / "worse", {**SHARES, "embedding": 0.2})
     assert "**No success**: the embedding losses are worse than" in page(tmp_path / "worse", tmp_path)
+    write_rows(tmp_path / "equal", {**SHARES, "embedding": 0.5})
+    assert "**No success**: the interval against `tokens`" in page(tmp_path / "equal", tmp_path)
+    write_rows(tmp_path / "few", SHARES, seeds=9)
+    text = page(tmp_path / "few", tmp_path)
+    assert "**No verdict yet**: it takes 10 paired seeds of all arms, and there are 9." in text
+    assert "| rule: names alone | | 61.2 | 61.2 |" in text
+
+
+def test_it_is_said_whether_an_effect_could_be_seen_and_what_is_missing(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results", {**SHARES, "oracle": 0.9}, seeds=4)
+    text = page(tmp_path / "results", tmp_path)
+    part = text.split("## Could it see an effect?")[1].split("##")[0]
+    (row,) = [line for line in part.splitlines() if line.startswith("| `oracle` |")]
+    assert row.split(" | ")[1] == "4"
+    assert float(row.split(" | ")[3]) > 20
+    assert float(row.split(" | ")[5].strip(" |")) < 0.001
+    assert "| `feed` | 0 | | | | |" in part
+    assert "`feed` 5" in text.split("## What was fixed")[0]
+    assert "`oracle` 1" in text.split("## What was fixed")[0]
+
+
+def test_rows_about_other_questions_are_not_paired(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results", SHARES)
+    path = tmp_path / "results" / "runs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["arm"] == "tokens":
+            row["bench"] = "others"
+    path.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["arm"] != "tokens")))
+    text = page(tmp_path / "results", tmp_path)
+    assert "| `embedding` | `tokens`" not in text
+    assert "20 rows of earlier settings" in text
 
 
 def test_arms_of_other_layers_and_precisions_have_their_own_tables(tmp_path: Path) -> None:
     write_rows(tmp_path / "results", SHARES)
-    (tmp_path / "results" / "stores.json").write_text(json.dumps({"int8": {"bytes": 4321, "cosine": 0.99987}}))
+    (tmp_path / "results" / "stores.json").write_text(json.dumps({"int8": {"bytes": 4321, "r2": 0.99987}}))
     text = page(tmp_path / "results", tmp_path)
     layers, precision = text.split("## Layers")[1].split("## Precision")
     (row,) = [line for line in layers.splitlines() if line.startswith("| (1,) |")]
-    assert row.split(" | ")[1] == "3"
+    assert row.split(" | ")[1] == "10"
     assert float(row.split(" | ")[3].split()[0]) < -10  # points below the published choice
     (row,) = [line for line in precision.splitlines() if line.startswith("| int8 |")]
-    assert row.startswith("| int8 | 4321 | 0.99987 | 3 | ")
-    assert "layers-1" not in text.split("## Layers")[0]
+    assert row.startswith("| int8 | 4321 | 0.99987 | 10 | ")
+    assert "layers-1" not in text.split("## The endpoint")[1].split("## Layers")[0]
 
 
 def test_students_are_correlated_and_few_are_not(tmp_path: Path) -> None:
@@ -67,21 +107,26 @@ def test_students_are_correlated_and_few_are_not(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     rows = [
         {
-            "width": 32, "tower_steps": 60 + n, "pictures": 300, "probe": {"1": 0.0, "2": 0.05 * n}, "text": 0.3,
-            "tower": {"depth R²": -n, "names AP": 0.5, "names AP by chance": 0.1},
-            "right": {"test depth": digits(0.5 + 0.05 * n, rng), "ood depth": digits(0.5, rng)},
+            "width": 32, "tower_steps": 60 + n // 2, "pictures": 300 + n % 2, "text": 0.3,
+            "probe": {"1": 0.0, "2": 0.05 * n}, "tower": {"depth R²": -n, "names AP": 0.5, "names AP by chance": 0.1},
+            "right": {"test depth": digits(0.5 + 0.04 * n, rng), "ood depth": digits(0.5, rng),
+                      "test colour": digits(0.9 - 0.04 * n, rng)},
+            "bench": "these",
         }
-        for n in range(10)
+        for n in range(12)
     ]  # fmt: skip
     path = tmp_path / "results" / "students.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    (tmp_path / "results" / "questions.json").write_text(json.dumps(_asked_with_colours(tmp_path / "results")))
     assert "Not enough was run yet: 3 students" in page(tmp_path / "results", tmp_path)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     part = page(tmp_path / "results", tmp_path).split("## (a)")[1]
     (row,) = [line for line in part.splitlines() if line.startswith("| depth |")]
     assert float(row.split(" | ")[3]) > 0.9
+    contrast = [line for line in part.splitlines() if line.startswith("The depth probe's correlation with depth")]
+    assert float(contrast[0].split(": ")[1].split(" ")[0]) > 1.5
     assert row.endswith("| – | – |"), "the text losses are all equal: nothing is left to take out"
-    matrix = {line.split(" | ")[0]: line.split(" | ")[1] for line in part.splitlines() if "of its tower" in line}
+    matrix = {line.split(" | ")[0]: line.split(" | ")[2] for line in part.splitlines() if "of its tower" in line}
     assert matrix.keys() == {"| depth R² of its tower", "| names AP of its tower"}
     assert float(matrix["| depth R² of its tower"]) < -0.9
     assert matrix["| names AP of its tower"] == "–"
@@ -98,7 +143,7 @@ def test_rows_made_again_are_counted_and_compared(tmp_path: Path) -> None:
     text = page(tmp_path / "results", tmp_path)
     assert "2 rows (an arm, a seed, a kind of question) were made a second time from nothing" in text
     assert "in 1 of them every question was answered as before" in text
-    assert path.read_text().count("\n") == 3 * 2 * len(SHARES)
+    assert path.read_text().count("\n") == 10 * 2 * len(SHARES)
 
 
 def test_a_page_without_results_says_so(tmp_path: Path) -> None:
