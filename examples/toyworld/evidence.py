@@ -31,7 +31,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HERE = Path(__file__).parent
-RUNS, STUDENTS, QUESTIONS, STORES = "runs.jsonl", "students.jsonl", "questions.json", "stores.json"
+RUNS, STUDENTS = "runs.jsonl", "students.jsonl"
+QUESTIONS, STORES, HEADROOM = "questions.json", "stores.json", "headroom.json"
 PLAN = json.loads((HERE / "plan.json").read_text(encoding="utf-8"))
 GRID = 6
 """Cells of the stored maps, averaged from 24: one for each patch of the student."""
@@ -186,6 +187,12 @@ def run(options: argparse.Namespace) -> list[str]:
     if measured:
         known = json.loads(path.read_text(encoding="utf-8")) if (path := options.results / STORES).is_file() else {}
         path.write_text(json.dumps(known | measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if (store := options.work / "all.zarr").is_dir():
+        import headroom
+
+        budget = PLAN["endpoint"]["budget"]
+        room = headroom.measure(options.work / "world", options.student / "vision", store, budget)
+        (options.results / HEADROOM).write_text(json.dumps(room, indent=1) + "\n", encoding="utf-8")
     missing = workplace.missing(wanted, options.results)
     print(f"{len(wanted)} runs asked for, {len(missing)} to be done", flush=True)
     failed: list[str] = []

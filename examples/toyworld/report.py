@@ -42,6 +42,8 @@ class Results:
     """By store: bytes an image, and centred R² of what is read from it with float16."""
     students: list[dict[str, Any]]
     """Rows of part (a)."""
+    headroom: dict[str, float]
+    """What a regression reads of depth from the places of two things, by what it reads from."""
     repeated: list[bool]
     """Of rows that were made a second time from nothing: whether every question was answered as before."""
 
@@ -99,6 +101,7 @@ def load(folder: Path) -> Results:
         dates=sorted({row["date"] for row in used}),
         left_out=len(rows) - len(used),
         stored=_record(folder / "stores.json"),
+        headroom=_record(folder / "headroom.json"),
         students=[row for row in students.values() if bench is None or row["bench"] == bench],
         repeated=[
             right[row["arm"], row["budget"], row["split"], row["kind"]][row["seed"]] == row["right"]
@@ -261,7 +264,15 @@ def _sensitivity(results: Results, plan: Mapping[str, Any], corrected: Mapping[C
         compared = corrected.get((arm, "none", *where))
         cells = "| – | – | –" if compared is None else f"| {_difference(compared)}"
         lines.append(f"| `{arm}` | {found.seeds} | {_percent(found)} {cells} |")
-    return "\n".join([*lines, ""])
+    lines.append("")
+    if results.headroom:
+        said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in results.headroom.items())
+        lines += [
+            "What a linear regression on the questions to train on reads from the places where the two things show, were "
+            f"these found (`headroom.py`): {said}. An arm whose tower is frozen cannot be far above what the tower holds.",
+            "",
+        ]
+    return "\n".join(lines)
 
 
 def _difference(found: Compared) -> str:

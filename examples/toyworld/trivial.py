@@ -31,7 +31,7 @@ def names_alone(
 
     `text` is how the question begins, in the conversations and in the bench's `rows`. None where there are none.
     """
-    learnt = [asked for one in conversations for asked in _asked(one) if asked[0].startswith(text)]
+    learnt = [found for one in conversations for found in asked(one) if found[0].startswith(text)]
     if not learnt or not rows:
         return None
     x = np.stack([_names(choices) for _, choices, _ in learnt])
@@ -41,7 +41,8 @@ def names_alone(
     return float(np.mean([guess == (row["answer"] == "(A)") for guess, row in zip(guessed, rows, strict=True)]))
 
 
-def _asked(conversation: Mapping[str, Any]) -> Iterator[tuple[str, list[str], int]]:
+def asked(conversation: Mapping[str, Any]) -> Iterator[tuple[str, list[str], int]]:
+    """Yield the questions of a conversation: text, choices, place of the right one."""
     turns = conversation["conversations"]
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         prompt = question["value"].removeprefix("<image>\n").splitlines()[0]

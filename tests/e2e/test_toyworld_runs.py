@@ -27,12 +27,14 @@ def workplace(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> An
     world = work / "world"
     corpus.write(world, corpus.Size(*(SIZE[name] for name in ("captions", "tests", "ood"))))
     corpus.write_questions(world, BUDGET)
-    done = olapipe(
-        "extract", world / "captions.jsonl", "--images", world / "images", "--out", work / "depth.zarr",
-        "--teacher", "depth", "--checkpoint", f"depth={TOYWORLD / 'teachers' / 'depth'}",
-        "--set", f"options.depth.grid={evidence.GRID}", "--set", "options.depth.grid_resize=area",
-    )  # fmt: skip
-    assert done.exit_code == 0, done.output
+    corpus.write_pictures(world, BUDGET)
+    for pictures, store in (("captions", "depth"), ("all", "all")):
+        done = olapipe(
+            "extract", world / f"{pictures}.jsonl", "--images", world / "images", "--out", work / f"{store}.zarr",
+            "--teacher", "depth", "--checkpoint", f"depth={TOYWORLD / 'teachers' / 'depth'}",
+            "--set", f"options.depth.grid={evidence.GRID}", "--set", "options.depth.grid_resize=area",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
     return evidence.Workplace(work, TOYWORLD / "teachers", TOYWORLD / "student", SIZE)
 
 
@@ -51,6 +53,13 @@ def test_an_arm_answers_every_question_and_is_not_run_again(workplace: Any, tmp_
     assert workplace.missing([task], tmp_path) == []
     other = evidence.Workplace(workplace.work, workplace.teachers, workplace.student, SIZE | {"tune_lr": 0.5})
     assert other.missing([task], tmp_path) == [task], "with other settings it is another run"
+
+
+def test_what_there_is_to_be_read_of_depth_is_measured(workplace: Any) -> None:
+    work = workplace.work
+    room = load("headroom").measure(work / "world", workplace.student / "vision", work / "all.zarr", BUDGET)
+    assert room.keys() == {"the student's tower", "the teacher's features", "foot, size and area"}
+    assert all(0 <= share <= 1 for share in room.values())
 
 
 def test_a_student_of_part_a_is_probed_at_each_layer_and_asked(workplace: Any, tmp_path: Path) -> None:
