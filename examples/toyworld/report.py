@@ -345,7 +345,7 @@ def _against(
     where = (end["budget"], end["split"], end["question"])
     found = results.accuracy(arm, *where)
     if found is None:
-        return "0 | | | |"
+        return "0 | | | | |"
     compared = corrected.get((arm, other, *where))
     cells = "– | – | –" if compared is None else _difference(compared)
     return f"{found.seeds} | {_percent(found)} | {cells} |"

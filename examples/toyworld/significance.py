@@ -49,11 +49,10 @@ def hierarchical(values: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> Es
     for row, found in zip(sums, values, strict=True):
         np.add.at(row, members, found)
     counts = np.bincount(members, minlength=len(images)).astype(np.float64)
-    draws = np.empty(RESAMPLES)
-    for number in range(RESAMPLES):
-        weights = np.bincount(rng.integers(len(images), size=len(images)), minlength=len(images))
-        seeds = rng.integers(len(values), size=len(values))
-        draws[number] = (sums[seeds] @ weights).mean() / (counts @ weights)
+    # how often each image and each seed is drawn: (draws, I) and (draws, S)
+    drawn = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), size=RESAMPLES)
+    seeds = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
+    draws = ((seeds / len(values)) @ sums * drawn).sum(axis=1) / (drawn @ counts)
     by_seed = values.mean(axis=1)
     mean, count = float(by_seed.mean()), len(values)
     spread = float(by_seed.std(ddof=1)) if count > 1 else math.nan
