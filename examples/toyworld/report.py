@@ -104,7 +104,7 @@ def load(folder: Path) -> Results:
         headroom=_record(folder / "headroom.json"),
         students=[row for row in students.values() if bench is None or row["bench"] == bench],
         repeated=[
-            right[row["arm"], row["budget"], row["split"], row["kind"]][row["seed"]] == row["right"]
+            right[row["arm"], row["budget"], row["split"], row["kind"]].get(row["seed"]) == row["right"]
             for row in _rows(folder / "repeated.jsonl")
             if newest.get((row["arm"], row["budget"])) == row["config"]
         ],
@@ -292,7 +292,7 @@ def _accuracies(results: Results) -> str:
         lines = [
             f"## Accuracy after {budget} questions",
             "",
-            "Percent, with 95 % intervals over seeds and images. `ood`: pictures in which the apparent size tells no distance.",
+            "Percent, with 95 % intervals over seeds and images, of one seed over images alone. `ood`: pictures in which the apparent size tells no distance.",
             "",
         ]
         lines.append("| arm | seeds | " + " | ".join(_title(place) for place in kinds) + " |")
