@@ -2,8 +2,10 @@ r"""What a training step costs with stored features, beside targets in memory an
 
     python benchmarks/train_step.py                                          reduced sizes, CPU
     python benchmarks/train_step.py --published --device cuda --batch 16 --out benchmarks/results/train-step-gpu.json
+    python benchmarks/train_step.py --toyworld evidence-out --batch 32 --out examples/toyworld/results/cost.json
 
-Random weights and features, one student, one batch size, and these ways to get targets:
+Random weights and features, or the student, teacher, pictures and store of the toy world (in the folder that `make
+evidence` has filled); one student, one batch size, and these ways to get targets:
 
     text        no targets: next tokens alone, no task tokens and no predictors
     resident    batches made beforehand, pictures and targets in memory: the floor
@@ -33,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,7 @@ ANSWER = "a table with two cups, and a lamp behind it"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", action="store_true", help="published sizes of student and teachers")
+    parser.add_argument("--toyworld", type=Path, help="folder of `make evidence`: time its pretraining instead")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each turn, after one that is not")
@@ -79,10 +83,12 @@ def main() -> int:
     if options.way:
         print(json.dumps(measure(options)))
         return 0
-    sizes = PUBLISHED if options.published else REDUCED
+    if options.published and options.toyworld:
+        parser.error("--toyworld has sizes of its own: leave --published out")
     with tempfile.TemporaryDirectory(prefix="train-step-") as folder:
         root = Path(folder)
-        shapes = prepare(root, options, sizes)
+        setting = prepare_toyworld(root, options) if options.toyworld else prepare(root, options)
+        (root / SETTING).write_text(json.dumps(dataclasses.asdict(setting)), encoding="utf-8")
         load = os.getloadavg()
         turns: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for _, way in itertools.product(range(options.turns), WAYS):
@@ -90,14 +96,13 @@ def main() -> int:
     ways = {way: summary(found) for way, found in turns.items()}
     ours = ways["streamed"]
     result = {
-        "what": "seconds of one training step by where its targets come from, random weights",
+        "what": "seconds of one training step by where its targets come from",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": hardware(options.device),
         "versions": {"python": platform.python_version(), **versions()},
         "settings": {
-            "size": "published" if options.published else "reduced", **sizes, "targets": shapes, "stored": "float16",
-            "image": [640, 480], "batch": options.batch, "steps": options.steps, "turns": options.turns,
-            "threads": options.threads, "workers": options.workers, "device": options.device,
+            **setting.about, "stored": "float16", "batch": options.batch, "steps": options.steps,
+            "turns": options.turns, "threads": options.threads, "workers": options.workers, "device": options.device,
         },
         "conditions": {
             "said": options.conditions, "load_average_before": load, "load_average_after": os.getloadavg()
@@ -138,7 +143,26 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def prepare(root: Path, options: argparse.Namespace, sizes: dict[str, Any]) -> dict[str, list[int]]:
+@dataclass(frozen=True)
+class Setting:
+    """What the ways have in common, written for the processes that measure; paths are text."""
+
+    about: dict[str, Any]
+    """Sizes, for the result."""
+    common: dict[str, Any]
+    """Settings of `olatrain run`."""
+    text: dict[str, Any]
+    """More of them, without targets."""
+    supervised: dict[str, Any]
+    """More of them, with targets from a store."""
+    teachers: dict[str, dict[str, Any]]
+    """By name: `checkpoint` and `options`."""
+
+
+SETTING = "setting.json"
+
+
+def prepare(root: Path, options: argparse.Namespace) -> Setting:
     """Write teachers, student, pictures, conversations and a store of random features of the teachers' shapes."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from trainer_support import byte_tokenizer, conversation, make_store, write_json
@@ -149,6 +173,7 @@ def prepare(root: Path, options: argparse.Namespace, sizes: dict[str, Any]) -> d
     from olaschema.manifest import TeacherRecord
     from olatrain.compose import compose
 
+    sizes = PUBLISHED if options.published else REDUCED
     torch.manual_seed(0)
     records = {}
     for name in NAMES:
@@ -176,7 +201,59 @@ def prepare(root: Path, options: argparse.Namespace, sizes: dict[str, Any]) -> d
         (root / "images" / key).write_bytes(photograph(number))
     write_json(root / "conversations.json", [conversation(key, ANSWER) for key in keys])
     make_store(root / "store", root / "images", keys, rows_per_shard=8, teachers=records)
-    return {name: list(record.fingerprint.shape) for name, record in records.items()}
+    return Setting(
+        about={
+            "size": "published" if options.published else "reduced", **sizes, "image": [640, 480],
+            "targets": {name: list(record.fingerprint.shape) for name, record in records.items()},
+        },
+        common={
+            "conversations": str(root / "conversations.json"), "images": str(root / "images"), "window": 2,
+            "allow_view_mismatch": True, "mean_map_rows": 1,
+        },
+        text={"student": str(root / "student-text"), "train": ["projector"]},
+        supervised={
+            "student": str(root / "student"), "store": str(root / "store"),
+            "teachers": {name: {"layers": layers} for name, layers in sizes["layers"].items()},
+        },
+        teachers={name: {"checkpoint": str(root / name), "options": {}} for name in NAMES},
+    )  # fmt: skip
+
+
+def prepare_toyworld(root: Path, options: argparse.Namespace) -> Setting:
+    """Compose the students of the toy world's arms `none` and `embedding`, for its pictures and its store."""
+    toyworld = Path(__file__).parents[1] / "examples" / "toyworld"
+    sys.path.insert(0, str(toyworld))
+    from arms import ARMS
+    from evidence import GRID
+
+    from olaschema.store import FeatureStore
+    from olatrain.compose import compose
+
+    work = options.toyworld.resolve()
+    plain, supervised = ARMS["none"], ARMS["embedding"]
+    for arm in (plain, supervised):
+        compose(
+            toyworld / "student" / "llm", toyworld / "student" / "vision", root / arm.name, teachers=arm.teachers,
+            tokens_per_teacher=arm.tokens, view="squash", seed=0,
+        )  # fmt: skip
+    store = work / str(supervised.store)
+    shape = FeatureStore.open(str(store)).teacher("depth").fingerprint.shape
+    llm = json.loads((toyworld / "student" / "llm" / "config.json").read_text(encoding="utf-8"))
+    return Setting(
+        about={
+            "size": "toy world", "llm": {name: llm[name] for name in REDUCED["llm"]},
+            "layers": {name: one["layers"] for name, one in supervised.settings["teachers"].items()},
+            "targets": {"depth": list(shape)},
+        },
+        common={"conversations": str(work / "world" / "captions.jsonl"), "images": str(work / "world" / "images")},
+        text={"student": str(root / plain.name), "train": ["projector"]},
+        supervised={"student": str(root / supervised.name), "store": str(store), **supervised.settings},
+        teachers={
+            "depth": {
+                "checkpoint": str(toyworld / "teachers" / "depth"), "options": {"grid": GRID, "grid_resize": "area"},
+            }
+        },
+    )  # fmt: skip
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -189,23 +266,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from olatrain.step import run_batch
     from olatrain.train import make_optimiser
 
-    root, sizes = options.root, PUBLISHED if options.published else REDUCED
+    setting = Setting(**json.loads((options.root / SETTING).read_text(encoding="utf-8")))
     device = torch.device(options.device)
-    if options.way == "text":
-        targets_from: dict[str, Any] = {"student": root / "student-text", "train": ["projector"]}
-    else:
-        layers = {name: {"layers": layers} for name, layers in sizes["layers"].items()}
-        targets_from = {"student": root / "student", "store": str(root / "store"), "teachers": layers}
     config = load_config(TrainConfig, flags={
-        **targets_from, "conversations": root / "conversations.json",
-        "images": root / "images", "out": root / "out", "steps": options.steps + 1, "batch": options.batch,
-        "window": 2, "allow_view_mismatch": True, "precision": "bf16" if device.type == "cuda" else "float32",
-        "workers": options.workers, "device": options.device, "mean_map_rows": 1,
+        **setting.common, **(setting.text if options.way == "text" else setting.supervised),
+        "out": options.root / "out", "steps": options.steps + 1, "batch": options.batch,
+        "precision": "bf16" if device.type == "cuda" else "float32", "workers": options.workers,
+        "device": options.device,
     })  # fmt: skip
     run = set_up(config, Ranks(0, 1, device))
     optimiser = make_optimiser(run)
     parameters = list(run.learner.trainable().values())
-    batches, targets = ways(options, run)
+    batches, targets = ways(options, run, setting)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds, waits = [], []
@@ -227,7 +299,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds[1:], "waited": sum(waits[1:]), "peak_gib": peak / 2**30}
 
 
-def ways(options: argparse.Namespace, run: Any) -> tuple[Iterator[Any], Any]:
+def ways(options: argparse.Namespace, run: Any, setting: Setting) -> tuple[Iterator[Any], Any]:
     """Return where batches come from, and what puts targets into one."""
     from olatrain.train import _loader
 
@@ -241,14 +313,15 @@ def ways(options: argparse.Namespace, run: Any) -> tuple[Iterator[Any], Any]:
             name: dataclasses.replace(found, values=found.values.to(device), valid=found.valid.to(device))
             for name, found in batch.features.items()
         }) for batch in whole]), lambda batch: batch  # fmt: skip
-    return iter(whole), in_the_loop(options, run)
+    return iter(whole), in_the_loop(options, run, setting)
 
 
-def in_the_loop(options: argparse.Namespace, run: Any) -> Any:
+def in_the_loop(options: argparse.Namespace, run: Any, setting: Setting) -> Any:
     """Return what makes a batch's targets with the teachers, its pictures decoded anew as the public code has them."""
     from olapipe.teachers import registry
     from olapipe.teachers.base import TeacherSettings
     from olaschema.images import decode_image
+    from olaschema.store import FeatureStore
     from olatrain.stream import Features
 
     cuda = options.device == "cuda"
@@ -256,11 +329,14 @@ def in_the_loop(options: argparse.Namespace, run: Any) -> Any:
         name: registry.load(
             name,
             TeacherSettings(
-                str(options.root / name), device=options.device, compute_dtype="bfloat16" if cuda else "float32"
+                made_of["checkpoint"], device=options.device, compute_dtype="bfloat16" if cuda else "float32",
+                options=made_of["options"],
             ),
         )
-        for name in NAMES
-    }
+        for name, made_of in setting.teachers.items()
+    }  # fmt: skip
+    images = Path(setting.common["images"])
+    keys = {sample.row: sample.key for sample in FeatureStore.open(setting.supervised["store"]).samples()}
     if options.way == "one_by_one":
         model = run.learner.student.model
         plain = model.forward
@@ -268,18 +344,15 @@ def in_the_loop(options: argparse.Namespace, run: Any) -> Any:
     size = 1 if options.way == "one_by_one" else options.batch
 
     def targets(batch: Any) -> Any:
-        images = [
-            decode_image((options.root / "images" / f"{row:05d}.jpg").read_bytes(), name=str(row))
-            for row in batch.rows.tolist()
-        ]
+        decoded = [decode_image((images / keys[row]).read_bytes(), name=keys[row]) for row in batch.rows.tolist()]
         made = {}
         for name, teacher in teachers.items():
             parts = []
-            for first in range(0, len(images), size):
-                pixels = torch.from_numpy(np.stack([teacher.preprocessor(i) for i in images[first : first + size]]))
+            for first in range(0, len(decoded), size):
+                pixels = torch.from_numpy(np.stack([teacher.preprocessor(i) for i in decoded[first : first + size]]))
                 digests = [f"{row:064x}" for row in batch.rows[first : first + size].tolist()]
                 parts.append(teacher.encode_images(pixels, digests).float())
-            made[name] = Features(torch.cat(parts), torch.ones(len(images), dtype=torch.bool))
+            made[name] = Features(torch.cat(parts), torch.ones(len(decoded), dtype=torch.bool))
         return dataclasses.replace(batch, features=made)
 
     return targets

@@ -106,6 +106,10 @@ ARMS = {
 }  # fmt: skip
 
 
+MAIN = [name for name in ARMS if name not in PRECISIONS and not name.startswith("layers-")]
+"""The arms of the first tables; the others have their own."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How long and how fast; the same for every arm."""

@@ -20,7 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -183,16 +183,7 @@ def run(options: argparse.Namespace) -> list[str]:
     asked = workplace.laboratory().asked(PLAN["endpoint"]["budget"])
     questions = json.dumps(asked, indent=0, sort_keys=True)
     (options.results / QUESTIONS).write_text(questions + "\n", encoding="utf-8")
-    measured = _stored(options.work)
-    if measured:
-        known = json.loads(path.read_text(encoding="utf-8")) if (path := options.results / STORES).is_file() else {}
-        path.write_text(json.dumps(known | measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    if (store := options.work / "all.zarr").is_dir():
-        import headroom
-
-        budget = PLAN["endpoint"]["budget"]
-        room = headroom.measure(options.work / "world", options.student / "vision", store, budget)
-        (options.results / HEADROOM).write_text(json.dumps(room, indent=1) + "\n", encoding="utf-8")
+    measure_stores(options.work, options.student / "vision", options.results)
     missing = workplace.missing(wanted, options.results)
     print(f"{len(wanted)} runs asked for, {len(missing)} to be done", flush=True)
     failed: list[str] = []
@@ -211,8 +202,33 @@ def run(options: argparse.Namespace) -> list[str]:
     return failed
 
 
-def _stored(work: Path) -> dict[str, dict[str, float]]:
-    """Say of each precision's store how many bytes an image takes, and how near its features are to float16's.
+def measure_stores(work: Path, vision: Path, results: Path) -> None:
+    """Write what features in each form keep, and what the tower and the teacher hold of depth.
+
+    A store is measured once: figures stay beside the stores in `work`.
+    """
+    path = results / STORES
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    measured = _once(work / STORES, lambda kept: kept | _stored(work, kept))
+    if measured:
+        path.write_text(json.dumps(known | measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if (store := work / "all.zarr").is_dir():
+        import headroom
+
+        budget = PLAN["endpoint"]["budget"]
+        room = _once(work / HEADROOM, lambda kept: kept or headroom.measure(work / "world", vision, store, budget))
+        (results / HEADROOM).write_text(json.dumps(room, indent=1) + "\n", encoding="utf-8")
+
+
+def _once(path: Path, measure: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `measure` makes of what the file holds, and keep that in it."""
+    found = measure(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return found
+
+
+def _stored(work: Path, known: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Say of the stores that are not `known` how many bytes an image takes, and how near they are to float16's.
 
     `r2` is centred: 0 is the mean over images, 1 the very features.
     """
@@ -230,7 +246,7 @@ def _stored(work: Path) -> dict[str, dict[str, float]]:
     found = {}
     for name in ("float16", *PRECISIONS):
         path = reference if name == "float16" else work / f"{name}.zarr"
-        if not path.is_dir():
+        if name in known or not path.is_dir():
             continue
         reader = FeatureReader(FeatureStore.open(str(path)), "depth")
         chosen = range(0, pictures, 19)

@@ -2,119 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import ARMS, LAYER_CHOICES, LAYERS, PRECISIONS, layers_arm, numbers
-from significance import Correlation, Estimate, digits, hierarchical, holm, rank_correlation, seeds_needed
+from arms import ARMS, LAYER_CHOICES, LAYERS, MAIN, PRECISIONS, layers_arm, numbers
+from plots import plot, plot_students
+from recorded import Results, load, order, record, title
+from report_students import representations
+from significance import Estimate, holm, seeds_needed
 
 from olatrain.probe import LayerScore, suggest
 
 HERE = Path(__file__).parent
-Place = tuple[str, int, str, str]
-"""Arm, budget, split, kind."""
-
-
-@dataclass(frozen=True)
-class Results:
-    """The rows in use."""
-
-    right: dict[Place, dict[int, str]]
-    """By place and seed: a digit for each question."""
-    images: dict[tuple[str, str], np.ndarray]
-    """By split and kind: which picture each question is about."""
-    chance: dict[tuple[str, str], float]
-    rules: dict[tuple[str, str], dict[str, float]]
-    """By split and kind: the share of right answers by a rule that does not look for what is asked."""
-    versions: list[str]
-    dates: list[str]
-    left_out: int
-    """Rows of other settings than the newest of their arm and budget, or about other questions than the newest."""
-
-    stored: dict[str, dict[str, float]]
-    """By store: bytes an image, and centred R² of what is read from it with float16."""
-    students: list[dict[str, Any]]
-    """Rows of part (a)."""
-    headroom: dict[str, float]
-    """What a regression reads of depth from the places of two things, by what it reads from."""
-    repeated: list[bool]
-    """Of rows that were made a second time from nothing: whether every question was answered as before."""
-
-    def seeds(self, arms: Sequence[str], budget: int, split: str, kind: str) -> list[int]:
-        """Seeds that all these arms have."""
-        found = [set(self.right.get((arm, budget, split, kind), {})) for arm in arms]
-        return sorted(set.intersection(*found)) if found else []
-
-    def values(self, arm: str, budget: int, split: str, kind: str, seeds: Sequence[int]) -> np.ndarray:
-        """(S, Q) of 0 and 1."""
-        return digits([self.right[arm, budget, split, kind][seed] for seed in seeds])
-
-    def accuracy(self, arm: str, budget: int, split: str, kind: str) -> Estimate | None:
-        """Estimate an arm's accuracy over all its seeds."""
-        seeds = self.seeds([arm], budget, split, kind)
-        if not seeds:
-            return None
-        return hierarchical(self.values(arm, budget, split, kind, seeds), self.images[split, kind])
-
-    def difference(self, arm: str, other: str, budget: int, split: str, kind: str) -> Estimate | None:
-        """Estimate the paired difference of two arms over the seeds that both have; None with fewer than two."""
-        seeds = self.seeds([arm, other], budget, split, kind)
-        if len(seeds) < 2:
-            return None
-        apart = self.values(arm, budget, split, kind, seeds) - self.values(other, budget, split, kind, seeds)
-        return hierarchical(apart, self.images[split, kind])
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def _record(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
-
-
-def load(folder: Path) -> Results:
-    """Read rows and questions; of each arm and budget the settings of the last row count."""
-    rows = _rows(folder / "runs.jsonl")
-    asked = _record(folder / "questions.json")
-    newest = {(row["arm"], row["budget"]): row["config"] for row in rows}
-    bench = rows[-1]["bench"] if rows else None
-    used = [row for row in rows if newest[row["arm"], row["budget"]] == row["config"] and row["bench"] == bench]
-    right: dict[Place, dict[int, str]] = defaultdict(dict)
-    for row in used:
-        right[row["arm"], row["budget"], row["split"], row["kind"]][row["seed"]] = row["right"]
-    students = {(row["width"], row["tower_steps"], row["pictures"]): row for row in _rows(folder / "students.jsonl")}
-    return Results(
-        right=dict(right),
-        images={(s, k): np.asarray(v["images"]) for s, kinds in asked.items() for k, v in kinds.items()},
-        chance={(s, k): v["chance"] for s, kinds in asked.items() for k, v in kinds.items()},
-        rules={(s, k): v["rules"] for s, kinds in asked.items() for k, v in kinds.items()},
-        versions=sorted({", ".join(f"{n} {v}" for n, v in row["versions"].items()) for row in used}),
-        dates=sorted({row["date"] for row in used}),
-        left_out=len(rows) - len(used),
-        stored=_record(folder / "stores.json"),
-        headroom=_record(folder / "headroom.json"),
-        students=[row for row in students.values() if bench is None or row["bench"] == bench],
-        repeated=[
-            right[row["arm"], row["budget"], row["split"], row["kind"]].get(row["seed"]) == row["right"]
-            for row in _rows(folder / "repeated.jsonl")
-            if newest.get((row["arm"], row["budget"])) == row["config"]
-        ],
-    )
 
 
 def write(folder: Path, out: Path) -> None:
     """Write the page from a folder of results, and its pictures into `images/` beside the page."""
     results = load(folder)
-    plan = _record(HERE / "plan.json")
+    plan = record(HERE / "plan.json")
     images = out.parent / "images"
     parts = [_HEAD, _missing(results, plan), _fixed(plan), _endpoint(results, plan)]
     if plot(results, plan, images / "results.png"):
@@ -122,15 +31,11 @@ def write(folder: Path, out: Path) -> None:
     corrected = _corrected(results, plan)
     parts += [_sensitivity(results, plan, corrected), _accuracies(results), _rest(results, corrected)]
     parts += [_layers(results, plan, corrected), _precision(results, plan, corrected)]
-    parts.append(_representations(results, plan))
+    parts.append(representations(results, plan))
     if plot_students(results, plan, images / "students.png"):
         parts.append("![depth probe and depth answers by student](images/students.png)\n")
     parts += [_cost(results), _parts_of_the_student(), _made(results, plan)]
     out.write_text("\n".join(part for part in parts if part), encoding="utf-8", newline="\n")
-
-
-MAIN = [name for name in ARMS if name not in PRECISIONS and not name.startswith("layers-")]
-"""The arms of the first tables; the others have their own."""
 
 
 _HEAD = """# Results: the toy world
@@ -287,7 +192,7 @@ def _percent(found: Estimate) -> str:
 def _accuracies(results: Results) -> str:
     parts = []
     for budget in sorted({budget for _, budget, _, _ in results.right}):
-        kinds = sorted({(split, kind) for _, b, split, kind in results.right if b == budget}, key=_order)
+        kinds = sorted({(split, kind) for _, b, split, kind in results.right if b == budget}, key=order)
         arms = [arm for arm in MAIN if any(a == arm and b == budget for a, b, _, _ in results.right)]
         lines = [
             f"## Accuracy after {budget} questions",
@@ -295,7 +200,7 @@ def _accuracies(results: Results) -> str:
             "Percent, with 95 % intervals over seeds and images, of one seed over images alone. `ood`: pictures in which the apparent size tells no distance.",
             "",
         ]
-        lines.append("| arm | seeds | " + " | ".join(_title(place) for place in kinds) + " |")
+        lines.append("| arm | seeds | " + " | ".join(title(place) for place in kinds) + " |")
         lines.append("|---|---|" + "---|" * len(kinds))
         lines.append("| chance | | " + " | ".join(f"{100 * results.chance[place]:.0f}" for place in kinds) + " |")
         for rule in dict.fromkeys(rule for place in kinds for rule in results.rules[place]):
@@ -307,7 +212,7 @@ def _accuracies(results: Results) -> str:
             seeds = max((e.seeds for e in found if e), default=0)
             cells = " | ".join(_percent(e) if e else "" for e in found)
             lines.append(f"| `{arm}`: {ARMS[arm].about} | {seeds} | {cells} |")
-        counts = ", ".join(f"{_title(p)} {len(results.images[p])}" for p in kinds)
+        counts = ", ".join(f"{title(p)} {len(results.images[p])}" for p in kinds)
         parts.append("\n".join([*lines, "", f"Questions: {counts}.", ""]))
     return "\n".join(parts)
 
@@ -326,10 +231,10 @@ def _rest(results: Results, corrected: Mapping[Comparison, Compared]) -> str:
     for (arm, other, budget, split, kind), found in corrected.items():
         if arm in MAIN:
             lines.append(
-                f"| `{arm}` | `{other}` | {budget} | {_title((split, kind))} | {_difference(found)} | {found.estimate.seeds} |"
+                f"| `{arm}` | `{other}` | {budget} | {title((split, kind))} | {_difference(found)} | {found.estimate.seeds} |"
             )
     worse = [
-        f"{_title((split, kind))} after {budget} questions"
+        f"{title((split, kind))} after {budget} questions"
         for (arm, other, budget, split, kind), found in corrected.items()
         if (arm, other) == ("embedding", "tokens") and found.estimate.high < 0
     ]
@@ -398,112 +303,62 @@ def _precision(results: Results, plan: Mapping[str, Any], corrected: Mapping[Com
     return "\n".join([*lines, "", f"{_floor(results, plan)} The mean over images has a centred R² of 0.", ""])
 
 
-def _best_probe(row: Mapping[str, Any]) -> float:
-    return float(max(row["probe"].values()))
-
-
-def _share(text: str) -> float:
-    return text.count("1") / len(text)
-
-
-_FEWEST_STUDENTS = 12
-
-
-def _representations(results: Results, plan: Mapping[str, Any]) -> str:
-    rows = results.students
-    lines = ["## (a) Better representations, better answers?", ""]
-    if len(rows) < _FEWEST_STUDENTS:
-        said = f"Not enough was run yet: {len(rows)} students; correlations are told from {_FEWEST_STUDENTS} on."
-        return "\n".join([*lines, said, ""])
-    towers = [(row["width"], row["tower_steps"]) for row in rows]
-    probe = np.array([_best_probe(row) for row in rows])
-    text = np.array([row["text"] for row in rows])
-    lines += [
-        f"{len(rows)} students of next tokens alone: towers of {_values(rows, 'width')} channels trained for "
-        f"{_values(rows, 'tower_steps')} steps, pretrained on {_values(rows, 'pictures')} pictures for equally many steps. "
-        f"Depth probe, best block: R² {probe.min():.3f} to {probe.max():.3f} (the mean map: 0).", "",
-        "| questions | chance | accuracy, lowest to highest | Spearman with the depth probe | 95 % interval | given the next-token loss | 95 % interval |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for place in sorted(rows[0]["right"], key=lambda name: _order((name.split()[0], name.split()[1]))):
-        split, kind = place.split()
-        shares = np.array([_share(row["right"][place]) for row in rows])
-        plain = rank_correlation(probe, shares, groups=towers)
-        partial = rank_correlation(probe, shares, text, groups=towers)
-        lines.append(
-            f"| {_title((split, kind))} | {100 * results.chance[split, kind]:.0f} | {100 * shares.min():.1f} to {100 * shares.max():.1f} | "
-            f"{_correlation(plain)} | {_correlation(partial)} |"
-        )
-    depth, colour = (np.array([_share(row["right"][f"test {kind}"]) for row in rows]) for kind in ("depth", "colour"))
-    apart = rank_correlation(probe, depth, minus=colour, groups=towers)
-    lines += [
-        "",
-        "A rank correlation of 0 is what no relation gives; –: too few students differ. The bootstrap draws towers, which several students share; "
-        "the next-token loss is that of pretraining on captions.", "",
-        f"The depth probe's correlation with depth answers minus that with colour answers: {_correlation(apart).replace(' | ', ' (95 %: ')}).", "",
-        *_specificity(rows),
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _specificity(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The matrix of what is known about a student and what it is asked: is depth what goes with depth?"""
-    about = {"depth probe of the student": np.array([_best_probe(row) for row in rows])}
-    about |= {
-        f"{name} of its tower": np.array([row["tower"][name] for row in rows])
-        for name in rows[0]["tower"]
-        if not name.endswith("by chance")
-    }
-    places = sorted(rows[0]["right"], key=lambda name: _order((name.split()[0], name.split()[1])))
-    lines = [
-        "Spearman's correlation of each score with the answers to each kind of question:", "",
-        "| score | " + " | ".join(_title((place.split()[0], place.split()[1])) for place in places) + " |",
-        "|---|" + "---|" * len(places),
-    ]  # fmt: skip
-    for name, values in about.items():
-        shares = [np.array([_share(row["right"][place]) for row in rows]) for place in places]
-        found = [_correlation(rank_correlation(values, share)).split(" | ")[0] for share in shares]
-        lines.append(f"| {name} | " + " | ".join(found) + " |")
-    return [*lines, ""]
-
-
-def _correlation(found: Correlation) -> str:
-    """A correlation and its interval, as two cells."""
-    if math.isnan(found.value) or math.isnan(found.low):
-        return "– | –"
-    return f"{found.value:+.2f} | {found.low:+.2f} to {found.high:+.2f}"
-
-
-def _values(rows: list[dict[str, Any]], name: str) -> str:
-    return ", ".join(str(value) for value in sorted({row[name] for row in rows}))
-
-
 def _cost(results: Results) -> str:
-    step = _record(HERE.parents[1] / "benchmarks" / "results" / "train-step.json")
     lines = ["## Cost", ""]
+    if results.cost:
+        lines += [
+            f"One step of this experiment's pretraining (`benchmarks/train_step.py --toyworld`, {_conditions(results.cost)}; one thread, a process that loads beside it):",
+            "", *_ways(results.cost),
+        ]  # fmt: skip
+    step = record(HERE.parents[1] / "benchmarks" / "results" / "train-step.json")
     if step:
-        base = step["ways"]["text"]
-        about = {
-            "text": "next tokens alone", "streamed": "embedding losses, features from the store",
-            "batched": "embedding losses, teachers in the step, batched",
-            "one_by_one": "embedding losses, teachers in the step, an image at a time (as the public code)",
-        }  # fmt: skip
         lines += [
             f"One training step of a student of {step['settings']['llm']['num_hidden_layers']} blocks with random weights and the three published teachers at reduced size "
-            f"(`benchmarks/train_step.py`, {step['date']}, batch {step['settings']['batch']}, CPU; {step['conditions']['said']}):", "",
-            "| | seconds | over next tokens alone | peak memory, GiB |", "|---|---|---|---|",
+            f"(`benchmarks/train_step.py`, {_conditions(step)}):", "", *_ways(step),
         ]  # fmt: skip
-        for way, said in about.items():
-            found = step["ways"][way]
-            lines.append(
-                f"| {said} | {found['seconds']:.2f} | {found['seconds'] / base['seconds']:.2f} | {found['peak_gib']:.2f} |"
-            )
+    if "none" in results.seconds:
+        base = _mean(results.seconds["none"])
+        lines += [
+            "The runs of this page themselves, several at a time, so only roughly comparable (feature extraction not counted, which all arms of one store share):", "",
+            "| arm | runs | pretraining, s | fine-tuning, s | over `none` |", "|---|---|---|---|---|",
+        ]  # fmt: skip
+        for arm in (name for name in MAIN if name in results.seconds):
+            took = results.seconds[arm]
+            pretraining, tuning = (float(np.mean(part)) for part in zip(*took, strict=True))
+            lines.append(f"| `{arm}` | {len(took)} | {pretraining:.0f} | {tuning:.0f} | {_mean(took) / base:.2f} |")
         lines.append("")
     return "\n".join(lines)
 
 
+def _mean(took: Sequence[tuple[float, float]]) -> float:
+    return float(np.mean([sum(parts) for parts in took]))
+
+
+def _conditions(found: Mapping[str, Any]) -> str:
+    said = found["conditions"]["said"]
+    return f"{found['date']}, batch {found['settings']['batch']}, {found['settings']['device']}" + (
+        f"; {said}" if said else ""
+    )
+
+
+_WAYS = {
+    "text": "next tokens alone", "streamed": "embedding losses, features from the store",
+    "batched": "embedding losses, teachers in the step, batched",
+    "one_by_one": "embedding losses, teachers in the step, an image at a time (as the public code)",
+}  # fmt: skip
+
+
+def _ways(found: Mapping[str, Any]) -> list[str]:
+    base = found["ways"]["text"]["seconds"]
+    lines = ["| | seconds | over next tokens alone | peak memory, GiB |", "|---|---|---|---|"]
+    for way, said in _WAYS.items():
+        one = found["ways"][way]
+        lines.append(f"| {said} | {one['seconds']:.2f} | {one['seconds'] / base:.2f} | {one['peak_gib']:.2f} |")
+    return [*lines, ""]
+
+
 def _parts_of_the_student() -> str:
-    scores = _record(HERE / "student" / "scores.json")
+    scores = record(HERE / "student" / "scores.json")
     if not scores:
         return ""
     lines = ["## The student's parts, on held-out scenes", "", "| part | score | value |", "|---|---|---|"]
@@ -535,68 +390,5 @@ def _made(results: Results, plan: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", plan["cost"], ""])
 
 
-def _order(place: tuple[str, str]) -> tuple[bool, str]:
-    return place[0] != "test", place[1]
-
-
-def _title(place: tuple[str, str]) -> str:
-    split, kind = place
-    return kind if split == "test" else f"{kind} ({split})"
-
-
 def _number(value: float) -> str:
     return "∞" if value == float("inf") else f"{value:.0f}"
-
-
-def plot(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
-    """Draw each arm's accuracy at the endpoint, a dot for each seed, beside chance; False where there is nothing."""
-    end = plan["endpoint"]
-    where = (end["budget"], end["split"], end["question"])
-    arms = [arm for arm in MAIN if (arm, *where) in results.right]
-    if not arms:
-        return False
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 0.5 * len(arms) + 1.4), layout="constrained")
-    for height, arm in enumerate(reversed(arms)):
-        found = results.right[arm, *where]
-        shares = [100 * text.count("1") / len(text) for text in found.values()]
-        estimate = results.accuracy(arm, *where)
-        axis.plot(shares, [height] * len(shares), "o", color="tab:blue", alpha=0.5, markersize=5)
-        if estimate is not None:
-            axis.plot([estimate.low, estimate.high], [height - 0.22] * 2, color="black", linewidth=1.5)
-    axis.set_yticks(range(len(arms)), list(reversed(arms)))
-    axis.axvline(100 * results.chance[end["split"], end["question"]], color="grey", linestyle="--", label="chance")
-    axis.set(xlabel=f"{end['question']} order right, % (dots: seeds; bars: 95 %), {end['budget']} questions")
-    for rule, share in results.rules[end["split"], end["question"]].items():
-        axis.axvline(100 * share, color="tab:orange", linestyle=":", linewidth=1, label=f"rule: {rule}")
-    axis.legend(loc="lower right", fontsize=7)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    return True
-
-
-def plot_students(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
-    """Draw depth answers over the depth probe, a dot for each student of part (a); False where there are too few."""
-    rows = results.students
-    if len(rows) < _FEWEST_STUDENTS:
-        return False
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    where = (str(plan["endpoint"]["split"]), str(plan["endpoint"]["question"]))
-    place = " ".join(where)
-    for width in sorted({row["width"] for row in rows}):
-        own = [row for row in rows if row["width"] == width]
-        shares = [100 * _share(row["right"][place]) for row in own]
-        axis.plot([_best_probe(row) for row in own], shares, "o", label=f"tower of {width} channels", alpha=0.7)
-    axis.axhline(100 * results.chance[where], color="grey", linestyle="--", label="chance")
-    axis.set(xlabel="depth probe before fine-tuning, best block (centred R²)", ylabel="questions of depth right, %")
-    axis.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    return True

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pipeline_support import olapipe, ray_session
 from toyworld_support import TOYWORLD, load, on_the_path
+
+from olaschema.config import load_config
+from olatrain.config import TrainConfig
+from olatrain.parallel import Ranks
+from olatrain.setup import set_up
 
 __all__ = ["on_the_path", "ray_session"]
 
@@ -60,6 +68,31 @@ def test_what_there_is_to_be_read_of_depth_is_measured(workplace: Any) -> None:
     room = load("headroom").measure(work / "world", workplace.student / "vision", work / "all.zarr", BUDGET)
     assert room.keys() == {"the student's tower", "the teacher's features", "foot, size and area"}
     assert all(0 <= share <= 1 for share in room.values())
+
+
+def test_the_teacher_in_the_step_makes_what_the_store_holds(
+    workplace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(TOYWORLD.parents[1] / "benchmarks"))
+    cost = load("train_step")
+    options = argparse.Namespace(
+        toyworld=workplace.work, root=tmp_path, way="batched", batch=4, steps=1, device="cpu", workers=0, threads=1
+    )
+    setting = cost.prepare_toyworld(tmp_path, options)
+    (tmp_path / cost.SETTING).write_text(json.dumps(dataclasses.asdict(setting)), encoding="utf-8")
+    taken = cost.measure(options)
+    assert len(taken["seconds"]) == 1
+    assert taken["seconds"][0] > 0
+    config = load_config(TrainConfig, flags={
+        **setting.common, **setting.supervised, "out": tmp_path / "other", "steps": 1, "batch": 4, "workers": 0,
+        "precision": "float32", "device": "cpu",
+    })  # fmt: skip
+    batches, targets = cost.ways(options, set_up(config, Ranks(0, 1, torch.device("cpu"))), setting)
+    batch = next(batches)
+    stored, made = batch.features["depth"].values.float(), targets(batch).features["depth"].values
+    assert made.shape == stored.shape
+    assert float((made - stored).norm() / stored.norm()) < 2**-10
+    assert float((made.flip(0) - stored).norm() / stored.norm()) > 2**-4, "images differ by more than that"
 
 
 def test_a_student_of_part_a_is_probed_at_each_layer_and_asked(workplace: Any, tmp_path: Path) -> None:

@@ -146,6 +146,26 @@ def test_rows_made_again_are_counted_and_compared(tmp_path: Path) -> None:
     assert path.read_text().count("\n") == 10 * 2 * len(SHARES)
 
 
+def test_the_cost_stands_over_next_tokens_alone(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results", SHARES, seeds=2)
+    path = tmp_path / "results" / "runs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["pretrain_seconds"] += 25.0 if row["arm"] == "embedding" else 0.0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seconds = {"text": 2.0, "streamed": 3.0, "batched": 5.0, "one_by_one": 7.0}
+    cost = {
+        "date": "2026-11-29", "settings": {"batch": 32, "device": "cpu"}, "conditions": {"said": "nothing else"},
+        "ways": {way: {"seconds": value, "peak_gib": 1.0} for way, value in seconds.items()},
+    }  # fmt: skip
+    (tmp_path / "results" / "cost.json").write_text(json.dumps(cost))
+    part = page(tmp_path / "results", tmp_path).split("## Cost")[1].split("\n## ")[0]
+    assert "2026-11-29, batch 32, cpu; nothing else" in part
+    assert "| embedding losses, features from the store | 3.00 | 1.50 | 1.00 |" in part
+    assert "| embedding losses, teachers in the step, batched | 5.00 | 2.50 | 1.00 |" in part
+    assert "| `embedding` | 2 | 45 | 30 | 1.50 |" in part
+
+
 def test_a_page_without_results_says_so(tmp_path: Path) -> None:
     text = page(tmp_path / "nothing", tmp_path)
     assert "Not enough was run yet: a difference takes two paired seeds, and there are 0." in text

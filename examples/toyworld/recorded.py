@@ -1,0 +1,146 @@
+"""What the files of results hold: rows by place, the questions they are about, and estimates from them."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from significance import Estimate, digits, hierarchical
+
+Place = tuple[str, int, str, str]
+"""Arm, budget, split, kind."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The rows in use."""
+
+    right: dict[Place, dict[int, str]]
+    """By place and seed: a digit for each question."""
+    images: dict[tuple[str, str], np.ndarray]
+    """By split and kind: which picture each question is about."""
+    chance: dict[tuple[str, str], float]
+    rules: dict[tuple[str, str], dict[str, float]]
+    """By split and kind: the share of right answers by a rule that does not look for what is asked."""
+    versions: list[str]
+    dates: list[str]
+    left_out: int
+    """Rows of other settings than the newest of their arm and budget, or about other questions than the newest."""
+
+    stored: dict[str, dict[str, float]]
+    """By store: bytes an image, and centred R² of what is read from it with float16."""
+    students: list[dict[str, Any]]
+    """Rows of part (a)."""
+    headroom: dict[str, float]
+    """What a regression reads of depth from the places of two things, by what it reads from."""
+    seconds: dict[str, list[tuple[float, float]]]
+    """By arm, of its runs with the fewest questions: seconds of pretraining and of fine-tuning."""
+    cost: dict[str, Any]
+    """What `benchmarks/train_step.py --toyworld` measured."""
+    repeated: list[bool]
+    """Of rows that were made a second time from nothing: whether every question was answered as before."""
+
+    def seeds(self, arms: Sequence[str], budget: int, split: str, kind: str) -> list[int]:
+        """Seeds that all these arms have."""
+        found = [set(self.right.get((arm, budget, split, kind), {})) for arm in arms]
+        return sorted(set.intersection(*found)) if found else []
+
+    def values(self, arm: str, budget: int, split: str, kind: str, seeds: Sequence[int]) -> np.ndarray:
+        """(S, Q) of 0 and 1."""
+        return digits([self.right[arm, budget, split, kind][seed] for seed in seeds])
+
+    def accuracy(self, arm: str, budget: int, split: str, kind: str) -> Estimate | None:
+        """Estimate an arm's accuracy over all its seeds."""
+        seeds = self.seeds([arm], budget, split, kind)
+        if not seeds:
+            return None
+        return hierarchical(self.values(arm, budget, split, kind, seeds), self.images[split, kind])
+
+    def difference(self, arm: str, other: str, budget: int, split: str, kind: str) -> Estimate | None:
+        """Estimate the paired difference of two arms over the seeds that both have; None with fewer than two."""
+        seeds = self.seeds([arm, other], budget, split, kind)
+        if len(seeds) < 2:
+            return None
+        apart = self.values(arm, budget, split, kind, seeds) - self.values(other, budget, split, kind, seeds)
+        return hierarchical(apart, self.images[split, kind])
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def record(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one where there is no file."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def load(folder: Path) -> Results:
+    """Read rows and questions; of each arm and budget the settings of the last row count."""
+    rows = _rows(folder / "runs.jsonl")
+    asked = record(folder / "questions.json")
+    newest = {(row["arm"], row["budget"]): row["config"] for row in rows}
+    bench = rows[-1]["bench"] if rows else None
+    used = [row for row in rows if newest[row["arm"], row["budget"]] == row["config"] and row["bench"] == bench]
+    right: dict[Place, dict[int, str]] = defaultdict(dict)
+    for row in used:
+        right[row["arm"], row["budget"], row["split"], row["kind"]][row["seed"]] = row["right"]
+    students = {(row["width"], row["tower_steps"], row["pictures"]): row for row in _rows(folder / "students.jsonl")}
+    return Results(
+        right=dict(right),
+        images={(s, k): np.asarray(v["images"]) for s, kinds in asked.items() for k, v in kinds.items()},
+        chance={(s, k): v["chance"] for s, kinds in asked.items() for k, v in kinds.items()},
+        rules={(s, k): v["rules"] for s, kinds in asked.items() for k, v in kinds.items()},
+        versions=sorted({", ".join(f"{n} {v}" for n, v in row["versions"].items()) for row in used}),
+        dates=sorted({row["date"] for row in used}),
+        left_out=len(rows) - len(used),
+        stored=record(folder / "stores.json"),
+        headroom=record(folder / "headroom.json"),
+        cost=record(folder / "cost.json"),
+        seconds=_seconds(used),
+        students=[row for row in students.values() if bench is None or row["bench"] == bench],
+        repeated=[
+            right[row["arm"], row["budget"], row["split"], row["kind"]].get(row["seed"]) == row["right"]
+            for row in _rows(folder / "repeated.jsonl")
+            if newest.get((row["arm"], row["budget"])) == row["config"]
+        ],
+    )
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    fewest = min((row["budget"] for row in rows), default=0)
+    runs = {
+        (row["arm"], row["seed"]): (row["pretrain_seconds"], row["tune_seconds"])
+        for row in rows
+        if row["budget"] == fewest
+    }
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (arm, _), took in runs.items():
+        found[arm].append(took)
+    return dict(found)
+
+
+def best_probe(row: Mapping[str, Any]) -> float:
+    """Return the centred R² of a student's best layer."""
+    return float(max(row["probe"].values()))
+
+
+def share(text: str) -> float:
+    """Return the share of right answers of a row's digits."""
+    return text.count("1") / len(text)
+
+
+def order(place: tuple[str, str]) -> tuple[bool, str]:
+    """Return what columns of (split, kind) are sorted by."""
+    return place[0] != "test", place[1]
+
+
+def title(place: tuple[str, str]) -> str:
+    """Name a column of (split, kind)."""
+    split, kind = place
+    return kind if split == "test" else f"{kind} ({split})"
