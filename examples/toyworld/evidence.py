@@ -101,7 +101,9 @@ def _given(kind: Any, defaults: dict[str, Any], over: dict[str, Any]) -> Any:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def prepare(work: Path, teachers: Path, student: Path, over: dict[str, Any], wanted: Sequence[Task]) -> None:
+def prepare(
+    work: Path, teachers: Path, student: Path, over: dict[str, Any], wanted: Sequence[Task], *, jobs: int
+) -> None:
     """Draw the world and extract the features that the runs need, unless that is done; extraction resumes by itself."""
     import corpus
     from arms import ARMS
@@ -115,7 +117,7 @@ def prepare(work: Path, teachers: Path, student: Path, over: dict[str, Any], wan
     budgets = {budget for task in wanted for budget in task.budgets}
     for budget in sorted(budgets | {PLAN["endpoint"]["budget"]}):
         corpus.write_questions(world, budget)
-    depth = Extraction("depth", teachers / "depth", "area")
+    depth = Extraction("depth", teachers / "depth", "area", workers=jobs)
     stores = {ARMS[task.name].store for task in wanted if not task.student}
     stores |= {"depth.zarr" for task in wanted if task.student}
     for store in sorted(store for store in stores if store is not None):
@@ -123,9 +125,9 @@ def prepare(work: Path, teachers: Path, student: Path, over: dict[str, Any], wan
             untrained = work / "random-teacher"
             if not untrained.is_dir():
                 _untrained_depth(untrained, teachers / "depth")
-            extract(world, work / store, Extraction("depth", untrained, "area"))
+            extract(world, work / store, Extraction("depth", untrained, "area", workers=jobs))
         elif store == "own.zarr":
-            extract(world, work / store, Extraction("clip", student / "vision", "bilinear"))
+            extract(world, work / store, Extraction("clip", student / "vision", "bilinear", workers=jobs))
         elif store == "all.zarr":
             corpus.write_pictures(world, PLAN["endpoint"]["budget"])
             extract(world, work / store, depth, pictures="all.jsonl")
@@ -143,6 +145,8 @@ class Extraction:
     checkpoint: Path
     resize: str
     """How its maps come to `GRID` cells."""
+    workers: int
+    """Processes; how many changes no byte."""
 
 
 def _untrained_depth(out: Path, trained: Path) -> None:
@@ -165,7 +169,7 @@ def extract(
     name = what.teacher
     command = ["extract", str(world / pictures), "--images", str(world / "images"), "--out", str(store)]
     command += ["--teacher", name, "--checkpoint", f"{name}={what.checkpoint}", "--precision", precision]
-    command += ["--workers", "1"]
+    command += ["--workers", str(what.workers)]
     options = (f"grid={GRID}", f"grid_resize={what.resize}")
     for option in options:
         command += ["--set", f"options.{name}.{option}"]
@@ -177,7 +181,7 @@ def extract(
 def run(options: argparse.Namespace) -> list[str]:
     """Run what the results lack, some at a time, in the plan's order; say what failed."""
     wanted = tasks(options)
-    prepare(options.work, options.teachers, options.student, options.size, wanted)
+    prepare(options.work, options.teachers, options.student, options.size, wanted, jobs=options.jobs)
     options.results.mkdir(parents=True, exist_ok=True)
     workplace = Workplace(options.work, options.teachers, options.student, options.size)
     asked = workplace.laboratory().asked(PLAN["endpoint"]["budget"])
