@@ -49,6 +49,11 @@ class Arm:
     feed: tuple[str, ...] = ()
     """Teachers whose features are inputs, in every stage and when questions are asked."""
 
+    @property
+    def supervised(self) -> bool:
+        """Whether there is an embedding loss."""
+        return any(teacher.get("weight") != 0 for teacher in self.settings.get("teachers", {}).values())
+
 
 LAYERS = (2, 3)
 """Blocks of four that are supervised: the published ones (18 and 20 of 32), scaled."""
@@ -64,8 +69,12 @@ def numbers(text: str) -> list[int]:
     return list(range(int(first), int(last) + 1)) if dash else [int(part) for part in text.split(",")]
 
 
-def _with_depth(layers: tuple[int, ...] = LAYERS, **more: Any) -> dict[str, Any]:
-    return {"teachers": {"depth": {"layers": list(layers), **more}}}
+def _with(teacher: str, layers: tuple[int, ...] = LAYERS, **more: Any) -> dict[str, Any]:
+    """Settings of embedding losses: targets by channel, so that teachers of other scales compare, and read from the
+    image alone, so that the caption's words tell a predictor nothing."""
+    return {
+        "teachers": {teacher: {"layers": list(layers), **more}}, "normalise": "channel", "context": "image",
+    }  # fmt: skip
 
 
 def layers_arm(layers: tuple[int, ...]) -> str:
@@ -77,29 +86,29 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm("none", "no task tokens, next tokens only", tokens=0),
-        Arm("tokens", "task tokens without a loss", store="depth.zarr", settings=_with_depth(weight=0.0)),
-        Arm("embedding", "embedding losses", store="depth.zarr", settings=_with_depth()),
+        Arm("tokens", "task tokens without a loss", store="depth.zarr", settings=_with("depth", weight=0.0)),
+        Arm("embedding", "embedding losses", store="depth.zarr", settings=_with("depth")),
         Arm(
             "shuffled", "embedding losses, features of another image", store="depth.zarr",
-            settings={**_with_depth(), "target_control": "shuffle"},
+            settings={**_with("depth"), "target_control": "shuffle"},
         ),
-        Arm("random", "embedding losses, an untrained teacher", store="random.zarr", settings=_with_depth()),
+        Arm("random", "embedding losses, an untrained teacher", store="random.zarr", settings=_with("depth")),
         Arm("oracle", "no task tokens, distances written in the captions", tokens=0, captions="captions-oracle.jsonl"),
         Arm("longer", "no task tokens, more steps: as long as the embedding losses take", tokens=0, longer=1.5),
         Arm(
             "own", "embedding losses, features of the student's own tower", store="own.zarr", teachers=("clip",),
-            settings={"teachers": {"clip": {"layers": list(LAYERS)}}},
+            settings=_with("clip"),
         ),
         Arm(
-            "feed", "no loss, the teacher's features as inputs, at test time too", store="all.zarr",
-            feed=("depth",),
+            "feed", "no loss, the teacher's features as inputs, all 36 of them, at test time too", tokens=36,
+            store="all.zarr", feed=("depth",),
         ),
         *(
-            Arm(layers_arm(chosen), f"embedding losses at {chosen}", store="depth.zarr", settings=_with_depth(chosen))
+            Arm(layers_arm(chosen), f"embedding losses at {chosen}", store="depth.zarr", settings=_with("depth", chosen))
             for chosen in LAYER_CHOICES
         ),
         *(
-            Arm(precision, f"embedding losses, {precision}", store=f"{precision}.zarr", settings=_with_depth())
+            Arm(precision, f"embedding losses, {precision}", store=f"{precision}.zarr", settings=_with("depth"))
             for precision in PRECISIONS
         ),
     )
@@ -212,10 +221,20 @@ class Laboratory:
 
     def text_loss(self, run: Path) -> float:
         """Return the next-token loss that a run trained on, the mean of its last tenth of steps."""
+        return self.ended_at(run)["text"]
+
+    def ended_at(self, run: Path) -> dict[str, float]:
+        """Return the next-token loss, and each supervised layer's centred R², as means of a run's last tenth of steps."""
         lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        losses: list[float] = [line["text"] for line in lines if line["event"] == "train"]
-        last = losses[-max(1, len(losses) // 10) :]
-        return round(sum(last) / len(last), 4)
+        steps = [line for line in lines if line["event"] == "train"]
+        last = steps[-max(1, len(steps) // 10) :]
+        found: dict[str, list[float]] = {"text": [line["text"] for line in last]}
+        for line in last:
+            for teacher, told in line["teachers"].items():
+                for layer, figures in told.get("layers", {}).items():
+                    if figures["r2"] is not None:
+                        found.setdefault(f"{teacher}.{layer}", []).append(figures["r2"])
+        return {name: round(sum(values) / len(values), 4) for name, values in found.items()}
 
     def _settings(self, given: dict[str, Any]) -> TrainConfig:
         # bf16 is for GPUs; the preset's precision would be emulated here
@@ -256,16 +275,13 @@ class Laboratory:
             for path in sorted((self.world / folder).glob("test*.jsonl")):
                 for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
                     rows.setdefault((split, row["task"].lower()), []).append(row)
-        learnt = (self.world / f"questions-{budget}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (self.world / f"questions-{budget}.jsonl").read_text(encoding="utf-8").splitlines()
+        learnt = [json.loads(line) for line in lines]
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for (split, kind), own in rows.items():
-            rules = trivial.by_rule(own)
-            if kind in ("depth", "distance"):
-                text = own[0]["question"].partition(" the ")[0]
-                alone = trivial.names_alone(map(json.loads, learnt), own, text)
-                rules |= {} if alone is None else {trivial.NAMES: alone}
             found.setdefault(split, {})[kind] = {
-                "images": [row["filename"] for row in own], "chance": 1 / len(own[0]["choices"]), "rules": rules,
+                "images": [row["filename"] for row in own], "chance": 1 / len(own[0]["choices"]),
+                "rules": trivial.rules(learnt, own),
             }  # fmt: skip
         return found
 
@@ -279,14 +295,19 @@ class Laboratory:
         torch.set_num_threads(1)
         # the same arm and seed may run beside this one with other budgets
         pretrained, seconds = self.pretrained(arm, seed, label=f"{arm.name}-{'-'.join(map(str, budgets))}")
+        progress = self.ended_at(pretrained.parent / "pretrain")
+        if not arm.supervised:  # what predictors that nothing trains tell is nobody's
+            progress = {"text": progress["text"]}
         for budget in budgets:
             student, took = self.tuned(arm, pretrained, seed, budget)
+            tune_text = self.text_loss(pretrained.parent / f"tune-{budget}")
             store = self.work / str(arm.store) if arm.feed else None
             for split, kind, right in self.scores(student, store):
                 yield {
                     "arm": arm.name, "seed": seed, "budget": budget, "split": split, "kind": kind, "right": right,
                     "config": self.digest(arm, budget), "bench": self.bench(), "pretrain_seconds": round(seconds, 1),
-                    "tune_seconds": round(took, 1), "versions": versions(),
+                    "tune_seconds": round(took, 1), "progress": progress, "tune_text": tune_text,
+                    "versions": versions(),
                     "date": datetime.now(UTC).date().isoformat(),
                 }  # fmt: skip
         shutil.rmtree(pretrained.parent)

@@ -1,7 +1,9 @@
 """The toy world as data sets: pictures, LLaVA-style conversations, and questions to score in CV-Bench's layout.
 
-Pictures of captions, of questions to train on and of questions to be scored are different scenes: the first two of
-the split `train`, the last of `test` and of `ood`, in which the apparent size tells no distance.
+Pictures of captions, of questions to train on and of questions to be scored are different scenes. Captions are of the
+splits `haze` and `train`, half and half, so that the teacher's features of pictures with every cue are among the
+targets; questions to train on are of `haze`, those to be scored of `haze-test` (here `test`) and of `contact-test`
+(here `ood`), a cue that no question to train on was about.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import numpy as np
 from scenes import Picture, Scene, Split, make_scene, render
 
 FIRST_CAPTIONED, FIRST_ASKED = 0, 100_000
+CAPTIONED: tuple[Split, Split] = ("haze", "train")
+ASKED: Split = "haze"
+SCORED: tuple[Split, Split] = ("haze-test", "contact-test")
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,9 @@ class Size:
     captions: int
     """Pictures to pretrain on."""
     tests: int
-    """Scenes drawn for questions to be scored on, of all kinds; few of them allow one of depth."""
+    """Scenes drawn for questions to be scored on, of all kinds."""
     ood: int
-    """The same without the cue of size, depth questions alone."""
+    """The same with contact as the only cue, depth questions alone."""
 
 
 def write(out: Path, size: Size, *, seed: int = 0) -> None:
@@ -39,16 +44,17 @@ def write(out: Path, size: Size, *, seed: int = 0) -> None:
     """
     images = out / "images"
     captions, oracle = [], []
-    for scene, picture in _drawn("train", FIRST_CAPTIONED, size.captions):
-        if language.shown(scene, picture):
-            _save(picture, images / scene.key)
-            captions.append(language.caption_conversation(scene, picture))
-            oracle.append(language.caption_conversation(scene, picture, distances=True))
+    for pair in zip(*(_drawn(split, FIRST_CAPTIONED, size.captions // 2) for split in CAPTIONED), strict=True):
+        for scene, picture in pair:  # the two kinds in turns: the first so many captions hold as many of both
+            if language.shown(scene, picture):
+                _save(picture, images / scene.key)
+                captions.append(language.caption_conversation(scene, picture))
+                oracle.append(language.caption_conversation(scene, picture, distances=True))
     _write_lines(out / "captions.jsonl", captions)
     _write_lines(out / "captions-oracle.jsonl", oracle)
-    _write_bench(out / "bench", "test", size.tests, language.KINDS, seed=seed + 2)
-    _write_bench(out / "bench-ood", "ood", size.ood, ("depth",), seed=seed + 3)
-    for bench, split in (("bench", "test"), ("bench-ood", "ood")):
+    _write_bench(out / "bench", SCORED[0], size.tests, language.KINDS, seed=seed + 2)
+    _write_bench(out / "bench-ood", SCORED[1], size.ood, ("depth",), seed=seed + 3)
+    for bench, split in zip(("bench", "bench-ood"), SCORED, strict=True):
         shutil.copytree(out / bench / "img" / split, images / split)
 
 
@@ -61,7 +67,7 @@ def write_questions(out: Path, budget: int, *, seed: int = 0) -> Path:
     if path.is_file():
         return path
     asked, left = [], budget
-    for scene, picture, found in _questions("train", FIRST_ASKED, None, seed=seed + 1):
+    for scene, picture, found in _questions(ASKED, FIRST_ASKED, None, seed=seed + 1):
         if not (out / "images" / scene.key).is_file():
             _save(picture, out / "images" / scene.key)
         asked.append(language.question_conversation(scene, found[:left]))
@@ -77,7 +83,7 @@ def write_pictures(out: Path, budget: int) -> Path:
     path = out / "all.jsonl"
     texts = [out / "captions.jsonl", write_questions(out, budget)]
     keys = [json.loads(line)["image"] for text in texts for line in text.read_text(encoding="utf-8").splitlines()]
-    for split in ("test", "ood"):
+    for split in SCORED:
         keys += [f"{split}/{found.name}" for found in sorted((out / "images" / split).iterdir())]
     _write_lines(path, [{"image": key, "conversations": []} for key in keys])
     return path

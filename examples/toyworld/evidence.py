@@ -20,6 +20,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -192,7 +194,9 @@ def run(options: argparse.Namespace) -> list[str]:
     print(f"{len(wanted)} runs asked for, {len(missing)} to be done", flush=True)
     failed: list[str] = []
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        options.jobs, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+    ) as pool:
         pending = {pool.submit(workplace.rows, task): task for task in missing}
         for done in concurrent.futures.as_completed(pending):
             task = pending[done]
@@ -204,6 +208,17 @@ def run(options: argparse.Namespace) -> list[str]:
             append(options.results / (STUDENTS if task.student else RUNS), rows)
             print(_summary(task, rows), flush=True)
     return failed
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: a killed command would leave runs that nobody reads, on all cores."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def measure_stores(work: Path, vision: Path, results: Path) -> None:

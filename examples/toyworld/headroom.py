@@ -1,139 +1,122 @@
 """How much a student could answer of depth questions, were it to read all that its tower, or the teacher, holds.
 
-A ridge regression reads which of two things is closer from the difference of what is stored about the places where
-they show, which a student has to find first: so it says what there is to be learnt, not what can be learnt. Weights
-are fitted on the questions to train on, their penalty chosen there by cross-validation.
+A ridge regression reads which of two things is closer from what is stored about the places where they show, the first
+minus the second. A student has to find these first: so it says what there is to be learnt, not what can be learnt.
+Weights are fitted on the questions to train on. Read `by named colour` they are others for each colour that is asked
+about: how much a colour has faded shows only to who knows what it was.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import trivial
-from scenes import Picture, Scene, Split, make_scene, render
+from readout import Reading
+from scenes import COLOURS, Picture, Scene, render
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
+from trivial import Asked, firsts
 
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
-_PENALTIES = (1.0, 10.0, 100.0, 1000.0)
-_FOLDS = 5
-_QUESTION = "Which is closer ?"
+TOWER, TEACHER = "the student's tower", "the teacher's features"
+BY_COLOUR = "{}, by named colour"
+_BENCHES = {"test": "bench", "ood": "bench-ood"}
+_BATCH = 128
+
+_Things = dict[tuple[str, str], np.ndarray]
+"""By picture and name of a thing."""
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A question of depth: `answer` is the place of the closer thing."""
+def measure(world: Path, vision: Path, store: Path, budget: int) -> dict[str, dict[str, float]]:
+    """Return shares of right answers on questions of depth, by what they are read from and by split.
 
-    key: str
-    choices: tuple[str, ...]
-    answer: int
-
-
-def measure(world: Path, vision: Path, store: Path, budget: int) -> dict[str, float]:
-    """Return shares of right answers on the questions of depth of `bench/`, by what they are read from.
-
-    `store` holds the teacher's features of all pictures that are asked about.
+    `store` holds the teacher's features of all pictures that are asked about. A split without such questions is left
+    out; where there are none to train on, nothing is returned.
     """
-    rows = [json.loads(line) for line in (world / "bench" / "test_3d.jsonl").read_text(encoding="utf-8").splitlines()]
-    unseen = [
-        _Asked(row["filename"], tuple(row["choices"]), "AB".index(row["answer"][1]))
-        for row in rows
-        if row["question"] == _QUESTION
-    ]
-    lines = (world / f"questions-{budget}.jsonl").read_text(encoding="utf-8").splitlines()
     seen = [
-        _Asked(one["image"], tuple(choices), answer)
-        for one in map(json.loads, lines)
-        for text, choices, answer in trivial.asked(one)
-        if text == _QUESTION
-    ]
-    if not seen or not unseen:
-        return {}
-    read = _Reader(vision, store)
-    x, unseen_x = ([read(one) for one in part] for part in (seen, unseen))
-    y, unseen_y = (np.array([1.0 if one.answer == 0 else -1.0 for one in part]) for part in (seen, unseen))
-    return {
-        name: round(
-            _right(np.stack([one[name] for one in x]), y, np.stack([one[name] for one in unseen_x]), unseen_y), 4
-        )
-        for name in x[0]
+        one for line in _lines(world / f"questions-{budget}.jsonl")
+        for one in trivial.of_conversation(line) if _is_depth(one)
+    ]  # fmt: skip
+    benches = {
+        split: [one for one in trivial.of_bench(_lines(world / folder / "test_3d.jsonl")) if _is_depth(one)]
+        for split, folder in _BENCHES.items()
     }
-
-
-class _Reader:
-    """What is known about the places of two things: first minus second."""
-
-    def __init__(self, vision: Path, store: Path) -> None:
-        tower: Any = CLIPVisionModel.from_pretrained(vision)
-        self._tower = tower.eval()
-        self._processor = CLIPImageProcessorPil.from_pretrained(vision)
-        opened = FeatureStore.open(str(store))
-        self._features = FeatureReader(opened, "depth")
-        self._rows = {sample.key: sample.row for sample in opened.samples()}
-
-    def __call__(self, asked: _Asked) -> dict[str, np.ndarray]:
-        split, number = asked.key.removesuffix(".png").split("/")
-        scene = make_scene(cast("Split", split), int(number))
-        picture = render(scene)
-        pixels = self._processor(images=picture.image(), return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            states = self._tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
-        teacher = np.asarray(self._features.feature(self._rows[asked.key]), dtype=np.float64)
-        known = {
-            "the student's tower": states.numpy().astype(np.float64),
-            "the teacher's features": teacher.reshape(-1, teacher.shape[-1]),
-        }
-        first, second = (_place(scene, picture, name, len(states)) for name in asked.choices)
-        return {
-            **{name: (first.cells - second.cells) @ values for name, values in known.items()},
-            "foot, size and area": first.plane - second.plane,
-        }
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a thing shows: `cells` (N,) its share of each cell of a square grid, sum 1; `plane` foot, size, area."""
-
-    cells: np.ndarray
-    plane: np.ndarray
-
-
-def _place(scene: Scene, picture: Picture, name: str, cells: int) -> _Place:
-    number = next(n for n, thing in enumerate(scene.things) if thing.name == name)
-    thing, shows = scene.things[number], picture.segments == 2 + number
-    side = round(cells**0.5)
-    rows, columns = (np.arange(size) * side // size for size in shows.shape)
-    counted = np.bincount((rows[:, None] * side + columns[None])[shows], minlength=cells).astype(np.float64)
-    return _Place(counted / counted.sum(), np.array([thing.foot, thing.size, float(shows.mean())]))
-
-
-def _right(x: np.ndarray, y: np.ndarray, unseen: np.ndarray, right: np.ndarray) -> float:
-    """Return the share of `unseen` (M, C) whose sign is that of `right` (M,), by a regression of y (N,) on x (N, C)."""
-    scale = x.std(axis=0) + 1e-9
-    x, unseen = x / scale, unseen / scale
-    folds = np.arange(len(x)) % _FOLDS
-
-    def held_out(penalty: float) -> float:
-        return sum(
-            int(
-                (
-                    (x[folds == fold] @ _ridge(x[folds != fold], y[folds != fold], penalty) > 0)
-                    == (y[folds == fold] > 0)
-                ).sum()
-            )
-            for fold in range(_FOLDS)
-        )
-
-    weights = _ridge(x, y, max(_PENALTIES, key=held_out))
-    return float(((unseen @ weights > 0) == (right > 0)).mean())
-
-
-def _ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
-    found: np.ndarray = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
+    benches = {split: asked for split, asked in benches.items() if asked}
+    if not seen or not benches:
+        return {}
+    pictures = sorted({one.key for asked in (seen, *benches.values()) for one in asked})
+    found: dict[str, dict[str, float]] = {}
+    for name, things in _read(pictures, vision, store).items():
+        for title, differences in ((name, _differences), (BY_COLOUR.format(name), _by_colour)):
+            reading = Reading(differences(seen, things), firsts(seen))
+            found[title] = {
+                split: round(reading.right(differences(asked, things), firsts(asked)), 4)
+                for split, asked in benches.items()
+            }
     return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _is_depth(one: Asked) -> bool:
+    return one.text.startswith(trivial.CLOSER)
+
+
+def _read(keys: Sequence[str], vision: Path, store: Path) -> dict[str, _Things]:
+    """Return what the tower and the teacher hold at the places of the pictures' things."""
+    found: dict[str, _Things] = {TOWER: {}, TEACHER: {}}
+    features = FeatureStore.open(str(store))
+    reader = FeatureReader(features, "depth")
+    rows = {sample.key: sample.row for sample in features.samples()}
+    tower: Any = CLIPVisionModel.from_pretrained(vision)
+    tower.eval()
+    processor = CLIPImageProcessorPil.from_pretrained(vision)
+    for start in range(0, len(keys), _BATCH):
+        batch = keys[start : start + _BATCH]
+        scenes = [trivial.scene_of(key) for key in batch]
+        pictures = [render(scene) for scene in scenes]
+        pixels = processor(images=[picture.image() for picture in pictures], return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        for key, scene, picture, own in zip(batch, scenes, pictures, states.double().numpy(), strict=True):
+            teacher = np.asarray(reader.feature(rows[key]), dtype=np.float64)
+            for name, values in ((TOWER, own), (TEACHER, teacher.reshape(-1, teacher.shape[-1]))):
+                for thing, cells in _places(scene, picture, len(values)).items():
+                    found[name][key, thing] = cells @ values
+    return found
+
+
+def _places(scene: Scene, picture: Picture, cells: int) -> dict[str, np.ndarray]:
+    """Return where things show, by their names: (N,) the share of each cell of a square grid, sum 1."""
+    side = round(cells**0.5)
+    rows, columns = (np.arange(size) * side // size for size in picture.segments.shape)
+    kinds = 2 + len(scene.things)
+    where = (rows[:, None] * side + columns) * kinds + picture.segments
+    counted = np.bincount(where.ravel(), minlength=cells * kinds).reshape(cells, kinds)[:, 2:].T
+    return {thing.name: own / own.sum() for thing, own in zip(scene.things, counted, strict=True) if own.any()}
+
+
+def _differences(questions: Sequence[Asked], things: _Things) -> np.ndarray:
+    """(N, C): what is known of the first choice minus what is known of the second."""
+    first, second = (np.stack([things[one.key, one.choices[place]] for one in questions]) for place in (0, 1))
+    difference: np.ndarray = first - second
+    return difference
+
+
+def _by_colour(questions: Sequence[Asked], things: _Things) -> np.ndarray:
+    """(N, colours × (C + 1)): the same, of each colour apart, with what it is where all else is 0."""
+    colours = list(COLOURS)
+    width = len(next(iter(things.values()))) + 1
+    found = np.zeros((len(questions), len(colours), width))
+    for row, one in enumerate(questions):
+        for sign, name in zip((1, -1), one.choices, strict=True):
+            found[row, colours.index(name.split()[0])] += sign * np.append(things[one.key, name], 1.0)
+    return found.reshape(len(questions), -1)

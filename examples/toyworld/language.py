@@ -14,7 +14,6 @@ always says the same is right once in as many times as there are choices. Things
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter
@@ -77,30 +76,25 @@ class Question:
 class Balance:
     """Keeps right letters even within a kind: says where the right choice goes, or that a question is one too many.
 
-    Questions of depth are even too in what their rules lead to, each with each: else to compare areas, or which of two
-    things stands lower, answers five of six of them (seen in two pilots), and what else tells a distance is not asked
-    for. As that makes them rare, no other kind is asked more often.
+    No other kind is asked more often than depth.
     """
 
     def __init__(self, *, slack: int = 1) -> None:
         self._slack = slack
-        self._seen: dict[Kind, Counter[tuple[int, tuple[bool, ...]]]] = {kind: Counter() for kind in KINDS}
+        self._seen: dict[Kind, Counter[int]] = {kind: Counter() for kind in KINDS}
 
-    def place(self, kind: Kind, choices: int, *, sort: tuple[bool, ...] = ()) -> int:
-        """Return the letter that was right least often so far, among questions whose rules lead there too."""
-        return min(range(choices), key=lambda place: self._seen[kind][place, sort])
+    def place(self, kind: Kind, choices: int) -> int:
+        """Return the letter that was right least often so far."""
+        return min(range(choices), key=lambda place: self._seen[kind][place])
 
     def admits(self, question: Question) -> bool:
         """Whether its like is not ahead of the others by more than the slack; if so it is counted."""
         seen = self._seen[question.kind]
         if question.kind != "depth" and seen.total() - self._seen["depth"].total() >= self._slack:
             return False
-        sort = tuple(right for _, right in question.rules) if question.kind == "depth" else ()
-        sorts = itertools.product((False, True), repeat=len(sort))
-        least = min(seen[place, other] for other in sorts for place in range(len(question.choices)))
-        if seen[question.answer, sort] - least >= self._slack:
+        if seen[question.answer] - min(seen[place] for place in range(len(question.choices))) >= self._slack:
             return False
-        seen[question.answer, sort] += 1
+        seen[question.answer] += 1
         return True
 
 
@@ -203,23 +197,19 @@ def vocabulary() -> list[str]:
 
 
 def questions(scene: Scene, picture: Picture, rng: np.random.Generator, balance: Balance) -> list[Question]:
-    """Ask what a scene allows: at most two of depth and one of each other kind, in random order."""
+    """Ask what a scene allows, at most one question of each kind, in random order."""
     things = shown(scene, picture)
     asked: list[Question] = []
     pairs = [(a, b) for n, a in enumerate(things) for b in things[n + 1 :]]
     rng.shuffle(pairs)
     makers: list[Iterator[Question]] = [
-        _relations(pairs, balance), _counts(scene, things), _depths(scene, pairs, _shares(scene, picture), balance),
+        _relations(pairs, balance), _counts(scene, things), _depths(scene, pairs, balance),
         _colours(scene, things, rng, balance), _distances(things, rng, balance),
     ]  # fmt: skip
     for maker in makers:
-        limit = 2
-        for question in maker:
-            if balance.admits(question):
-                asked.append(question)
-                limit -= 1 if question.kind == "depth" else 2
-            if limit <= 0:
-                break
+        admitted = next((question for question in maker if balance.admits(question)), None)
+        if admitted is not None:
+            asked.append(admitted)
     order = rng.permutation(len(asked))
     return [asked[int(place)] for place in order]
 
@@ -241,27 +231,15 @@ def _counts(scene: Scene, things: Sequence[Thing]) -> Iterator[Question]:
         yield Question("count", "How many things are there ?", tuple(map(str, COUNTS)), COUNTS.index(len(things)))
 
 
-def _shares(scene: Scene, picture: Picture) -> dict[Thing, float]:
-    """Share of the picture that each thing shows."""
-    return {thing: float((picture.segments == 2 + number).mean()) for number, thing in enumerate(scene.things)}
-
-
-def _depths(
-    scene: Scene, pairs: Sequence[tuple[Thing, Thing]], shares: dict[Thing, float], balance: Balance
-) -> Iterator[Question]:
-    if "contact" in scene.cues:
-        return  # what stands lower is closer there, always
+def _depths(scene: Scene, pairs: Sequence[tuple[Thing, Thing]], balance: Balance) -> Iterator[Question]:
+    if len(scene.cues) != 1:
+        return  # with several, the plainest answers: what is larger, or what stands lower
     for a, b in pairs:
         near, far = (a, b) if a.distance < b.distance else (b, a)
         if far.distance < _CLOSER * near.distance or level(far.distance) == level(near.distance):
             continue
-        larger = near.size > far.size
-        more = shares[near] - shares[far]
-        if more == 0 or (more > 0) != larger:
-            continue  # even in both, names would tell: some shapes show more of their size than others
-        lower = near.foot > far.foot
-        place = balance.place("depth", 2, sort=(lower, larger))
-        rules = (("lower in the picture", lower), ("larger in the picture", larger))
+        place = balance.place("depth", 2)
+        rules = (("lower in the picture", near.foot > far.foot), ("larger in the picture", near.size > far.size))
         yield Question("depth", "Which is closer ?", _placed(near.name, far.name, place), place, rules)
 
 
@@ -300,13 +278,15 @@ def _placed(right: str, wrong: str, place: int) -> tuple[str, str]:
 
 
 def caption_conversation(scene: Scene, picture: Picture, *, distances: bool = False) -> dict[str, Any]:
-    """Return a LLaVA-style conversation that describes a picture."""
+    """Return a LLaVA-style conversation that names what shows, and then says in which column."""
     return {
         "id": scene.key,
         "image": scene.key,
         "conversations": [
             {"from": "human", "value": f"<image>\n{DESCRIBE_DEPTH if distances else DESCRIBE}"},
             {"from": "gpt", "value": caption(scene, picture, distances=distances)},
+            {"from": "human", "value": DESCRIBE_COLUMN},
+            {"from": "gpt", "value": columns(scene, picture)},
         ],
     }
 

@@ -30,9 +30,10 @@ def plot(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
         axis.plot(shares, [height] * len(shares), "o", color="tab:blue", alpha=0.5, markersize=5)
         if estimate is not None:
             axis.plot([estimate.low, estimate.high], [height - 0.22] * 2, color="black", linewidth=1.5)
-    axis.set_yticks(range(len(arms)), list(reversed(arms)))
+    # unlike numbers of seeds: bars of two arms do not compare them
+    axis.set_yticks(range(len(arms)), [f"{arm} ({len(results.right[arm, *where])})" for arm in reversed(arms)])
     axis.axvline(100 * results.chance[end["split"], end["question"]], color="grey", linestyle="--", label="chance")
-    axis.set(xlabel=f"{end['question']} order right, % (dots: seeds; bars: 95 %), {end['budget']} questions")
+    axis.set(xlabel=f"{end['question']} order right, % (dots: seeds, so many; bars: 95 %), {end['budget']} questions")
     for rule, right in results.rules[end["split"], end["question"]].items():
         axis.axvline(100 * right, color="tab:orange", linestyle=":", linewidth=1, label=f"rule: {rule}")
     axis.legend(loc="lower right", fontsize=7)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from significance import Estimate, digits, hierarchical
+from significance import Estimate, crossed, digits
 
 Place = tuple[str, int, str, str]
 """Arm, budget, split, kind."""
@@ -31,13 +31,18 @@ class Results:
     dates: list[str]
     left_out: int
     """Rows of other settings than the newest of their arm and budget, or about other questions than the newest."""
+    of_gates: int
+    """Rows that say `gate`, from before the experiment, which count nowhere."""
 
     stored: dict[str, dict[str, float]]
     """By store: bytes an image, and centred R² of what is read from it with float16."""
     students: list[dict[str, Any]]
     """Rows of part (a)."""
-    headroom: dict[str, float]
-    """What a regression reads of depth from the places of two things, by what it reads from."""
+    headroom: dict[str, dict[str, float]]
+    """What a regression reads of depth from the places of two things: shares by what it reads from, and by split."""
+    ended: dict[tuple[str, int], dict[int, dict[str, float]]]
+    """By arm and budget, by seed, where it was kept: what pretraining ended at (`text`, the next-token loss; `depth.2`,
+    the centred R² of the depth predictions at block 2), and `tune_text`, the next-token loss of fine-tuning."""
     seconds: dict[str, list[tuple[float, float]]]
     """By arm, of its runs with the fewest questions: seconds of pretraining and of fine-tuning."""
     cost: dict[str, Any]
@@ -59,7 +64,7 @@ class Results:
         seeds = self.seeds([arm], budget, split, kind)
         if not seeds:
             return None
-        return hierarchical(self.values(arm, budget, split, kind, seeds), self.images[split, kind])
+        return crossed(self.values(arm, budget, split, kind, seeds), self.images[split, kind])
 
     def difference(self, arm: str, other: str, budget: int, split: str, kind: str) -> Estimate | None:
         """Estimate the paired difference of two arms over the seeds that both have; None with fewer than two."""
@@ -67,7 +72,7 @@ class Results:
         if len(seeds) < 2:
             return None
         apart = self.values(arm, budget, split, kind, seeds) - self.values(other, budget, split, kind, seeds)
-        return hierarchical(apart, self.images[split, kind])
+        return crossed(apart, self.images[split, kind])
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -82,7 +87,8 @@ def record(path: Path) -> dict[str, Any]:
 
 def load(folder: Path) -> Results:
     """Read rows and questions; of each arm and budget the settings of the last row count."""
-    rows = _rows(folder / "runs.jsonl")
+    every = _rows(folder / "runs.jsonl")
+    rows = [row for row in every if not row.get("gate")]
     asked = record(folder / "questions.json")
     newest = {(row["arm"], row["budget"]): row["config"] for row in rows}
     bench = rows[-1]["bench"] if rows else None
@@ -99,10 +105,12 @@ def load(folder: Path) -> Results:
         versions=sorted({", ".join(f"{n} {v}" for n, v in row["versions"].items()) for row in used}),
         dates=sorted({row["date"] for row in used}),
         left_out=len(rows) - len(used),
+        of_gates=len(every) - len(rows),
         stored=record(folder / "stores.json"),
         headroom=record(folder / "headroom.json"),
         cost=record(folder / "cost.json"),
         seconds=_seconds(used),
+        ended=_ended(used),
         students=[row for row in students.values() if bench is None or row["bench"] == bench],
         repeated=[
             right[row["arm"], row["budget"], row["split"], row["kind"]].get(row["seed"]) == row["right"]
@@ -110,6 +118,15 @@ def load(folder: Path) -> Results:
             if newest.get((row["arm"], row["budget"])) == row["config"]
         ],
     )
+
+
+def _ended(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[int, dict[str, float]]]:
+    found: dict[tuple[str, int], dict[int, dict[str, float]]] = defaultdict(dict)
+    for row in rows:
+        if "progress" in row:
+            tuned = {"tune_text": row["tune_text"]} if "tune_text" in row else {}
+            found[row["arm"], row["budget"]][row["seed"]] = row["progress"] | tuned
+    return dict(found)
 
 
 def _seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:

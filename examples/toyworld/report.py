@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +21,21 @@ from olatrain.probe import LayerScore, suggest
 HERE = Path(__file__).parent
 
 
-def write(folder: Path, out: Path) -> None:
-    """Write the page from a folder of results, and its pictures into `images/` beside the page."""
+def write(folder: Path, out: Path, fixed: Path = HERE / "plan.json") -> None:
+    """Write the page from a folder of results and the plan, and its pictures into `images/` beside the page.
+
+    Raises:
+        ValueError: where the plan's families of comparisons are not those that are corrected here.
+    """
     results = load(folder)
-    plan = record(HERE / "plan.json")
+    plan = record(fixed)
     images = out.parent / "images"
     parts = [_HEAD, _missing(results, plan), _fixed(plan), _endpoint(results, plan)]
     if plot(results, plan, images / "results.png"):
         parts.append("![accuracy by arm and seed](images/results.png)\n")
     corrected = _corrected(results, plan)
-    parts += [_sensitivity(results, plan, corrected), _accuracies(results), _rest(results, corrected)]
+    parts += [_progress(results, plan), _sensitivity(results, plan, corrected), _controls(results, plan, corrected)]
+    parts += [_accuracies(results), _rest(results, plan)]
     parts += [_layers(results, plan, corrected), _precision(results, plan, corrected)]
     parts.append(representations(results, plan))
     if plot_students(results, plan, images / "students.png"):
@@ -41,10 +47,13 @@ def write(folder: Path, out: Path) -> None:
 _HEAD = """# Results: the toy world
 
 Does it work? Pretrained weights are out of reach of a test machine, so this is the method in miniature: a world of coloured shapes on a plain whose depth is known
-(`examples/toyworld`), small teachers trained on it, a student whose tower sees what is there but little of how far away it is, and everything from extraction to answers through the
-commands of this project. `make evidence` writes this page from `examples/toyworld/results/`; nothing here is typed by hand. What a toy shows holds for the toy.
+(`examples/toyworld`), small teachers trained on it, a student whose tower holds part of what is there and part of how far away it is (how much of each: the table of the student's parts, below), and everything
+from extraction to answers through the commands of this project. `make evidence` writes this page from `examples/toyworld/results/`; nothing here is typed by hand. What a toy shows holds for the toy.
 
 One teacher, the depth one, with 9 task tokens; its losses are on while the projector is pretrained on captions, and off in fine-tuning on questions. The student's tower is frozen throughout.
+
+A seed varies how a run's student is composed and initialised and in which order it sees what it is trained on; world, tower, language model, teacher and questions are the same for all
+seeds. Intervals are about other seeds and other pictures of this world, then, and not about other worlds or teachers.
 """
 
 
@@ -84,7 +93,17 @@ On {plan["fixed_on"]}, before {plan["before"]} (`examples/toyworld/plan.json`):
 - **Seeds**: {plan["seeds"]}. **Stopping**: {plan["stopping"]}.
 - **Representations**: {plan["representations"]}.
 - **Trivial baseline**: {plan["trivial"]}.
+- **Families**, each with p-values corrected for its own number (Holm; what was not run yet counts): {_described(plan)}. Everything else that the page shows is descriptive: an interval, and no claim.
+
+How intervals are made: every seed answers the same questions, so seeds and images are crossed, and the variance of a mean is (MS_seed + MS_image − MS_rest) / (seeds · images) by the mean squares of an
+analysis of variance, no component below 0, with Student's t and Satterthwaite's degrees of freedom. A hierarchical bootstrap over seeds and images was asked for; it does not stand here because drawing both
+counts the interaction of seeds and images, and the answers' own chance, three times ([Owen 2007](https://arxiv.org/abs/0712.1111)): on data of nothing else its intervals were 1.74 times as wide as
+they should be, and these 1.23 times (`significance.py`). With two seeds these may cover as little as 88 % where 95 % is said.
 """
+
+
+def _described(plan: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name} – {said}" for name, said in plan["families"].items())
 
 
 def _endpoint(results: Results, plan: Mapping[str, Any]) -> str:
@@ -120,7 +139,7 @@ def _endpoint(results: Results, plan: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Compared:
-    """A paired difference, with its p-value after correction for all that are not the endpoint."""
+    """A paired difference, with its p-value after correction for all of its family."""
 
     estimate: Estimate
     p: float
@@ -129,27 +148,57 @@ class Compared:
 Comparison = tuple[str, str, int, str, str]
 """Arm, the arm it is compared with, budget, split, kind."""
 
+_CONTROLS = ("none", "longer", "own", "feed", "oracle")
 
-def _corrected(results: Results, plan: Mapping[str, Any]) -> dict[Comparison, Compared]:
-    """Everything but the endpoint that the page compares, corrected together after Holm."""
+
+def _families(plan: Mapping[str, Any]) -> dict[str, list[Comparison]]:
+    """What is corrected together, by the plan's names for it: all about the endpoint's questions."""
     end = plan["endpoint"]
     where = (end["budget"], end["split"], end["question"])
-    wanted: list[Comparison] = [
-        (arm, "tokens", budget, split, kind)
-        for arm, budget, split, kind in sorted(results.right)
-        if arm in MAIN and arm != "tokens"
-    ]
-    wanted += [("embedding", other, *where) for other in ("none", *_CONTROLS)]
-    wanted += [(arm, "none", *where) for arm in ("oracle", "feed")]
-    wanted += [(arm, "embedding", *where) for arm in ARMS if arm not in MAIN]
-    fixed = {("embedding", other, *where) for other in end["against"]}
-    found = {one: results.difference(*one) for one in dict.fromkeys(wanted) if one not in fixed}
-    known = {one: estimate for one, estimate in found.items() if estimate is not None}
-    p = holm({str(one): estimate.p for one, estimate in known.items()})
-    return {one: Compared(estimate, p[str(one)]) for one, estimate in known.items()}
+    found: dict[str, list[Comparison]] = {
+        "gates": [(arm, "none", *where) for arm in ("feed", "oracle")],
+        "controls": [("embedding", other, *where) for other in _CONTROLS],
+        "layers": [(layers_arm(layers), "embedding", *where) for layers in LAYER_CHOICES],
+        "precision": [(precision, "embedding", *where) for precision in PRECISIONS],
+    }
+    if (fixed := sorted(plan.get("families", {}))) != sorted(found):
+        raise ValueError(
+            f"the plan's families are {fixed} where {sorted(found)} are corrected: change `families` in plan.json, or report.py"
+        )
+    return found
 
 
-_CONTROLS = ("longer", "own", "feed", "oracle")
+def _corrected(results: Results, plan: Mapping[str, Any]) -> dict[Comparison, Compared]:
+    """The families' comparisons that there are, each corrected after Holm for all that its family lists."""
+    corrected: dict[Comparison, Compared] = {}
+    for family in _families(plan).values():
+        found = {one: results.difference(*one) for one in family}
+        p = holm({str(one): 1.0 if estimate is None else estimate.p for one, estimate in found.items()})
+        corrected |= {one: Compared(e, p[str(one)]) for one, e in found.items() if e is not None}
+    return corrected
+
+
+def _progress(results: Results, plan: Mapping[str, Any]) -> str:
+    """What training ended at: no difference in answers says little of losses that taught nothing."""
+    budget = plan["endpoint"]["budget"]
+    lines = ["## Did the losses do anything?", ""]
+    ended = {arm: results.ended[arm, budget] for arm in ARMS if (arm, budget) in results.ended}
+    if not ended:
+        return "\n".join([*lines, "No run has kept what its losses ended at yet.", ""])
+    lines += [
+        f"What training ended at (its last tenth of steps), means over seeds, of runs with {budget} questions. R² is that of the embedding predictions, centred: 0 is the mean map of the arm's own targets, "
+        "the trivial baseline, and 1 the targets themselves, which differ between arms, as do the captions of `oracle`. –: no such loss.", "",
+        "| arm | seeds | pretraining: next-token loss | embedding R² by block | fine-tuning: next-token loss |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for arm, by_seed in ended.items():
+        names = dict.fromkeys(name for one in by_seed.values() for name in one)
+        mean = {name: float(np.mean([one[name] for one in by_seed.values() if name in one])) for name in names}
+        text, tuned = (f"{mean[name]:.3f}" if name in mean else "–" for name in ("text", "tune_text"))
+        layers = sorted(name for name in mean if "." in name)
+        r2 = ", ".join(f"{name.replace('.', ' ')}: {mean[name]:.3f}" for name in layers) or "–"
+        lines.append(f"| `{arm}` | {len(by_seed)} | {text} | {r2} | {tuned} |")
+    return "\n".join([*lines, ""])
 
 
 def _sensitivity(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared]) -> str:
@@ -169,15 +218,41 @@ def _sensitivity(results: Results, plan: Mapping[str, Any], corrected: Mapping[C
         compared = corrected.get((arm, "none", *where))
         cells = "| – | – | –" if compared is None else f"| {_difference(compared)}"
         lines.append(f"| `{arm}` | {found.seeds} | {_percent(found)} {cells} |")
-    lines.append("")
-    if results.headroom:
-        said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in results.headroom.items())
-        lines += [
-            "What a linear regression on the questions to train on reads from the places where the two things show, were "
-            f"these found (`headroom.py`): {said}. An arm whose tower is frozen cannot be far above what the tower holds.",
-            "",
-        ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_headroom(results, plan)])
+
+
+def _headroom(results: Results, plan: Mapping[str, Any]) -> list[str]:
+    """What could be read, were the things found."""
+    if not results.headroom:
+        return []
+    kind = plan["endpoint"]["question"]
+    lines = [
+        "What a linear regression, fitted on the questions to train on, answers of depth from what stands at the places of the two things (`headroom.py`), in percent:", "",
+        "| read from | test | ood |", "|---|---|---|",
+        "| chance | " + " | ".join(f"{100 * results.chance.get((split, kind), 0.5):.0f}" for split in ("test", "ood")) + " |",
+    ]  # fmt: skip
+    for name, shares in results.headroom.items():
+        cells = " | ".join(f"{100 * shares[split]:.1f}" if split in shares else "–" for split in ("test", "ood"))
+        lines.append(f"| {name} | {cells} |")
+    return [
+        *lines, "",
+        "It is given the places; a student has to find the things itself, and may read more than a linear regression does. So this is neither what a student will reach nor a bound on it.", "",
+    ]  # fmt: skip
+
+
+def _controls(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared]) -> str:
+    """What the embedding losses are to arms that are not the endpoint's."""
+    lines = [
+        "## Controls", "",
+        "The arm `embedding` minus others, at the endpoint's questions; nothing here was fixed as a success beforehand.", "",
+        "| `embedding` minus | what that is | difference (points) | 95 % interval | p, corrected | paired seeds |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for one in _families(plan)["controls"]:
+        found, about = corrected.get(one), ARMS[one[1]].about
+        cells = "– | – | – | fewer than 2" if found is None else f"{_difference(found)} | {found.estimate.seeds}"
+        lines.append(f"| `{one[1]}` | {about} | {cells} |")
+    return "\n".join([*lines, ""])
 
 
 def _difference(found: Compared) -> str:
@@ -197,7 +272,8 @@ def _accuracies(results: Results) -> str:
         lines = [
             f"## Accuracy after {budget} questions",
             "",
-            "Percent, with 95 % intervals over seeds and images, of one seed over images alone. `ood`: pictures in which the apparent size tells no distance.",
+            "Percent, with 95 % intervals over seeds and images, of one seed over images alone. **Rows are not to be compared with each other**: arms have unlike numbers of seeds, and of the same seeds and questions "
+            "much cancels. Only paired differences compare: those to `tokens` stand in “The rest”. `ood`: pictures in which the apparent size tells no distance.",
             "",
         ]
         lines.append("| arm | seeds | " + " | ".join(title(place) for place in kinds) + " |")
@@ -217,26 +293,34 @@ def _accuracies(results: Results) -> str:
     return "\n".join(parts)
 
 
-def _rest(results: Results, corrected: Mapping[Comparison, Compared]) -> str:
-    if not corrected:
+def _rest(results: Results, plan: Mapping[str, Any]) -> str:
+    end = plan["endpoint"]
+    fixed = {("embedding", other, end["budget"], end["split"], end["question"]) for other in end["against"]}
+    wanted: list[Comparison] = [
+        (arm, "tokens", budget, split, kind)
+        for arm, budget, split, kind in sorted(results.right)
+        if arm in MAIN and arm != "tokens"
+    ]
+    known = {one: found for one in wanted if one not in fixed and (found := results.difference(*one)) is not None}
+    if not known:
         return ""
+    apart = sum(e.low > 0 or e.high < 0 for e in known.values())
     lines = [
         "## The rest",
         "",
-        f"{len(corrected)} comparisons, those of layers and precision among them, corrected together (Holm). Nothing here was fixed as a success beforehand.",
+        f"Arms minus `tokens`, over the seeds that both have (two at least): {len(known)} differences, described and not tested. Intervals are not corrected: were there no difference at all, about one in twenty would leave out 0, and {apart} of these do.",
         "",
-        "| arm | minus | questions | kind | difference (points) | 95 % interval | p, corrected | seeds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| arm | minus | questions | kind | difference (points) | 95 % interval | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for (arm, other, budget, split, kind), found in corrected.items():
-        if arm in MAIN:
-            lines.append(
-                f"| `{arm}` | `{other}` | {budget} | {title((split, kind))} | {_difference(found)} | {found.estimate.seeds} |"
-            )
+    lines += [
+        f"| `{arm}` | `{other}` | {budget} | {title((split, kind))} | {e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {e.seeds} |"
+        for (arm, other, budget, split, kind), e in known.items()
+    ]
     worse = [
         f"{title((split, kind))} after {budget} questions"
-        for (arm, other, budget, split, kind), found in corrected.items()
-        if (arm, other) == ("embedding", "tokens") and found.estimate.high < 0
+        for (arm, _, budget, split, kind), e in known.items()
+        if arm == "embedding" and e.high < 0
     ]
     said = ", ".join(worse) or "nothing beyond its interval"
     return "\n".join([*lines, "", f"What the embedding losses make worse than tokens without one (uncorrected intervals): {said}.", ""])  # fmt: skip
@@ -256,6 +340,7 @@ def _against(
     return f"{found.seeds} | {_percent(found)} | {cells} |"
 
 
+_SEE = "Differences of `embedding` to `tokens` and `shuffled` are the endpoint's, and stand there."
 _COLUMNS = "seeds | depth order, % | minus {}, points | 95 % interval | p, corrected |"
 
 
@@ -283,7 +368,7 @@ def _layers(results: Results, plan: Mapping[str, Any], corrected: Mapping[Compar
     names |= {arm: f"none (`{arm}`)" for arm in ("tokens", "shuffled")}
     rows = [f"| {about} | {_against(results, plan, arm, corrected, 'embedding')}" for arm, about in names.items()]
     lines += [f"| supervised blocks | {_COLUMNS.format('the published choice')}", "|---|" + "---|" * 5]
-    return "\n".join([*lines, *rows, "", _floor(results, plan), ""])
+    return "\n".join([*lines, *rows, "", f"{_floor(results, plan)} {_SEE}", ""])
 
 
 def _precision(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared]) -> str:
@@ -300,7 +385,7 @@ def _precision(results: Results, plan: Mapping[str, Any], corrected: Mapping[Com
         lines.append(f"| {store} | {size} | {near} | {_against(results, plan, arm, corrected, 'embedding')}")
     tokens = _against(results, plan, "tokens", corrected, "embedding")
     lines.append(f"| no loss (`tokens`) | | | {tokens}")
-    return "\n".join([*lines, "", f"{_floor(results, plan)} The mean over images has a centred R² of 0.", ""])
+    return "\n".join([*lines, "", f"{_floor(results, plan)} The mean over images has a centred R² of 0. {_SEE}", ""])
 
 
 def _cost(results: Results) -> str:
@@ -367,7 +452,7 @@ def _parts_of_the_student() -> str:
         [
             *lines,
             "",
-            "Of questions about written-out scenes chance is a half (of counting a quarter); a centred R² of 0 is the mean map's. The language model was scored on questions of depth as they were in the first form of the experiment.",
+            "The rows of `llm` are about scenes written out, which the language model reads; a student is asked about pictures, and knows of them what its tower and projector tell. Of questions about written-out scenes chance is a half (of counting a quarter); a centred R² of 0 is the mean map's. The language model was scored on questions of depth as they were in the first form of the experiment.",
             "",
         ]
     )
@@ -387,8 +472,12 @@ def _made(results: Results, plan: Mapping[str, Any]) -> str:
         )
     if results.left_out:
         lines.append(f"{results.left_out} rows of earlier settings are kept in the file and are not shown.")
+    if results.of_gates:
+        lines.append(f"{results.of_gates} rows that a gate was tried with are kept in the file and are not shown.")
     return "\n".join([*lines, "", plan["cost"], ""])
 
 
 def _number(value: float) -> str:
-    return "∞" if value == float("inf") else f"{value:.0f}"
+    if math.isnan(value):
+        return "–"
+    return "∞" if math.isinf(value) else f"{value:.0f}"

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 from recorded import Results, best_probe, order, share, title
-from significance import Correlation, rank_correlation
+from significance import Correlation, permutation_p, rank_correlation
 
 FEWEST_STUDENTS = 12
 
 
 def representations(results: Results, plan: Mapping[str, Any]) -> str:
     """Write the section."""
-    rows = results.students
+    # in one order within each tower, which the permutations rely on
+    rows = sorted(results.students, key=lambda row: (row["width"], row["tower_steps"], row["pictures"]))
     lines = ["## (a) Better representations, better answers?", ""]
     if len(rows) < FEWEST_STUDENTS:
         said = f"Not enough was run yet: {len(rows)} students; correlations are told from {FEWEST_STUDENTS} on."
@@ -27,8 +28,8 @@ def representations(results: Results, plan: Mapping[str, Any]) -> str:
         f"{len(rows)} students of next tokens alone: towers of {_values(rows, 'width')} channels trained for "
         f"{_values(rows, 'tower_steps')} steps, pretrained on {_values(rows, 'pictures')} pictures for equally many steps. "
         f"Depth probe, best block: R² {probe.min():.3f} to {probe.max():.3f} (the mean map: 0).", "",
-        "| questions | chance | accuracy, lowest to highest | Spearman with the depth probe | 95 % interval | given the next-token loss | 95 % interval |",
-        "|---|---|---|---|---|---|---|",
+        "| questions | chance | accuracy, lowest to highest | Spearman with the depth probe | 95 % interval | p, by towers | given the next-token loss | 95 % interval |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for place in sorted(rows[0]["right"], key=lambda name: order((name.split()[0], name.split()[1]))):
         split, kind = place.split()
@@ -37,14 +38,15 @@ def representations(results: Results, plan: Mapping[str, Any]) -> str:
         partial = rank_correlation(probe, shares, text, groups=towers)
         lines.append(
             f"| {title((split, kind))} | {100 * results.chance[split, kind]:.0f} | {100 * shares.min():.1f} to {100 * shares.max():.1f} | "
-            f"{_correlation(plain)} | {_correlation(partial)} |"
+            f"{_correlation(plain)} | {_p(permutation_p(probe, shares, towers))} | {_correlation(partial)} |"
         )
     depth, colour = (np.array([share(row["right"][f"test {kind}"]) for row in rows]) for kind in ("depth", "colour"))
     apart = rank_correlation(probe, depth, minus=colour, groups=towers)
     lines += [
         "",
         "A rank correlation of 0 is what no relation gives; –: too few students differ. The bootstrap draws towers, which several students share; "
-        "the next-token loss is that of pretraining on captions.", "",
+        f"percentiles of draws of {len(set(towers))} towers are too narrow an interval, so trust the p-value more: how often the correlation is as far from 0 where the probes of whole towers change places. "
+        "It is not corrected and describes, no more. The next-token loss is that of pretraining on captions.", "",
         f"The depth probe's correlation with depth answers minus that with colour answers: {_correlation(apart).replace(' | ', ' (95 %: ')}).", "",
         *_specificity(rows),
     ]  # fmt: skip
@@ -77,6 +79,10 @@ def _correlation(found: Correlation) -> str:
     if math.isnan(found.value) or math.isnan(found.low):
         return "– | –"
     return f"{found.value:+.2f} | {found.low:+.2f} to {found.high:+.2f}"
+
+
+def _p(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def _values(rows: list[dict[str, Any]], name: str) -> str:

@@ -6,8 +6,11 @@ A scene is a pure function of (seed, index). Three cues tell how far a thing is 
 - `contact`: its foot stands where the plain has that distance (else: it floats at a height of its own);
 - `haze`: its colour fades towards the sky's with distance (else: it does not).
 
-Scenes for training and testing always carry `size`; those of the split `ood` never do, so what is learnt there must
-come from the other two. Distances are in metres of that world, 1 to 8; the plain starts below the horizon.
+Splits say which of them hold. The teachers' scenes of `train` and `test` always carry `size`; those of `ood` never do,
+so what is learnt there must come from the other two. Questions of depth are about scenes with one cue: `haze` to train
+on and `haze-test` to be scored on, `contact-test` to be scored on without having been asked about such before: where
+apparent size or height tell a distance, a rule about the picture's plane answers, and nobody needs to see depth.
+Distances are in metres of that world, 1 to 8; the plain starts below the horizon.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-Split = Literal["train", "test", "ood"]
+Split = Literal["train", "test", "ood", "haze", "haze-test", "contact-test"]
 Cue = Literal["size", "contact", "haze"]
 
 SHAPES = ("disc", "square", "triangle", "cross")
@@ -50,9 +53,12 @@ _CUES: dict[Split, tuple[frozenset[Cue], ...]] = {
         frozenset({"size", "haze"}),
     ),
     "ood": (frozenset({"contact", "haze"}), frozenset({"contact"}), frozenset({"haze"})),
+    "haze": (frozenset({"haze"}),),
+    "haze-test": (frozenset({"haze"}),),
+    "contact-test": (frozenset({"contact"}),),
 }
-_SPLIT_NUMBER: dict[Split, int] = {"train": 0, "test": 1, "ood": 2}
-_HAZE = np.array([196, 205, 214], dtype=np.float64)
+_SPLIT_NUMBER: dict[Split, int] = {"train": 0, "test": 1, "ood": 2, "haze": 3, "haze-test": 4, "contact-test": 5}
+HAZE = np.array([196, 205, 214], dtype=np.float64)
 _MARGIN = 0.35
 """Distances of two things differ by at least this, so that "which is closer" has an answer to be seen."""
 
@@ -161,10 +167,10 @@ def render(scene: Scene) -> Picture:
     distance = np.where(rows > _HORIZON, (1.0 - _HORIZON) * NEAR / below, np.inf)
     distance = np.broadcast_to(np.minimum(distance, np.where(np.isinf(distance), np.inf, 40.0)), (height, width)).copy()
     segments = np.where(np.isinf(distance), 0, 1).astype(np.int32)
-    sky = _HAZE + (rows - _HORIZON) * np.array([120.0, 90.0, 40.0])
+    sky = HAZE + (rows - _HORIZON) * np.array([120.0, 90.0, 40.0])
     ground = np.array([118.0, 104.0, 82.0])
     fade = _fade(distance)[..., None] if "haze" in scene.cues else np.zeros((height, width, 1))
-    rgb = np.where(segments[..., None] == 0, sky[:, :, None].reshape(height, 1, 3), ground * (1 - fade) + _HAZE * fade)
+    rgb = np.where(segments[..., None] == 0, sky[:, :, None].reshape(height, 1, 3), ground * (1 - fade) + HAZE * fade)
     rng = np.random.Generator(np.random.PCG64(scene.noise_seed))
     texture = rng.random((height, width, 1)) - 0.5
     rgb = rgb + texture * np.where(segments[..., None] == 1, 22.0, 4.0)
@@ -180,7 +186,7 @@ def render(scene: Scene) -> Picture:
         painted = colour * shade
         if "haze" in scene.cues:
             veil = float(_fade(np.array(thing.distance)))
-            painted = painted * (1 - veil) + _HAZE * veil
+            painted = painted * (1 - veil) + HAZE * veil
         rgb = np.where(inside[..., None], painted + texture * 8.0, rgb)
         distance = np.where(inside, thing.distance, distance)
         segments = np.where(inside, 2 + number, segments)

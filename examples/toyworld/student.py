@@ -3,8 +3,8 @@
     python examples/toyworld/student.py train OUT [vision llm]     trains and scores (minutes on a core)
     python examples/toyworld/student.py score OUT                  scores what is there on held-out scenes
 
-`vision` learns which coloured shape a patch shows and nothing else; how much of the depth its patch tokens tell is
-measured with a ridge. `llm` learns to answer about scenes that are written out as words (`language.written`); it is
+`vision` learns which coloured shape a patch shows and where the patch is, and nothing else; how much of the depth its
+patch tokens tell is measured with a ridge. `llm` learns to answer about scenes that are written out as words (`language.written`); it is
 accepted only if it answers 95 % of those held out. `olatrain compose` joins them.
 """
 
@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SIDE, PATCH = 48, 8
+SIDE, PATCH = 96, 16
 BICUBIC = 3
 GRID = SIDE // PATCH
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
@@ -39,6 +40,8 @@ TRAINING, HELD_OUT = 3000, 400
 """Scenes that both learn from, and that scores are taken on."""
 VARIANTS = 6
 """Forms of each training text, in which choices are exchanged and hints are given."""
+LEARNT: tuple[Split, ...] = ("haze", "train")
+UNSEEN: tuple[Split, ...] = ("haze-test", "test")
 FIRST = 200_000
 """Number of the first training scene: none of those that the questions or captions of a run are about."""
 FRESH = FIRST + 100_000
@@ -56,7 +59,7 @@ class World:
     """Scenes in the forms that the two are trained on."""
 
     pixels: Tensor
-    """(N, 3, 48, 48) normalised."""
+    """(N, 3, 96, 96) normalised."""
     present: Tensor
     """(N, 24): which names show."""
     names: Tensor
@@ -67,13 +70,13 @@ class World:
     """Of each scene, turns of (kind, what is asked, what is answered), the first behind the scene itself."""
 
 
-def make_world(split: Split, first: int, count: int, *, seed: int) -> World:
-    """Draw scenes and write their texts."""
+def make_world(splits: Sequence[Split], first: int, count: int, *, seed: int) -> World:
+    """Draw as many scenes of each split, `count` in all, and write their texts."""
     rng = np.random.default_rng(seed)
     balance = language.Balance()
     pixels, present, patches, depths, texts = [], [], [], [], []
-    for index in range(first, first + count):
-        scene = make_scene(split, index)
+    for number in range(count):
+        scene = make_scene(splits[number % len(splits)], first + number)
         picture = render(scene)
         pixels.append(squashed(picture))
         names = {thing.name for thing in language.shown(scene, picture)}
@@ -97,7 +100,7 @@ def make_world(split: Split, first: int, count: int, *, seed: int) -> World:
 
 
 def squashed(picture: Picture) -> Tensor:
-    """Return a picture as the tower sees it, (3, 48, 48) float32."""
+    """Return a picture as the tower sees it, (3, 96, 96) float32."""
     rgb = np.array(picture.image().resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     values = torch.from_numpy(rgb).permute(2, 0, 1).float() / 255.0
     return (values - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
@@ -118,7 +121,7 @@ def drawn_worlds(cache: Path) -> tuple[World, World]:
     """Return the scenes to learn from and those held out, drawn once and kept."""
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        both = make_world("train", FIRST, TRAINING, seed=1), make_world("test", FIRST, HELD_OUT, seed=2)
+        both = make_world(LEARNT, FIRST, TRAINING, seed=1), make_world(UNSEEN, FIRST, HELD_OUT, seed=2)
         torch.save([vars(world) for world in both], cache)
     first, second = torch.load(cache, weights_only=True)
     return World(**first), World(**second)
@@ -128,7 +131,7 @@ def drawn_worlds(cache: Path) -> tuple[World, World]:
 
 
 def vision_config(width: int = 64) -> CLIPVisionConfig:
-    """Return a CLIP tower of so many channels and 4 layers: 36 patch tokens from 48 × 48 pixels."""
+    """Return a CLIP tower of so many channels and 4 layers: 36 patch tokens from 96 × 96 pixels."""
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=3 * width,
@@ -142,12 +145,14 @@ def vision_config(width: int = 64) -> CLIPVisionConfig:
 
 
 def train_vision(out: Path, world: World, steps: int, batch: int = 64, *, width: int = 64) -> None:
-    """Train the tower to tell of each patch which colour and which shape it shows, and nothing else."""
+    """Train the tower to tell of each patch which colour and shape it shows and where it is, and nothing else."""
     torch.manual_seed(11)
     tower = CLIPVisionModel(vision_config(width))
-    head = nn.Linear(tower.config.hidden_size, len(COLOURS) + len(SHAPES) + 2)
+    sizes = [len(COLOURS) + 1, len(SHAPES) + 1, GRID, GRID]
+    head = nn.Linear(tower.config.hidden_size, sum(sizes))
     both = nn.ModuleList([tower, head])
     weight = torch.tensor([1.0] * len(SHAPES) + [0.3])
+    rows, columns = (one.flatten().repeat(batch) for one in torch.meshgrid(*[torch.arange(GRID)] * 2, indexing="ij"))
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(12_000_000 + step)  # a continuation draws what it would have drawn
@@ -160,9 +165,10 @@ def train_vision(out: Path, world: World, steps: int, batch: int = 64, *, width:
         states = tower(pixels, output_hidden_states=True).hidden_states
         total = torch.zeros(())
         for layer in (-2, -1):
-            colour, shape = head(states[layer][:, 1:]).flatten(0, 1).split([len(COLOURS) + 1, len(SHAPES) + 1], dim=1)
+            colour, shape, row, column = head(states[layer][:, 1:]).flatten(0, 1).split(sizes, dim=1)
             total = total + functional.cross_entropy(colour, colours)
             total = total + functional.cross_entropy(shape, shapes, weight=weight)
+            total = total + 0.1 * (functional.cross_entropy(row, rows) + functional.cross_entropy(column, columns))
         return total
 
     fit(both, loss, steps, lr=2e-3, out=out)
@@ -188,6 +194,7 @@ def score_vision(folder: Path, world: World, held_out: World) -> dict[str, float
 
     `names AP`: mean average precision of a name's presence, of a logistic readout of the tokens' maximum and mean.
     `depth R²`: a ridge from a patch token and its place to the inverse depth of its patch, centred: 0 is the mean map.
+    `shape of a patch`, `column R²`: what a ridge reads from the token of a patch that shows a thing, its place not given.
     """
     tower = CLIPVisionModel.from_pretrained(folder)
     tokens, unseen = patch_tokens(tower, world.pixels), patch_tokens(tower, held_out.pixels)
@@ -199,11 +206,33 @@ def score_vision(folder: Path, world: World, held_out: World) -> dict[str, float
     pooled = [torch.cat([t.amax(dim=1), t.mean(dim=1), torch.ones(len(t), 1)], dim=1) for t in (tokens, unseen)]
     readout = ridge(pooled[0], world.present)
     scores = pooled[1] @ readout
+    shape, column = _told_of_things(tokens, world, unseen, held_out)
     return {
         "depth R² (centred)": 1.0 - left / whole,
         "names AP": average_precision(scores, held_out.present),
         "names AP by chance": float(held_out.present.mean()),
+        "shape of a patch": shape,
+        "shape of a patch by chance": _most_frequent(held_out.names % len(SHAPES), held_out.names < len(NAMES)),
+        "column R²": column,
     }
+
+
+def _told_of_things(tokens: Tensor, world: World, unseen: Tensor, held_out: World) -> tuple[float, float]:
+    """Return of patches that show a thing: the share whose shape a ridge reads, and the R² of their column."""
+    showing, other = (one.names < len(NAMES) for one in (world, held_out))
+    places = torch.arange(GRID).repeat(GRID).float()
+    x, y = (torch.cat([t[m], torch.ones(int(m.sum()), 1)], dim=1) for t, m in ((tokens, showing), (unseen, other)))
+    shapes = functional.one_hot(world.names[showing] % len(SHAPES), len(SHAPES)).float()
+    columns, truth = (places.expand(len(m), -1)[m] for m in (showing, other))
+    right = (y @ ridge(x, shapes)).argmax(1) == held_out.names[other] % len(SHAPES)
+    left = (y @ ridge(x, columns[:, None]))[:, 0] - truth
+    return float(right.float().mean()), 1.0 - float((left**2).sum() / ((truth - truth.mean()) ** 2).sum())
+
+
+def _most_frequent(kinds: Tensor, counted: Tensor) -> float:
+    """Return the share of the kind that is most frequent."""
+    found = torch.bincount(kinds[counted])
+    return float(found.max() / found.sum())
 
 
 def _rows(tokens: Tensor) -> Tensor:
@@ -443,7 +472,7 @@ def main() -> int:
         if options.action == "train":
             train_llm(options.folder / "llm", world, options.llm_steps)
         scores["llm"] = score_llm(options.folder / "llm", held_out)
-        fresh = make_world("test", FRESH, HELD_OUT, seed=3)
+        fresh = make_world(UNSEEN, FRESH, HELD_OUT, seed=3)
         scores["llm, fresh scenes"] = score_llm(options.folder / "llm", fresh)
     scores = {name: {key: round(value, 4) for key, value in found.items()} for name, found in scores.items()}
     write_json(path, scores)

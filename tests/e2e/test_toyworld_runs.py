@@ -51,7 +51,11 @@ def test_an_arm_answers_every_question_and_is_not_run_again(workplace: Any, tmp_
     task = evidence.Task("embedding", 0, (BUDGET,))
     rows = workplace.rows(task)
     asked = workplace.laboratory().asked(BUDGET)
-    assert asked["test"]["depth"]["rules"].keys() == {"lower in the picture", "larger in the picture", "names alone"}
+    assert asked["test"]["depth"]["rules"].keys() == {
+        "lower in the picture", "larger in the picture", "names alone", "the picture's plane and names", "less faded",
+    }  # fmt: skip
+    assert rows[0]["progress"].keys() == {"text", "depth.2", "depth.3"}
+    assert rows[0]["tune_text"] > 0
     assert asked["test"]["relation"]["rules"] == {}
     assert {(row["split"], row["kind"]): len(row["right"]) for row in rows} == {
         (split, kind): len(about["images"]) for split, kinds in asked.items() for kind, about in kinds.items()
@@ -66,8 +70,18 @@ def test_an_arm_answers_every_question_and_is_not_run_again(workplace: Any, tmp_
 def test_what_there_is_to_be_read_of_depth_is_measured(workplace: Any) -> None:
     work = workplace.work
     room = load("headroom").measure(work / "world", workplace.student / "vision", work / "all.zarr", BUDGET)
-    assert room.keys() == {"the student's tower", "the teacher's features", "foot, size and area"}
-    assert all(0 <= share <= 1 for share in room.values())
+    assert room.keys() == {
+        name + way
+        for name in ("the student's tower", "the teacher's features")
+        for way in ("", ", by named colour")
+    }  # fmt: skip
+    scored = load("trivial").of_bench(
+        json.loads(line)
+        for line in (work / "world" / "bench-ood" / "test_3d.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    assert any(one.text == "Which is closer ?" for one in scored)
+    assert all(shares.keys() == {"test", "ood"} for shares in room.values())
+    assert all(0 <= share <= 1 for shares in room.values() for share in shares.values())
 
 
 def test_the_teacher_in_the_step_makes_what_the_store_holds(

@@ -14,13 +14,13 @@ def test_a_scene_is_a_function_of_split_and_number() -> None:
     assert scenes.make_scene("test", 7) != first
 
 
-@pytest.mark.parametrize("split", ["train", "test", "ood"])
+@pytest.mark.parametrize("split", ["train", "test", "ood", "haze", "haze-test", "contact-test"])
 def test_depth_and_segments_are_those_of_the_things(split: scenes.Split) -> None:
     for index in range(40):
         scene = scenes.make_scene(split, index)
         picture = scenes.render(scene)
         assert picture.rgb.shape == (scene.height, scene.width, 3)
-        assert ("size" in scene.cues) == (split != "ood")
+        assert ("size" in scene.cues) == (split in ("train", "test"))
         assert list(scene.things) == sorted(scene.things, key=lambda thing: -thing.distance)
         for number, thing in enumerate(scene.things):
             seen = picture.segments == 2 + number
@@ -39,3 +39,14 @@ def test_a_cue_tells_the_distance_and_its_absence_does_not() -> None:
     correlations = {cue: np.corrcoef(np.array(found).T)[0, 1] for cue, found in things.items()}
     assert correlations[True] > 0.999
     assert abs(correlations[False]) < 0.15
+
+
+def test_pictures_of_one_cue_tell_distances_by_that_alone() -> None:
+    for split, cue in (("haze", "haze"), ("haze-test", "haze"), ("contact-test", "contact")):
+        made = [scenes.make_scene(split, index) for index in range(300)]
+        assert {scene.cues for scene in made} == {frozenset({cue})}
+        things = [(1 / thing.distance, thing.foot, thing.size) for scene in made for thing in scene.things]
+        near, foot, size = np.array(things).T
+        assert (abs(np.corrcoef(near, foot)[0, 1]) > 0.999) == (cue == "contact")
+        assert cue == "contact" or abs(np.corrcoef(near, foot)[0, 1]) < 0.15
+        assert abs(np.corrcoef(near, size)[0, 1]) < 0.15
