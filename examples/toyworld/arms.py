@@ -70,11 +70,14 @@ def numbers(text: str) -> list[int]:
 
 
 def _with(teacher: str, layers: tuple[int, ...] = LAYERS, **more: Any) -> dict[str, Any]:
-    """Settings of embedding losses: targets by channel, so that teachers of other scales compare, and read from the
-    image alone, so that the caption's words tell a predictor nothing."""
-    return {
-        "teachers": {teacher: {"layers": list(layers), **more}}, "normalise": "channel", "context": "image",
-    }  # fmt: skip
+    """Return settings of embedding losses, of targets by channel and read from the image's states alone.
+
+    So teachers of other scales compare, and a predictor learns nothing from a caption's words. The regression weighs
+    eight times what is published, the contrastive term about as much: with the published weights predictions ended
+    below the mean map (`results/fourth-trial`; the arm `published` has them).
+    """
+    weights = {"layers": list(layers), "weight": 4.0, **more}
+    return {"teachers": {teacher: weights}, "contrastive": 0.03, "normalise": "channel", "context": "image"}
 
 
 def layers_arm(layers: tuple[int, ...]) -> str:
@@ -96,6 +99,10 @@ ARMS = {
         Arm("oracle", "no task tokens, distances written in the captions", tokens=0, captions="captions-oracle.jsonl"),
         Arm("longer", "no task tokens, more steps: as long as the embedding losses take", tokens=0, longer=1.5),
         Arm(
+            "published", "embedding losses as published: 0.5, contrastive 0.3, targets as they are, predictors read all",
+            store="depth.zarr", settings={"teachers": {"depth": {"layers": list(LAYERS)}}},
+        ),
+        Arm(
             "own", "embedding losses, features of the student's own tower", store="own.zarr", teachers=("clip",),
             settings=_with("clip"),
         ),
@@ -104,8 +111,8 @@ ARMS = {
             store="all.zarr", feed=("depth",),
         ),
         *(
-            Arm(layers_arm(chosen), f"embedding losses at {chosen}", store="depth.zarr", settings=_with("depth", chosen))
-            for chosen in LAYER_CHOICES
+            Arm(layers_arm(these), f"embedding losses at {these}", store="depth.zarr", settings=_with("depth", these))
+            for these in LAYER_CHOICES
         ),
         *(
             Arm(precision, f"embedding losses, {precision}", store=f"{precision}.zarr", settings=_with("depth"))
@@ -224,7 +231,7 @@ class Laboratory:
         return self.ended_at(run)["text"]
 
     def ended_at(self, run: Path) -> dict[str, float]:
-        """Return the next-token loss, and each supervised layer's centred R², as means of a run's last tenth of steps."""
+        """Return the next-token loss, and each supervised layer's centred R²: means of a run's last tenth of steps."""
         lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         steps = [line for line in lines if line["event"] == "train"]
         last = steps[-max(1, len(steps) // 10) :]

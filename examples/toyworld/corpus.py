@@ -19,7 +19,8 @@ import language
 import numpy as np
 from scenes import Picture, Scene, Split, make_scene, render
 
-FIRST_CAPTIONED, FIRST_ASKED = 0, 100_000
+FIRST_CAPTIONED, FIRST_SCORED, FIRST_ASKED = 0, 50_000, 100_000
+"""The first scenes of the splits that are scored are those that settings were chosen by."""
 CAPTIONED: tuple[Split, Split] = ("haze", "train")
 ASKED: Split = "haze"
 SCORED: tuple[Split, Split] = ("haze-test", "contact-test")
@@ -111,7 +112,7 @@ def _questions(
 def _write_bench(out: Path, split: Split, count: int, kinds: Sequence[language.Kind], *, seed: int) -> None:
     rows: dict[str, list[dict[str, Any]]] = {"2D": [], "3D": []}
     (out / "img" / split).mkdir(parents=True)
-    for scene, picture, found in _questions(split, 0, count, seed=seed):
+    for scene, picture, found in _questions(split, FIRST_SCORED, count, seed=seed):
         chosen = [question for question in found if question.kind in kinds]
         if chosen:
             _save(picture, out / "img" / scene.key)

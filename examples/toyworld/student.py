@@ -4,8 +4,8 @@
     python examples/toyworld/student.py score OUT                  scores what is there on held-out scenes
 
 `vision` learns which coloured shape a patch shows and where the patch is, and nothing else; how much of the depth its
-patch tokens tell is measured with a ridge. `llm` learns to answer about scenes that are written out as words (`language.written`); it is
-accepted only if it answers 95 % of those held out. `olatrain compose` joins them.
+patch tokens tell is measured with a ridge. `llm` learns to answer about scenes that are written out as words
+(`language.written`); it is accepted only if it answers 95 % of those held out. `olatrain compose` joins them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIDE, PATCH = 96, 16
 BICUBIC = 3
 GRID = SIDE // PATCH
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-TRAINING, HELD_OUT = 3000, 400
+TRAINING, HELD_OUT = 10_000, 400
 """Scenes that both learn from, and that scores are taken on."""
 VARIANTS = 6
 """Forms of each training text, in which choices are exchanged and hints are given."""
@@ -50,6 +50,8 @@ ACCEPTED = 0.95
 """Least share of right answers about written-out scenes."""
 LITTLE_DEPTH = (0.3, 0.6)
 """Centred R² of depth that the tower's patch tokens may have."""
+SHAPES_TOLD = 0.8
+"""Least share of patches whose shape can be read from the tower: one that does not see things sees no depth of them."""
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
 IGNORED = -100
 
@@ -194,7 +196,7 @@ def score_vision(folder: Path, world: World, held_out: World) -> dict[str, float
 
     `names AP`: mean average precision of a name's presence, of a logistic readout of the tokens' maximum and mean.
     `depth R²`: a ridge from a patch token and its place to the inverse depth of its patch, centred: 0 is the mean map.
-    `shape of a patch`, `column R²`: what a ridge reads from the token of a patch that shows a thing, its place not given.
+    `shape of a patch`, `column R²`: what a ridge reads from the token of a patch that shows a thing, its place unknown.
     """
     tower = CLIPVisionModel.from_pretrained(folder)
     tokens, unseen = patch_tokens(tower, world.pixels), patch_tokens(tower, held_out.pixels)
@@ -454,7 +456,7 @@ def main() -> int:
     parser.add_argument("action", choices=("train", "score"))
     parser.add_argument("folder", type=Path, help="folder that holds vision/ and llm/")
     parser.add_argument("names", nargs="*", default=[], help="which; all by default")
-    parser.add_argument("--vision-steps", type=int, default=1000)
+    parser.add_argument("--vision-steps", type=int, default=3000)
     parser.add_argument("--llm-steps", type=int, default=6000)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -482,6 +484,8 @@ def main() -> int:
         problems.append(f"the language model answers less than {ACCEPTED:.0%} of the written-out scenes")
     if "vision" in names and not LITTLE_DEPTH[0] <= scores["vision"]["depth R² (centred)"] <= LITTLE_DEPTH[1]:
         problems.append("the tower's depth R² lies outside {} to {}".format(*LITTLE_DEPTH))
+    if "vision" in names and scores["vision"]["shape of a patch"] < SHAPES_TOLD:
+        problems.append(f"the tower tells the shape of less than {SHAPES_TOLD:.0%} of the patches")
     for problem in problems:
         print(f"not accepted: {problem}", file=sys.stderr)
     return 1 if problems else 0

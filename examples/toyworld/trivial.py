@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from language import LETTERS
 from readout import OddFunctions, Reading
-from scenes import HAZE, COLOURS, SHAPES, Picture, Scene, Split, Thing, make_scene, render
+from scenes import COLOURS, HAZE, SHAPES, Picture, Scene, Split, Thing, make_scene, render
 
 NAMES = "names alone"
 PLANE = "the picture's plane and names"
