@@ -452,7 +452,7 @@ def _parts_of_the_student() -> str:
         [
             *lines,
             "",
-            "The rows of `llm` are about scenes written out, which the language model reads; a student is asked about pictures, and knows of them what its tower and projector tell. Of questions about written-out scenes chance is a half (of counting a quarter); a centred R² of 0 is the mean map's. The language model was scored on questions of depth as they were in the first form of the experiment.",
+            "The rows of `llm` are about scenes written out, which the language model reads; a student is asked about pictures, and knows of them what its tower and projector tell. Of questions about written-out scenes chance is a half (of counting a quarter); a centred R² of 0 is the mean map's.",
             "",
         ]
     )
