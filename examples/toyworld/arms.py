@@ -99,7 +99,7 @@ ARMS = {
         Arm("oracle", "no task tokens, distances written in the captions", tokens=0, captions="captions-oracle.jsonl"),
         Arm("longer", "no task tokens, more steps: as long as the embedding losses take", tokens=0, longer=1.5),
         Arm(
-            "published", "embedding losses as published: 0.5, contrastive 0.3, targets as they are, predictors read all",
+            "published", "embedding losses with the published weights, 0.5 and 0.3, targets as they are, all read",
             store="depth.zarr", settings={"teachers": {"depth": {"layers": list(LAYERS)}}},
         ),
         Arm(

@@ -31,6 +31,7 @@ from olatrain.setup import Run, set_up
 from olatrain.step import run_batch
 from olatrain.stream import Batch, Sample
 from olatrain.train import train
+from olatrain.watch import below_mean_map, last_events
 
 LLM = ["projector", "predictors", "task_tokens", "llm"]
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -287,3 +288,31 @@ def test_a_tracker_that_is_not_installed_is_named(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="wandb is not installed"):
         fit(settings(corpus, student, tmp_path / "out", trackers=["wandb"]))
+
+
+def test_predictions_that_end_below_the_mean_map_are_named(corpus: Corpus, student: Path, tmp_path: Path) -> None:
+    said = fit(settings(corpus, student, tmp_path / "short", steps=2))
+    events = last_events(tmp_path / "short")
+    found, told = events["train"]["teachers"], events["below_mean_map"]["teachers"]
+    worse = {name for name, one in found.items() if sum(layer["r2"] for layer in one["layers"].values()) < 0}
+    assert worse, "two steps from random weights tell nothing of an image"
+    assert set(told) == worse
+    for name in worse:
+        assert f"{name}: predictions end worse than the mean map" in said
+        for layer, one in found[name]["layers"].items():
+            assert told[name][layer] == pytest.approx(one["r2"])
+    said = fit(settings(corpus, student, tmp_path / "control", steps=2, target_control="shuffle"))
+    assert "worse than the mean map" not in said, "what a control cannot learn is no news"
+
+
+def test_the_mean_map_is_compared_over_the_last_steps_and_the_layers_that_train(tmp_path: Path) -> None:
+    def line(step: int, **r2: float | None) -> str:
+        layers = {name[1:]: {"r2": value} for name, value in r2.items()}
+        return json.dumps({"event": "train", "step": step, "teachers": {"depth": {"layers": layers}}}) + "\n"
+
+    lines = [line(1, _1=-9.0, _2=-9.0), line(2, _1=0.5, _2=-0.1), line(3, _1=None, _2=-0.3), line(4, _1=0.1, _2=-0.1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + json.dumps({"event": "checkpoint", "step": 4}) + "\n")
+    assert below_mean_map(tmp_path, {"depth": [1, 2]}, first=2) == {}
+    assert below_mean_map(tmp_path, {"depth": [1, 2]}, first=1)["depth"]["2"] == pytest.approx(-2.375)
+    only = below_mean_map(tmp_path, {"depth": [2]}, first=2)
+    assert only == {"depth": {"2": pytest.approx(-1 / 6)}}

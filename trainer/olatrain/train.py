@@ -31,7 +31,7 @@ from olatrain.signals import Stopped, StopRequest
 from olatrain.step import run_batch
 from olatrain.stream import Batch, Fault, Sample, SampleStream, make_loader
 from olatrain.trackers import open_trackers
-from olatrain.watch import SKIPPED, Watch, record_skips, summary
+from olatrain.watch import SKIPPED, Watch, below_mean_map, record_skips, summary
 
 _SHOWN_KEYS = 8
 # A whole batch that cannot be used is no accident, unless batches are this small.
@@ -190,6 +190,27 @@ def _loop(
     _published(keeper, watch)
     if watch is not None:
         watch.say(f"step {step}/{run.steps}: saved to {config.out}")
+        if step == run.steps and config.target_control == "none" and config.probe is None:
+            _say_what_was_not_learnt(config, step, watch)
+
+
+def _say_what_was_not_learnt(config: TrainConfig, step: int, watch: Watch) -> None:
+    """Name teachers whose predictions are worse than the mean map: a loss that falls does not show it."""
+    supervised = {
+        name: [layer for layer in teacher.layers if teacher.layer_weights.get(layer, 1.0) > 0]
+        for name, teacher in config.teachers.items()
+        if teacher.trains
+    }
+    below = below_mean_map(config.out, supervised, first=step - step // 10)
+    for name, layers in below.items():
+        told = ", ".join(f"{r2:.2f} at layer {layer}" for layer, r2 in layers.items())
+        watch.say(
+            f"{name}: predictions end worse than the mean map, which knows nothing of an image (centred R² {told}); "
+            f"train longer, let the regression weigh more (--set teachers.{name}.weight=4 --set contrastive=0.03), "
+            "or scale targets (--set normalise=channel)"
+        )
+    if below:
+        watch.event("below_mean_map", step, {"teachers": below})
 
 
 def _published(keeper: Saver, watch: Watch | None) -> None:

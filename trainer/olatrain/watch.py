@@ -127,6 +127,26 @@ def last_events(out: Path, until: int | None = None) -> dict[str, dict[str, Any]
     return found
 
 
+def below_mean_map(out: Path, teachers: Mapping[str, Sequence[int]], *, first: int) -> dict[str, dict[str, float]]:
+    """Return by teacher and layer the centred R² (`meter.figures`) from step `first` on, where that is below 0.
+
+    It is the mean over the steps in metrics.jsonl. A teacher is there when the mean over its layers, those named, is
+    below 0: what its predictions tell of an image is less than what the mean training map does, which knows no image.
+    """
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in teachers}
+    with (out / METRICS).open(encoding="utf-8") as lines:
+        for record in map(json.loads, lines):
+            if record["event"] != "train" or record["step"] < first:
+                continue
+            for name, layers in teachers.items():
+                told = record["teachers"][name].get("layers", {})
+                for layer in map(str, layers):
+                    if layer in told and told[layer]["r2"] is not None:
+                        found[name].setdefault(layer, []).append(told[layer]["r2"])
+    means = {name: {layer: sum(r2) / len(r2) for layer, r2 in layers.items()} for name, layers in found.items()}
+    return {name: layers for name, layers in means.items() if layers and sum(layers.values()) < 0}
+
+
 def _forget_after(path: Path, step: int) -> None:
     """Drop the lines of steps that are about to be done again after a crash."""
     if not path.exists():
