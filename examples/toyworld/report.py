@@ -148,7 +148,7 @@ class Compared:
 Comparison = tuple[str, str, int, str, str]
 """Arm, the arm it is compared with, budget, split, kind."""
 
-_CONTROLS = ("none", "longer", "own", "feed", "oracle")
+_CONTROLS = ("none", "longer", "own", "published", "feed", "oracle")
 
 
 def _families(plan: Mapping[str, Any]) -> dict[str, list[Comparison]]:
@@ -273,7 +273,7 @@ def _accuracies(results: Results) -> str:
             f"## Accuracy after {budget} questions",
             "",
             "Percent, with 95 % intervals over seeds and images, of one seed over images alone. **Rows are not to be compared with each other**: arms have unlike numbers of seeds, and of the same seeds and questions "
-            "much cancels. Only paired differences compare: those to `tokens` stand in “The rest”. `ood`: pictures in which the apparent size tells no distance.",
+            "much cancels. Only paired differences compare: those to `tokens` stand in “The rest”. `ood`: pictures whose only cue is contact (what stands lower is closer), which no question to train on was about; pictures with that cue are among the captions.",
             "",
         ]
         lines.append("| arm | seeds | " + " | ".join(title(place) for place in kinds) + " |")

@@ -19,7 +19,7 @@ from scenes import COLOURS, HAZE, SHAPES, Picture, Scene, Split, Thing, make_sce
 
 NAMES = "names alone"
 PLANE = "the picture's plane and names"
-FADED = "less faded"
+FADED = "the cue itself: less faded"
 CLOSER = "Which is closer"
 NEARER = "Which is nearer to the "
 _WORDS = [*COLOURS, *SHAPES]

@@ -52,7 +52,7 @@ def test_an_arm_answers_every_question_and_is_not_run_again(workplace: Any, tmp_
     rows = workplace.rows(task)
     asked = workplace.laboratory().asked(BUDGET)
     assert asked["test"]["depth"]["rules"].keys() == {
-        "lower in the picture", "larger in the picture", "names alone", "the picture's plane and names", "less faded",
+        "lower in the picture", "larger in the picture", "names alone", "the picture's plane and names", "the cue itself: less faded",
     }  # fmt: skip
     assert rows[0]["progress"].keys() == {"text", "depth.2", "depth.3"}
     assert rows[0]["tune_text"] > 0

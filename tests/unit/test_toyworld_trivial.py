@@ -174,9 +174,9 @@ def test_the_less_faded_is_closer_where_haze_tells_and_only_there() -> None:
         trivial.rules([], [row(*one) for one, has in zip(told, hazy, strict=True) if has == with_haze])
         for with_haze in (True, False)
     ]
-    assert [share.keys() for share in shares] == [{"less faded"}] * 2
-    assert shares[0]["less faded"] > 0.98
-    assert 0.35 < shares[1]["less faded"] < 0.65
+    assert [share.keys() for share in shares] == [{"the cue itself: less faded"}] * 2
+    assert shares[0]["the cue itself: less faded"] > 0.98
+    assert 0.35 < shares[1]["the cue itself: less faded"] < 0.65
 
 
 def test_a_thing_is_where_its_pixels_are() -> None:
