@@ -36,6 +36,8 @@ HERE = Path(__file__).parent
 RUNS, STUDENTS = "runs.jsonl", "students.jsonl"
 QUESTIONS, STORES, HEADROOM = "questions.json", "stores.json", "headroom.json"
 PLAN = json.loads((HERE / "plan.json").read_text(encoding="utf-8"))
+RANDOM_TOO = "random-all.zarr"
+"""Of all pictures, by the untrained teacher: what a linear reading gets from it."""
 GRID = 6
 """Cells of the stored maps, averaged from 24: one for each patch of the student."""
 
@@ -124,15 +126,13 @@ def prepare(
     stores |= {"depth.zarr" for task in wanted if task.student}
     for store in sorted(store for store in stores if store is not None):
         if store == "random.zarr":
-            untrained = work / "random-teacher"
-            if not untrained.is_dir():
-                _untrained_depth(untrained, teachers / "depth")
-            extract(world, work / store, Extraction("depth", untrained, "area", workers=jobs))
+            extract(world, work / store, _untrained(work, teachers, jobs))
         elif store == "own.zarr":
             extract(world, work / store, Extraction("clip", student / "vision", "bilinear", workers=jobs))
         elif store == "all.zarr":
             corpus.write_pictures(world, PLAN["endpoint"]["budget"])
             extract(world, work / store, depth, pictures="all.jsonl")
+            extract(world, work / RANDOM_TOO, _untrained(work, teachers, jobs), pictures="all.jsonl")
         elif store == "depth.zarr":
             extract(world, work / store, depth)
         else:
@@ -149,6 +149,13 @@ class Extraction:
     """How its maps come to `GRID` cells."""
     workers: int
     """Processes; how many changes no byte."""
+
+
+def _untrained(work: Path, teachers: Path, jobs: int) -> Extraction:
+    folder = work / "random-teacher"
+    if not folder.is_dir():
+        _untrained_depth(folder, teachers / "depth")
+    return Extraction("depth", folder, "area", workers=jobs)
 
 
 def _untrained_depth(out: Path, trained: Path) -> None:
@@ -235,7 +242,8 @@ def measure_stores(work: Path, vision: Path, results: Path) -> None:
         import headroom
 
         budget = PLAN["endpoint"]["budget"]
-        room = _once(work / HEADROOM, lambda kept: kept or headroom.measure(work / "world", vision, store, budget))
+        stores = {"the teacher's features": store, "the untrained teacher's features": work / RANDOM_TOO}
+        room = _once(work / HEADROOM, lambda kept: kept or headroom.measure(work / "world", vision, stores, budget))
         (results / HEADROOM).write_text(json.dumps(room, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""How much a student could answer of depth questions, were it to read all that its tower, or the teacher, holds.
+"""How much a student could answer of depth questions, were it to read all that its tower, or a teacher, holds.
 
 A ridge regression reads which of two things is closer from what is stored about the places where they show, the first
 minus the second. A student has to find these first: so it says what there is to be learnt, not what can be learnt.
@@ -9,7 +9,7 @@ about: how much a colour has faded shows only to who knows what it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from trivial import Asked, firsts
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
-TOWER, TEACHER = "the student's tower", "the teacher's features"
+TOWER, COLOURS_SEEN = "the student's tower", "the cells' mean colours"
 BY_COLOUR = "{}, by named colour"
 _BENCHES = {"test": "bench", "ood": "bench-ood"}
 _BATCH = 128
@@ -33,10 +33,11 @@ _Things = dict[tuple[str, str], np.ndarray]
 """By picture and name of a thing."""
 
 
-def measure(world: Path, vision: Path, store: Path, budget: int) -> dict[str, dict[str, float]]:
+def measure(world: Path, vision: Path, stores: Mapping[str, Path], budget: int) -> dict[str, dict[str, float]]:
     """Return shares of right answers on questions of depth, by what they are read from and by split.
 
-    `store` holds the teacher's features of all pictures that are asked about. A split without such questions is left
+    `stores` hold, under the name that is told, features of all pictures that are asked about. Beside them and the
+    tower stand the mean colours of a map's cells, which nobody had to learn. A split without such questions is left
     out; where there are none to train on, nothing is returned.
     """
     seen = [
@@ -52,7 +53,7 @@ def measure(world: Path, vision: Path, store: Path, budget: int) -> dict[str, di
         return {}
     pictures = sorted({one.key for asked in (seen, *benches.values()) for one in asked})
     found: dict[str, dict[str, float]] = {}
-    for name, things in _read(pictures, vision, store).items():
+    for name, things in _read(pictures, vision, stores).items():
         for title, differences in ((name, _differences), (BY_COLOUR.format(name), _by_colour)):
             reading = Reading(differences(seen, things), firsts(seen))
             found[title] = {
@@ -70,12 +71,12 @@ def _is_depth(one: Asked) -> bool:
     return one.text.startswith(trivial.CLOSER)
 
 
-def _read(keys: Sequence[str], vision: Path, store: Path) -> dict[str, _Things]:
-    """Return what the tower and the teacher hold at the places of the pictures' things."""
-    found: dict[str, _Things] = {TOWER: {}, TEACHER: {}}
-    features = FeatureStore.open(str(store))
-    reader = FeatureReader(features, "depth")
-    rows = {sample.key: sample.row for sample in features.samples()}
+def _read(keys: Sequence[str], vision: Path, stores: Mapping[str, Path]) -> dict[str, _Things]:
+    """Return what tower, teachers and pixels hold at the places of the pictures' things."""
+    found: dict[str, _Things] = {name: {} for name in (TOWER, *stores, COLOURS_SEEN)}
+    opened = {name: FeatureStore.open(str(store)) for name, store in stores.items()}
+    readers = {name: FeatureReader(store, "depth") for name, store in opened.items()}
+    rows = {name: {sample.key: sample.row for sample in store.samples()} for name, store in opened.items()}
     tower: Any = CLIPVisionModel.from_pretrained(vision)
     tower.eval()
     processor = CLIPImageProcessorPil.from_pretrained(vision)
@@ -87,11 +88,24 @@ def _read(keys: Sequence[str], vision: Path, store: Path) -> dict[str, _Things]:
         with torch.inference_mode():
             states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
         for key, scene, picture, own in zip(batch, scenes, pictures, states.double().numpy(), strict=True):
-            teacher = np.asarray(reader.feature(rows[key]), dtype=np.float64)
-            for name, values in ((TOWER, own), (TEACHER, teacher.reshape(-1, teacher.shape[-1]))):
+            known = {TOWER: own, COLOURS_SEEN: _mean_colours(picture, len(own))}
+            for name, reader in readers.items():
+                stored = np.asarray(reader.feature(rows[name][key]), dtype=np.float64)
+                known[name] = stored.reshape(-1, stored.shape[-1])
+            for name, values in known.items():
                 for thing, cells in _places(scene, picture, len(values)).items():
                     found[name][key, thing] = cells @ values
     return found
+
+
+def _mean_colours(picture: Picture, cells: int) -> np.ndarray:
+    """(N, 3): of each cell of a square grid."""
+    side = round(cells**0.5)
+    rows, columns = (np.arange(size) * side // size for size in picture.segments.shape)
+    where = (rows[:, None] * side + columns).ravel()
+    sums = np.stack([np.bincount(where, picture.rgb[..., c].ravel(), cells) for c in range(3)], axis=1)
+    means: np.ndarray = sums / np.bincount(where, minlength=cells)[:, None]
+    return means
 
 
 def _places(scene: Scene, picture: Picture, cells: int) -> dict[str, np.ndarray]:

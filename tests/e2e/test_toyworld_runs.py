@@ -52,7 +52,8 @@ def test_an_arm_answers_every_question_and_is_not_run_again(workplace: Any, tmp_
     rows = workplace.rows(task)
     asked = workplace.laboratory().asked(BUDGET)
     assert asked["test"]["depth"]["rules"].keys() == {
-        "lower in the picture", "larger in the picture", "names alone", "the picture's plane and names", "the cue itself: less faded",
+        "lower in the picture", "larger in the picture", "names alone", "the picture's plane and names",
+        "the cue itself: less faded",
     }  # fmt: skip
     assert rows[0]["progress"].keys() == {"text", "depth.2", "depth.3"}
     assert rows[0]["tune_text"] > 0
@@ -69,10 +70,12 @@ def test_an_arm_answers_every_question_and_is_not_run_again(workplace: Any, tmp_
 
 def test_what_there_is_to_be_read_of_depth_is_measured(workplace: Any) -> None:
     work = workplace.work
-    room = load("headroom").measure(work / "world", workplace.student / "vision", work / "all.zarr", BUDGET)
+    room = load("headroom").measure(
+        work / "world", workplace.student / "vision", {"the teacher's features": work / "all.zarr"}, BUDGET
+    )
     assert room.keys() == {
         name + way
-        for name in ("the student's tower", "the teacher's features")
+        for name in ("the student's tower", "the teacher's features", "the cells' mean colours")
         for way in ("", ", by named colour")
     }  # fmt: skip
     scored = load("trivial").of_bench(

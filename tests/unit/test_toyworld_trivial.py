@@ -194,6 +194,18 @@ def test_a_thing_is_where_its_pixels_are() -> None:
         assert found == pytest.approx(middle, abs=1 / 12)
 
 
+def test_cells_have_the_mean_colour_of_their_pixels() -> None:
+    headroom, scenes = load("headroom"), load("scenes")
+    picture = scenes.render(scenes.make_scene("test", 3))
+    height, width = picture.rgb.shape[:2]
+    means = headroom._mean_colours(picture, 36)
+    assert means.shape == (36, 3)
+    for cell in (0, 8, 35):
+        rows = [y for y in range(height) if y * 6 // height == cell // 6]
+        columns = [x for x in range(width) if x * 6 // width == cell % 6]
+        assert means[cell] == pytest.approx(picture.rgb[rows][:, columns].reshape(-1, 3).mean(axis=0))
+
+
 def test_by_colour_a_value_is_read_from_what_that_colour_makes_of_it() -> None:
     headroom, readout, trivial = load("headroom"), load("readout"), load("trivial")
     rng = np.random.default_rng(0)
