@@ -7,36 +7,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arms import MAIN
 from recorded import Results, best_probe, share
+from report_endpoint import endpoint_of, paired
 from report_students import FEWEST_STUDENTS
 
 
 def plot(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
-    """Draw each arm's accuracy at the endpoint, a dot for each seed, beside chance; False where there is nothing."""
-    end = plan["endpoint"]
-    where = (end["budget"], end["split"], end["question"])
-    arms = [arm for arm in MAIN if (arm, *where) in results.right]
-    if not arms:
+    """Draw paired differences at the endpoint, a dot for each seed; False where there is none."""
+    where = endpoint_of(plan)
+    seeds = paired(results, plan)
+    wanted = [*(("embedding", other) for other in plan["endpoint"]["against"]), ("random", "tokens")]
+    found = [((arm, other), results.difference(arm, other, *where, seeds=seeds)) for arm, other in wanted]
+    known = [(pair, estimate) for pair, estimate in found if estimate is not None]
+    if not known:
         return False
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 0.5 * len(arms) + 1.4), layout="constrained")
-    for height, arm in enumerate(reversed(arms)):
-        found = results.right[arm, *where]
-        shares = [100 * text.count("1") / len(text) for text in found.values()]
-        estimate = results.accuracy(arm, *where)
-        axis.plot(shares, [height] * len(shares), "o", color="tab:blue", alpha=0.5, markersize=5)
-        if estimate is not None:
-            axis.plot([estimate.low, estimate.high], [height - 0.22] * 2, color="black", linewidth=1.5)
-    # unlike numbers of seeds: bars of two arms do not compare them
-    axis.set_yticks(range(len(arms)), [f"{arm} ({len(results.right[arm, *where])})" for arm in reversed(arms)])
-    axis.axvline(100 * results.chance[end["split"], end["question"]], color="grey", linestyle="--", label="chance")
-    axis.set(xlabel=f"{end['question']} order right, % (dots: seeds, so many; bars: 95 %), {end['budget']} questions")
-    for rule, right in results.rules[end["split"], end["question"]].items():
-        axis.axvline(100 * right, color="tab:orange", linestyle=":", linewidth=1, label=f"rule: {rule}")
-    axis.legend(loc="lower right", fontsize=7)
+    figure, axis = plt.subplots(figsize=(7, 0.5 * len(known) + 1.2), layout="constrained")
+    for height, ((arm, other), estimate) in enumerate(reversed(known)):
+        apart = results.values(arm, *where, seeds) - results.values(other, *where, seeds)
+        axis.plot(100 * apart.mean(axis=1), [height] * len(seeds), "o", color="tab:blue", alpha=0.5, markersize=5)
+        axis.plot([estimate.low, estimate.high], [height - 0.22] * 2, color="black", linewidth=1.5)
+    axis.set_yticks(range(len(known)), [f"{arm} − {other}" for (arm, other), _ in reversed(known)])
+    axis.axvline(0, color="grey", linestyle="--")
+    axis.set(xlabel=f"{where[2]} order, points (dots: {len(seeds)} seeds; bars: 95 %), {where[0]} questions")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110, metadata={"Software": None})
     plt.close(figure)

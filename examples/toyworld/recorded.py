@@ -22,6 +22,8 @@ class Results:
 
     right: dict[Place, dict[int, str]]
     """By place and seed: a digit for each question."""
+    machine: dict[tuple[str, int, int], str | None]
+    """By arm, budget and seed: the kind of processor that made the run, where it was kept."""
     images: dict[tuple[str, str], np.ndarray]
     """By split and kind: which picture each question is about."""
     chance: dict[tuple[str, str], float]
@@ -51,9 +53,13 @@ class Results:
     """Of rows that were made a second time from nothing: whether every question was answered as before."""
 
     def seeds(self, arms: Sequence[str], budget: int, split: str, kind: str) -> list[int]:
-        """Seeds that all these arms have."""
+        """Seeds that all these arms have, made on one kind of machine: answers follow the features' last bits."""
         found = [set(self.right.get((arm, budget, split, kind), {})) for arm in arms]
-        return sorted(set.intersection(*found)) if found else []
+        return sorted(
+            seed
+            for seed in set.intersection(*found)
+            if len({self.machine.get((arm, budget, seed)) for arm in arms}) == 1
+        )
 
     def values(self, arm: str, budget: int, split: str, kind: str, seeds: Sequence[int]) -> np.ndarray:
         """(S, Q) of 0 and 1."""
@@ -66,9 +72,15 @@ class Results:
             return None
         return crossed(self.values(arm, budget, split, kind, seeds), self.images[split, kind])
 
-    def difference(self, arm: str, other: str, budget: int, split: str, kind: str) -> Estimate | None:
-        """Estimate the paired difference of two arms over the seeds that both have; None with fewer than two."""
-        seeds = self.seeds([arm, other], budget, split, kind)
+    def difference(
+        self, arm: str, other: str, budget: int, split: str, kind: str, *, seeds: Sequence[int] | None = None
+    ) -> Estimate | None:
+        """Estimate the paired difference of two arms over the seeds that both have; None with fewer than two.
+
+        `seeds` are those that count, of these.
+        """
+        both = self.seeds([arm, other], budget, split, kind)
+        seeds = both if seeds is None else [seed for seed in both if seed in seeds]
         if len(seeds) < 2:
             return None
         apart = self.values(arm, budget, split, kind, seeds) - self.values(other, budget, split, kind, seeds)
@@ -99,6 +111,7 @@ def load(folder: Path) -> Results:
     students = {(row["width"], row["tower_steps"], row["pictures"]): row for row in _rows(folder / "students.jsonl")}
     return Results(
         right=dict(right),
+        machine={(row["arm"], row["budget"], row["seed"]): row.get("machine") for row in used},
         images={(s, k): np.asarray(v["images"]) for s, kinds in asked.items() for k, v in kinds.items()},
         chance={(s, k): v["chance"] for s, kinds in asked.items() for k, v in kinds.items()},
         rules={(s, k): v["rules"] for s, kinds in asked.items() for k, v in kinds.items()},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ import numpy as np
 from arms import ARMS, LAYER_CHOICES, LAYERS, MAIN, PRECISIONS, layers_arm, numbers
 from plots import plot, plot_students
 from recorded import Results, load, order, record, title
+from report_endpoint import endpoint, summary, untrained
 from report_students import representations
-from significance import Estimate, holm, seeds_needed
+from significance import Estimate, holm
+from trivial import FADED
 
 from olatrain.probe import LayerScore, suggest
 
@@ -30,11 +31,12 @@ def write(folder: Path, out: Path, fixed: Path = HERE / "plan.json") -> None:
     results = load(folder)
     plan = record(fixed)
     images = out.parent / "images"
-    parts = [_HEAD, _missing(results, plan), _fixed(plan), _endpoint(results, plan)]
+    parts = [_HEAD, summary(results, plan), _WHAT, _missing(results, plan), endpoint(results, plan)]
     if plot(results, plan, images / "results.png"):
-        parts.append("![accuracy by arm and seed](images/results.png)\n")
+        parts.append("![differences by seed](images/results.png)\n")
     corrected = _corrected(results, plan)
-    parts += [_progress(results, plan), _sensitivity(results, plan, corrected), _controls(results, plan, corrected)]
+    parts += [untrained(results, plan), _progress(results, plan), _sensitivity(results, plan, corrected)]
+    parts += [_fixed(plan), _controls(results, plan, corrected)]
     parts += [_accuracies(results), _rest(results, plan)]
     parts += [_layers(results, plan, corrected), _precision(results, plan, corrected)]
     parts.append(representations(results, plan))
@@ -50,7 +52,9 @@ Does it work? Pretrained weights are out of reach of a test machine, so this is 
 (`examples/toyworld`), small teachers trained on it, a student whose tower holds part of what is there and part of how far away it is (how much of each: the table of the student's parts, below), and everything
 from extraction to answers through the commands of this project. `make evidence` writes this page from `examples/toyworld/results/`; nothing here is typed by hand. What a toy shows holds for the toy.
 
-One teacher, the depth one, with 9 task tokens; its losses are on while the projector is pretrained on captions, and off in fine-tuning on questions. The student's tower is frozen throughout.
+"""
+
+_WHAT = """One teacher, the depth one, with 9 task tokens; its losses are on while the projector is pretrained on captions, and off in fine-tuning on questions. The student's tower is frozen throughout.
 
 A seed varies how a run's student is composed and initialised and in which order it sees what it is trained on; world, tower, language model, teacher and questions are the same for all
 seeds. Intervals are about other seeds and other pictures of this world, then, and not about other worlds or teachers.
@@ -93,6 +97,7 @@ On {plan["fixed_on"]}, before {plan["before"]} (`examples/toyworld/plan.json`):
 - **Seeds**: {plan["seeds"]}. **Stopping**: {plan["stopping"]}.
 - **Representations**: {plan["representations"]}.
 - **Trivial baseline**: {plan["trivial"]}.
+- **Noted later**: {plan.get("noted_after", "nothing")}.
 - **Families**, each with p-values corrected for its own number (Holm; what was not run yet counts): {_described(plan)}. Everything else that the page shows is descriptive: an interval, and no claim.
 
 How intervals are made: every seed answers the same questions, so seeds and images are crossed, and the variance of a mean is (MS_seed + MS_image − MS_rest) / (seeds · images) by the mean squares of an
@@ -104,37 +109,6 @@ they should be, and these 1.23 times (`significance.py`). With two seeds these m
 
 def _described(plan: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} – {said}" for name, said in plan["families"].items())
-
-
-def _endpoint(results: Results, plan: Mapping[str, Any]) -> str:
-    end = plan["endpoint"]
-    where = (end["budget"], end["split"], end["question"])
-    lines = ["## The endpoint", ""]
-    found = {other: results.difference("embedding", other, *where) for other in end["against"]}
-    known = {other: estimate for other, estimate in found.items() if estimate is not None}
-    if not known:
-        seeds = results.seeds(["embedding"], *where)
-        return "\n".join(
-            [*lines, f"Not enough was run yet: a difference takes two paired seeds, and there are {len(seeds)}.", ""]
-        )
-    lines += ["| `embedding` minus | difference (points) | 95 % interval | SD over seeds | paired seeds | seeds needed for this difference (80 % power) |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for other, e in known.items():
-        lines.append(
-            f"| `{other}` | {e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {e.spread:.1f} | {e.seeds} | {_number(seeds_needed(e)) if e.value > 0 else '–'} |"
-        )
-    fewest = min((e.seeds for e in known.values()), default=0) if len(known) == len(end["against"]) else 0
-    worse = [other for other, e in known.items() if e.high < 0]
-    open_ = [other for other, e in known.items() if e.low <= 0]
-    if fewest < end["seeds_for_a_verdict"]:
-        verdict = f"**No verdict yet**: it takes {end['seeds_for_a_verdict']} paired seeds of all arms, and there are {fewest}."
-    elif worse:
-        verdict = f"**No success**: the embedding losses are worse than `{'`, `'.join(worse)}`."
-    elif open_:
-        verdict = f"**No success**: the interval against `{'`, `'.join(open_)}` holds 0."
-    else:
-        verdict = "**Success** as it was fixed: all three intervals lie above 0."
-    note = "–: fewer than five seeds, or no advantage; ∞: more seeds do not show it, more pictures might."
-    return "\n".join([*lines, "", verdict, "", note, ""])
 
 
 @dataclass(frozen=True)
@@ -187,7 +161,7 @@ def _progress(results: Results, plan: Mapping[str, Any]) -> str:
         return "\n".join([*lines, "No run has kept what its losses ended at yet.", ""])
     lines += [
         f"What training ended at (its last tenth of steps), means over seeds, of runs with {budget} questions. R² is that of the embedding predictions, centred: 0 is the mean map of the arm's own targets, "
-        "the trivial baseline, and 1 the targets themselves, which differ between arms, as do the captions of `oracle`. –: no such loss.", "",
+        "the trivial baseline, and 1 the targets themselves, which differ between arms, as do the captions of `oracle`; it says what the predictors reach, which fine-tuning does not use. –: no such loss.", "",
         "| arm | seeds | pretraining: next-token loss | embedding R² by block | fine-tuning: next-token loss |",
         "|---|---|---|---|---|",
     ]  # fmt: skip
@@ -234,6 +208,8 @@ def _headroom(results: Results, plan: Mapping[str, Any]) -> list[str]:
     for name, shares in results.headroom.items():
         cells = " | ".join(f"{100 * shares[split]:.1f}" if split in shares else "–" for split in ("test", "ood"))
         lines.append(f"| {name} | {cells} |")
+    cue = " | ".join(f"{100 * results.rules.get((split, kind), {}).get(FADED, 0.5):.1f}" for split in ("test", "ood"))
+    lines.append(f"| the cue itself: whose colour is faded less, nothing learnt | {cue} |")
     return [
         *lines, "",
         "It is given the places; a student has to find the things itself, and may read more than a linear regression does. So this is neither what a student will reach nor a bound on it.", "",
@@ -249,10 +225,17 @@ def _controls(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comp
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for one in _families(plan)["controls"]:
-        found, about = corrected.get(one), ARMS[one[1]].about
+        found, about = corrected.get(one), _about(one[1])
         cells = "– | – | – | fewer than 2" if found is None else f"{_difference(found)} | {found.estimate.seeds}"
         lines.append(f"| `{one[1]}` | {about} | {cells} |")
     return "\n".join([*lines, ""])
+
+
+def _about(arm: str) -> str:
+    """What an arm is, in the words of what was learnt about it; `Arm.about` is part of a row's digest."""
+    if arm == "random":
+        return "embedding losses, features of an untrained network: no knowledge of depth, but the picture's colours, and in them the cue"
+    return ARMS[arm].about
 
 
 def _difference(found: Compared) -> str:
@@ -279,7 +262,8 @@ def _accuracies(results: Results) -> str:
         lines.append("| arm | seeds | " + " | ".join(title(place) for place in kinds) + " |")
         lines.append("|---|---|" + "---|" * len(kinds))
         lines.append("| chance | | " + " | ".join(f"{100 * results.chance[place]:.0f}" for place in kinds) + " |")
-        for rule in dict.fromkeys(rule for place in kinds for rule in results.rules[place]):
+        rules = dict.fromkeys(rule for place in kinds for rule in results.rules[place])
+        for rule in (rule for rule in rules if rule != FADED):
             told = [results.rules[place].get(rule) for place in kinds]
             cells = " | ".join("" if share is None else f"{100 * share:.1f}" for share in told)
             lines.append(f"| rule: {rule} | | {cells} |")
@@ -287,7 +271,7 @@ def _accuracies(results: Results) -> str:
             found = [results.accuracy(arm, budget, *place) for place in kinds]
             seeds = max((e.seeds for e in found if e), default=0)
             cells = " | ".join(_percent(e) if e else "" for e in found)
-            lines.append(f"| `{arm}`: {ARMS[arm].about} | {seeds} | {cells} |")
+            lines.append(f"| `{arm}`: {_about(arm)} | {seeds} | {cells} |")
         counts = ", ".join(f"{title(p)} {len(results.images[p])}" for p in kinds)
         parts.append("\n".join([*lines, "", f"Questions: {counts}.", ""]))
     return "\n".join(parts)
@@ -322,8 +306,8 @@ def _rest(results: Results, plan: Mapping[str, Any]) -> str:
         for (arm, _, budget, split, kind), e in known.items()
         if arm == "embedding" and e.high < 0
     ]
-    said = ", ".join(worse) or "nothing beyond its interval"
-    return "\n".join([*lines, "", f"What the embedding losses make worse than tokens without one (uncorrected intervals): {said}.", ""])  # fmt: skip
+    said = ", ".join(worse) or "no kind beyond its interval"
+    return "\n".join([*lines, "", f"Which answers the embedding losses make worse than tokens without one (uncorrected intervals): {said}.", ""])  # fmt: skip
 
 
 def _against(
@@ -364,6 +348,8 @@ def _layers(results: Results, plan: Mapping[str, Any], corrected: Mapping[Compar
             f"By the rule of `olatrain probe` (the two best blocks that beat the mean map) that suggests "
             f"{' and '.join(map(str, best)) or 'none'}.", "",
         ]  # fmt: skip
+    if not any(one in corrected or results.accuracy(one[0], *one[2:]) for one in _families(plan)["layers"]):
+        return "\n".join([*lines, "No other layers were run yet.", ""])
     names = {"embedding": f"{LAYERS} (published, scaled)", **{layers_arm(one): str(one) for one in LAYER_CHOICES}}
     names |= {arm: f"none (`{arm}`)" for arm in ("tokens", "shuffled")}
     rows = [f"| {about} | {_against(results, plan, arm, corrected, 'embedding')}" for arm, about in names.items()]
@@ -475,9 +461,3 @@ def _made(results: Results, plan: Mapping[str, Any]) -> str:
     if results.of_gates:
         lines.append(f"{results.of_gates} rows that a gate was tried with are kept in the file and are not shown.")
     return "\n".join([*lines, "", plan["cost"], ""])
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return "∞" if math.isinf(value) else f"{value:.0f}"

@@ -83,7 +83,7 @@ def note(folder: Path, name: str, found: dict[str, Any]) -> None:
 
 
 def random_depth(out: Path) -> None:
-    """Write a depth teacher of the same layout with random weights: the control of a teacher that knows nothing."""
+    """Write a depth teacher of the same layout with random weights: the control of a teacher that learnt nothing."""
     write_depth(new_depth(RANDOM_SEED), out)
 
 

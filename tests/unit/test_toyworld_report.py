@@ -63,12 +63,21 @@ def test_the_verdict_follows_from_the_rows(tmp_path: Path) -> None:
     assert "| `random` | +" in text
     assert (tmp_path / "images" / "results.png").is_file()
     write_rows(tmp_path / "worse", {**SHARES, "embedding": 0.2})
-    assert "**No success**: the embedding losses are worse than" in page(tmp_path / "worse", tmp_path)
+    text = page(tmp_path / "worse", tmp_path)
+    assert "**No success** as it was fixed: the interval against `tokens`, `shuffled`, `random` lies below 0." in text
+    assert "The criterion that was fixed beforehand is not met" in text
     write_rows(tmp_path / "equal", {**SHARES, "embedding": 0.5, "random": 0.5})
-    assert "**No success**: the interval against `tokens`" in page(tmp_path / "equal", tmp_path)
-    write_rows(tmp_path / "few", SHARES, seeds=9)
+    assert "**No success** as it was fixed: the interval against `tokens`" in page(tmp_path / "equal", tmp_path)
+    write_rows(tmp_path / "as-random", {**SHARES, "random": 0.8})
+    text = page(tmp_path / "as-random", tmp_path)
+    assert "the interval against `tokens`, `shuffled` lies above 0; the interval against `random` holds 0." in text
+    assert "does **not** show that the teacher's knowledge of depth is what helps" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| `random` − `shuffled` |")]
+    assert 20 < float(row.split(" | ")[1].split()[0]) < 40
+    write_rows(tmp_path / "few", SHARES, seeds=4)
     text = page(tmp_path / "few", tmp_path)
-    assert "**No verdict yet**: it takes 10 paired seeds of all arms, and there are 9." in text
+    assert "**No verdict yet**: it takes 5 paired seeds of all arms, and there are 4." in text
+    assert "**Nothing is decided yet**" in text
     assert "| rule: names alone | | 61.2 | 61.2 |" in text
 
 
@@ -85,6 +94,20 @@ def test_it_is_said_whether_an_effect_could_be_seen_and_what_is_missing(tmp_path
     assert "`oracle` 1" in text.split("## What was fixed")[0]
     (row,) = [line for line in text.split("## The endpoint")[1].splitlines() if line.startswith("| `tokens` | +")][:1]
     assert row.endswith(" | 4 | – |"), "the spread of four seeds says little of how many are needed"
+
+
+def test_seeds_count_that_all_arms_of_the_endpoint_have_and_that_one_machine_made(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results", SHARES, seeds=8)
+    path = tmp_path / "results" / "runs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if (row["arm"], row["seed"]) != ("random", 2)]
+    for row in rows:
+        row["machine"] = "other" if (row["arm"], row["seed"]) == ("shuffled", 5) else "one"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part = page(tmp_path / "results", tmp_path).split("## The endpoint")[1].split("\n## ")[0]
+    for other in ("tokens", "shuffled", "random"):
+        (row,) = [line for line in part.splitlines() if line.startswith(f"| `{other}` |")]
+        assert row.split(" | ")[4] == "6"
 
 
 def test_rows_about_other_questions_are_not_paired(tmp_path: Path) -> None:
@@ -118,7 +141,7 @@ def estimate(rows: Path, arm: str, other: str) -> Any:
 
 
 def test_p_values_are_corrected_within_their_family_and_for_all_of_it(tmp_path: Path) -> None:
-    # of controls one of five was run, of layers one of six, of precisions one of three, of gates both
+    # of controls two of six were run, of layers one of six, of precisions one of three, of gates both
     shares = {"none": 0.54, "tokens": 0.5, "embedding": 0.57, "layers-1": 0.5, "int8": 0.5, "feed": 0.58, "oracle": 0.9}
     write_rows(tmp_path / "results", {name: shares[name] for name in shares if name != "oracle"})
     text = page(tmp_path / "results", tmp_path)
@@ -133,15 +156,15 @@ def test_p_values_are_corrected_within_their_family_and_for_all_of_it(tmp_path: 
         )
 
     rows = tmp_path / "results"
-    assert 0.001 < 5 * estimate(rows, "embedding", "none").p < 1
+    assert 0.001 < 6 * estimate(rows, "embedding", "none").p < 1
     both = sorted([estimate(rows, "embedding", "none").p, estimate(rows, "embedding", "feed").p])
-    assert p("Controls", "`none`") == pytest.approx(min(1, 5 * both[0]), abs=6e-4)
-    assert p("Controls", "`feed`") == pytest.approx(min(1, max(5 * both[0], 4 * both[1])), abs=6e-4)
+    assert p("Controls", "`none`") == pytest.approx(min(1, 6 * both[0]), abs=6e-4)
+    assert p("Controls", "`feed`") == pytest.approx(min(1, max(6 * both[0], 5 * both[1])), abs=6e-4)
     assert p("Could", "`feed`") == pytest.approx(min(1, 2 * estimate(rows, "feed", "none").p), abs=6e-4)
     assert p("Layers", "(1,)") == pytest.approx(min(1, 6 * estimate(rows, "layers-1", "embedding").p), abs=6e-4)
     assert p("Precision", "int8") == pytest.approx(min(1, 3 * estimate(rows, "int8", "embedding").p), abs=6e-4)
     assert (
-        "| `longer` | no task tokens, more steps: as long as the embedding losses take | – | – | – | fewer than 2 |"
+        "| `longer` | no task tokens, one and a half times the steps of pretraining | – | – | – | fewer than 2 |"
         in text
     )
     rest = text.split("## The rest")[1].split("\n## ")[0]
@@ -279,7 +302,7 @@ def test_the_cost_stands_over_next_tokens_alone(tmp_path: Path) -> None:
 
 def test_a_page_without_results_says_so(tmp_path: Path) -> None:
     text = page(tmp_path / "nothing", tmp_path)
-    assert "Not enough was run yet: a difference takes two paired seeds, and there are 0." in text
+    assert "Not enough was run yet: a difference takes two paired seeds of all arms, and there are 0." in text
     assert "Run never" in text
 
 

@@ -1,0 +1,146 @@
+"""The parts of `docs/results.md` on the endpoint: what came out, the verdict, and what the comparisons mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from recorded import Results, order, title
+from significance import Estimate, seeds_needed
+
+Where = tuple[int, str, str]
+"""Budget, split, kind."""
+
+
+def endpoint_of(plan: Mapping[str, Any]) -> Where:
+    """Return where the endpoint is."""
+    end = plan["endpoint"]
+    return int(end["budget"]), str(end["split"]), str(end["question"])
+
+
+def paired(results: Results, plan: Mapping[str, Any]) -> list[int]:
+    """Return the seeds that every arm of the endpoint has: no other counts in it."""
+    return results.seeds(["embedding", *plan["endpoint"]["against"]], *endpoint_of(plan))
+
+
+def differences(results: Results, plan: Mapping[str, Any]) -> dict[str, Estimate]:
+    """Return the endpoint's differences by the arm that is taken away; none below two seeds."""
+    seeds = paired(results, plan)
+    found = {
+        other: results.difference("embedding", other, *endpoint_of(plan), seeds=seeds)
+        for other in plan["endpoint"]["against"]
+    }
+    return {other: e for other, e in found.items() if e is not None}
+
+
+def summary(results: Results, plan: Mapping[str, Any]) -> str:
+    """Say what came out, for a reader who stops there."""
+    found, seeds = differences(results, plan), paired(results, plan)
+    if len(seeds) < plan["endpoint"]["seeds_for_a_verdict"]:
+        return f"**Nothing is decided yet**: a verdict takes {plan['endpoint']['seeds_for_a_verdict']} paired seeds, and there are {len(seeds)}.\n"
+    where = endpoint_of(plan)
+    share = {
+        arm: 100 * float(results.values(arm, *where, seeds).mean())
+        for arm in ("embedding", *plan["endpoint"]["against"])
+    }
+    met = all(e.low > 0 for e in found.values())
+    lines = [
+        f"**The criterion that was fixed beforehand is {'met' if met else 'not met'}.** Over {len(seeds)} paired seeds, supervising hidden states with the depth teacher's features while the projector is pretrained "
+        f"gave {share['embedding']:.1f} % right answers to “which is closer” (chance 50), task tokens without a loss {share['tokens']:.1f} %: {_points(found['tokens'])}; over features of other images it is {_points(found['shuffled'])}. "
+        f"Over features of a network that was **never trained** ({share['random']:.1f} %) it is {_points(found['random'])}" + _of_random(found["random"]),
+    ]  # fmt: skip
+    lines += [
+        _price(results, plan, seeds),
+        "Weights of the losses and the number of steps were chosen with another seed and other questions because the effect showed there.",
+    ]
+    return "\n".join([*filter(None, lines), ""])
+
+
+def _of_random(found: Estimate) -> str:
+    if found.low > 0:
+        return "."
+    return (
+        ": so this experiment does **not** show that the teacher's knowledge of depth is what helps. Such features hold the picture's colours, and in these the only cue of the pictures that are asked about (haze) stands; "
+        "to predict anything of the image itself may just keep what captions let the projector forget."
+    )
+
+
+def _price(results: Results, plan: Mapping[str, Any], seeds: list[int]) -> str:
+    """What it costs: the loss on captions, and the kinds of question that need no depth."""
+    budget, split, _ = endpoint_of(plan)
+    said = []
+    ended = [results.ended.get((arm, budget), {}) for arm in ("tokens", "embedding")]
+    if all("text" in one.get(seed, {}) for one in ended for seed in seeds):
+        before, after = (float(np.mean([one[seed]["text"] for seed in seeds])) for one in ended)
+        said.append(f"The next-token loss on captions ended at {after:.3f} with the losses and {before:.3f} without.")
+    apart = {
+        kind: e
+        for kind in ("colour", "count", "relation")
+        if (e := results.difference("embedding", "tokens", budget, split, kind, seeds=seeds)) is not None
+    }
+    if apart:
+        told = ", ".join(f"{kind} {e.value:+.1f} ({e.low:+.1f} to {e.high:+.1f})" for kind, e in apart.items())
+        said.append(f"Kinds of question that need no depth changed by: {told} points over `tokens`.")
+    return " ".join(said)
+
+
+def _points(e: Estimate) -> str:
+    return f"{e.value:+.1f} points ({e.low:+.1f} to {e.high:+.1f})"
+
+
+def endpoint(results: Results, plan: Mapping[str, Any]) -> str:
+    """Write the endpoint's table and the verdict."""
+    end = plan["endpoint"]
+    lines = ["## The endpoint", ""]
+    found, seeds = differences(results, plan), paired(results, plan)
+    if not found:
+        said = f"Not enough was run yet: a difference takes two paired seeds of all arms, and there are {len(seeds)}."
+        return "\n".join([*lines, said, ""])
+    lines += ["| `embedding` minus | difference (points) | 95 % interval | SD over seeds | paired seeds | seeds needed for this difference (80 % power) |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for other, e in found.items():
+        number = seeds_needed(e) if e.value > 0 else float("nan")
+        needed = "–" if np.isnan(number) else "∞" if np.isinf(number) else f"{number:.0f}"
+        lines.append(
+            f"| `{other}` | {e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {e.spread:.1f} | {e.seeds} | {needed} |"
+        )
+    above = [f"`{other}`" for other, e in found.items() if e.low > 0]
+    below = [f"`{other}`" for other, e in found.items() if e.high < 0]
+    holds = [f"`{other}`" for other, e in found.items() if e.low <= 0 <= e.high]
+    if len(seeds) < end["seeds_for_a_verdict"]:
+        verdict = f"**No verdict yet**: it takes {end['seeds_for_a_verdict']} paired seeds of all arms, and there are {len(seeds)}."
+    elif not below and not holds:
+        verdict = "**Success** as it was fixed: all three intervals lie above 0."
+    else:
+        told = [
+            f"the interval against {', '.join(names)} {said}"
+            for names, said in ((above, "lies above 0"), (holds, "holds 0"), (below, "lies below 0"))
+            if names
+        ]
+        verdict = f"**No success** as it was fixed: {'; '.join(told)}."
+    note = "–: fewer than five seeds, or no advantage; ∞: more seeds do not show it, more pictures might."
+    return "\n".join([*lines, "", verdict, "", note, ""])
+
+
+def untrained(results: Results, plan: Mapping[str, Any]) -> str:
+    """Show by kind of question how far the untrained teacher goes with the trained one."""
+    budget, _, _ = endpoint_of(plan)
+    seeds = paired(results, plan)
+    kinds = sorted({(split, kind) for _, b, split, kind in results.right if b == budget}, key=order)
+    rows = []
+    for arm, other in (("embedding", "shuffled"), ("random", "shuffled"), ("embedding", "random")):
+        found = [results.difference(arm, other, budget, *place, seeds=seeds) for place in kinds]
+        if all(e is not None for e in found):
+            cells = " | ".join(f"{e.value:+.1f} ({e.low:+.1f} to {e.high:+.1f})" for e in found if e is not None)
+            rows.append(f"| `{arm}` − `{other}` | {cells} |")
+    if not rows:
+        return ""
+    return "\n".join(
+        [
+            "## The teacher that was never trained", "",
+            f"Differences in points over the {len(seeds)} seeds of the endpoint, with 95 % intervals, by kind of question; but for depth they are descriptive.", "",
+            "| | " + " | ".join(title(place) for place in kinds) + " |", "|---|" + "---|" * len(kinds), *rows, "",
+            "There is one trained and one untrained teacher: intervals are about seeds and pictures, and say nothing of other trainings or other random weights. How much of depth each one's features hold stands under “Could it see an effect?”.",
+            "",
+        ]
+    )  # fmt: skip
