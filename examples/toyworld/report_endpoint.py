@@ -138,7 +138,7 @@ def untrained(results: Results, plan: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             "## The teacher that was never trained", "",
-            f"Differences in points over the {len(seeds)} seeds of the endpoint, with 95 % intervals, by kind of question; but for depth they are descriptive.", "",
+            f"Differences in points over the {len(seeds)} seeds of the endpoint, with 95 % intervals, by kind of question; all but those of depth are descriptive.", "",
             "| | " + " | ".join(title(place) for place in kinds) + " |", "|---|" + "---|" * len(kinds), *rows, "",
             "There is one trained and one untrained teacher: intervals are about seeds and pictures, and say nothing of other trainings or other random weights. How much of depth each one's features hold stands under “Could it see an effect?”.",
             "",
