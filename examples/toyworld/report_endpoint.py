@@ -49,6 +49,7 @@ def summary(results: Results, plan: Mapping[str, Any]) -> str:
         f"**The criterion that was fixed beforehand is {'met' if met else 'not met'}.** Over {len(seeds)} paired seeds, supervising hidden states with the depth teacher's features while the projector is pretrained "
         f"gave {share['embedding']:.1f} % right answers to “which is closer” (chance 50), task tokens without a loss {share['tokens']:.1f} %: {_points(found['tokens'])}; over features of other images it is {_points(found['shuffled'])}. "
         f"Over features of a network that was **never trained** ({share['random']:.1f} %) it is {_points(found['random'])}" + _of_random(found["random"]),
+        _of_own(results, plan),
     ]  # fmt: skip
     lines += [
         _price(results, plan, seeds),
@@ -61,9 +62,17 @@ def _of_random(found: Estimate) -> str:
     if found.low > 0:
         return "."
     return (
-        ": so this experiment does **not** show that the teacher's knowledge of depth is what helps. Such features hold the picture's colours, and in these the only cue of the pictures that are asked about (haze) stands; "
-        "to predict anything of the image itself may just keep what captions let the projector forget."
+        ": so this experiment does **not** show that what the teacher learnt is what helps. Such features hold the picture's colours, and in these the only cue of the pictures that are asked about (haze) stands "
+        "(how well depth is read from each: “Could it see an effect?”)."
     )
+
+
+def _of_own(results: Results, plan: Mapping[str, Any]) -> str:
+    """Whether any target that is of the image helps: the student's own tower knows nothing that the student does not."""
+    found = results.difference("own", "tokens", *endpoint_of(plan))
+    if found is None:
+        return ""
+    return f"Features of the student's own tower as targets gave {_points(found)} over task tokens without a loss ({found.seeds} seeds; added later, descriptive)."
 
 
 def _price(results: Results, plan: Mapping[str, Any], seeds: list[int]) -> str:

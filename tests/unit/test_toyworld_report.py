@@ -71,7 +71,7 @@ def test_the_verdict_follows_from_the_rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "as-random", {**SHARES, "random": 0.8})
     text = page(tmp_path / "as-random", tmp_path)
     assert "the interval against `tokens`, `shuffled` lies above 0; the interval against `random` holds 0." in text
-    assert "does **not** show that the teacher's knowledge of depth is what helps" in text
+    assert "does **not** show that what the teacher learnt is what helps" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `random` − `shuffled` |")]
     assert 20 < float(row.split(" | ")[1].split()[0]) < 40
     write_rows(tmp_path / "few", SHARES, seeds=4)
@@ -94,6 +94,14 @@ def test_it_is_said_whether_an_effect_could_be_seen_and_what_is_missing(tmp_path
     assert "`oracle` 1" in text.split("## What was fixed")[0]
     (row,) = [line for line in text.split("## The endpoint")[1].splitlines() if line.startswith("| `tokens` | +")][:1]
     assert row.endswith(" | 4 | – |"), "the spread of four seeds says little of how many are needed"
+
+
+def test_the_summary_says_whether_the_students_own_tower_helps_as_a_teacher(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results", {**SHARES, "own": 0.3})
+    text = page(tmp_path / "results", tmp_path)
+    (line,) = [line for line in text.splitlines() if line.startswith("Features of the student's own tower as targets")]
+    assert -35 < float(line.split(" gave ")[1].split()[0]) < -5
+    assert line.endswith("(10 seeds; added later, descriptive).")
 
 
 def test_seeds_count_that_all_arms_of_the_endpoint_have_and_that_one_machine_made(tmp_path: Path) -> None:
