@@ -98,11 +98,17 @@ def _read(keys: Sequence[str], vision: Path, stores: Mapping[str, Path]) -> dict
     return found
 
 
-def _mean_colours(picture: Picture, cells: int) -> np.ndarray:
-    """(N, 3): of each cell of a square grid."""
+def _cells(picture: Picture, cells: int) -> np.ndarray:
+    """(H, W): which cell of a square grid each pixel lies in."""
     side = round(cells**0.5)
     rows, columns = (np.arange(size) * side // size for size in picture.segments.shape)
-    where = (rows[:, None] * side + columns).ravel()
+    found: np.ndarray = rows[:, None] * side + columns
+    return found
+
+
+def _mean_colours(picture: Picture, cells: int) -> np.ndarray:
+    """(N, 3): of each cell of a square grid."""
+    where = _cells(picture, cells).ravel()
     sums = np.stack([np.bincount(where, picture.rgb[..., c].ravel(), cells) for c in range(3)], axis=1)
     means: np.ndarray = sums / np.bincount(where, minlength=cells)[:, None]
     return means
@@ -110,10 +116,8 @@ def _mean_colours(picture: Picture, cells: int) -> np.ndarray:
 
 def _places(scene: Scene, picture: Picture, cells: int) -> dict[str, np.ndarray]:
     """Return where things show, by their names: (N,) the share of each cell of a square grid, sum 1."""
-    side = round(cells**0.5)
-    rows, columns = (np.arange(size) * side // size for size in picture.segments.shape)
     kinds = 2 + len(scene.things)
-    where = (rows[:, None] * side + columns) * kinds + picture.segments
+    where = _cells(picture, cells) * kinds + picture.segments
     counted = np.bincount(where.ravel(), minlength=cells * kinds).reshape(cells, kinds)[:, 2:].T
     return {thing.name: own / own.sum() for thing, own in zip(scene.things, counted, strict=True) if own.any()}
 

@@ -12,7 +12,7 @@ import numpy as np
 from arms import ARMS, LAYER_CHOICES, LAYERS, MAIN, PRECISIONS, layers_arm, numbers
 from plots import plot, plot_students
 from recorded import Results, load, order, record, title
-from report_endpoint import endpoint, summary, untrained
+from report_endpoint import endpoint, endpoint_of, summary, untrained
 from report_students import representations
 from significance import Estimate, holm
 from trivial import FADED
@@ -127,8 +127,7 @@ _CONTROLS = ("none", "longer", "own", "published", "feed", "oracle")
 
 def _families(plan: Mapping[str, Any]) -> dict[str, list[Comparison]]:
     """What is corrected together, by the plan's names for it: all about the endpoint's questions."""
-    end = plan["endpoint"]
-    where = (end["budget"], end["split"], end["question"])
+    where = endpoint_of(plan)
     found: dict[str, list[Comparison]] = {
         "gates": [(arm, "none", *where) for arm in ("feed", "oracle")],
         "controls": [("embedding", other, *where) for other in _CONTROLS],
@@ -177,8 +176,7 @@ def _progress(results: Results, plan: Mapping[str, Any]) -> str:
 
 def _sensitivity(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared]) -> str:
     """Whether what is given away is used: without that, no effect of the losses says little."""
-    end = plan["endpoint"]
-    where = (end["budget"], end["split"], end["question"])
+    where = endpoint_of(plan)
     lines = [
         "## Could it see an effect?", "",
         "`feed` has the teacher's features as inputs, `oracle` distances in the captions. Where these help no more than the losses, the endpoint cannot tell whether a student sees depth.", "",
@@ -314,8 +312,7 @@ def _against(
     results: Results, plan: Mapping[str, Any], arm: str, corrected: Mapping[Comparison, Compared], other: str
 ) -> str:
     """Cells of a table: seeds, accuracy at the endpoint's questions, and what is paired with `other`."""
-    end = plan["endpoint"]
-    where = (end["budget"], end["split"], end["question"])
+    where = endpoint_of(plan)
     found = results.accuracy(arm, *where)
     if found is None:
         return "0 | | | | |"

@@ -89,9 +89,13 @@ def _price(results: Results, plan: Mapping[str, Any], seeds: list[int]) -> str:
         if (e := results.difference("embedding", "tokens", budget, split, kind, seeds=seeds)) is not None
     }
     if apart:
-        told = ", ".join(f"{kind} {e.value:+.1f} ({e.low:+.1f} to {e.high:+.1f})" for kind, e in apart.items())
+        told = ", ".join(f"{kind} {_interval(e)}" for kind, e in apart.items())
         said.append(f"Kinds of question that need no depth changed by: {told} points over `tokens`.")
     return " ".join(said)
+
+
+def _interval(e: Estimate) -> str:
+    return f"{e.value:+.1f} ({e.low:+.1f} to {e.high:+.1f})"
 
 
 def _points(e: Estimate) -> str:
@@ -140,7 +144,7 @@ def untrained(results: Results, plan: Mapping[str, Any]) -> str:
     for arm, other in (("embedding", "shuffled"), ("random", "shuffled"), ("embedding", "random")):
         found = [results.difference(arm, other, budget, *place, seeds=seeds) for place in kinds]
         if all(e is not None for e in found):
-            cells = " | ".join(f"{e.value:+.1f} ({e.low:+.1f} to {e.high:+.1f})" for e in found if e is not None)
+            cells = " | ".join(_interval(e) for e in found if e is not None)
             rows.append(f"| `{arm}` − `{other}` | {cells} |")
     if not rows:
         return ""
