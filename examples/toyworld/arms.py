@@ -250,7 +250,8 @@ class Laboratory:
     def _settings(self, given: dict[str, Any]) -> TrainConfig:
         # bf16 is for GPUs; the preset's precision would be emulated here
         fixed = {"precision": "float32", "workers": 0, "device": "cpu", "trackers": [], "look_every": 0,
-                 "checkpoint_every": 1 << 20, "mean_map_rows": 256, "keep_last": 1}  # fmt: skip
+                 "checkpoint_every": 1 << 20, "mean_map_rows": 256, "keep_last": 1,
+                 "keep_samples": "2GiB"}  # fmt: skip
         overrides = [f"{name}={json.dumps(value)}" for name, value in fixed.items() if name not in given]
         return load_config(TrainConfig, flags=given, overrides=overrides)
 

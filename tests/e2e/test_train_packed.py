@@ -163,6 +163,29 @@ def test_a_packed_set_in_a_bucket(corpus: Corpus, student: Path, tmp_path: Path,
     assert all(line["requests_per_sample"] > 0 for line in metrics(tmp_path / "remote"))
 
 
+def test_samples_kept_from_the_first_epoch_ask_a_bucket_nothing_and_change_no_figure(
+    corpus: Corpus, student: Path, tmp_path: Path, s3: str
+) -> None:
+    place = open_place(f"s3://{BUCKET}/{uuid4().hex}/packed")
+    for name in digests(corpus.root / "packed"):
+        place.publish(name, (corpus.root / "packed" / name).read_bytes())
+    changes: dict[str, Any] = {"steps": None, "epochs": 2, "batch": 5}
+    given = packed_settings(corpus, student, tmp_path / "kept", place.url, **changes, keep_samples="1GiB", workers=0)
+    # a continuation may keep or not
+    run(given | {"stop_after": 4, "keep_samples": None})
+    kept = run(given)
+    plain = run(settings(corpus, student, tmp_path / "plain", **changes))
+    assert kept == plain
+    asked = [line["requests_per_sample"] for line in metrics(tmp_path / "kept")]
+    epoch = 25 // 5
+    assert len(asked) == 2 * epoch
+    # the fifth step filled what the first four, before it was kept, had not; those are read once more
+    assert all(asked[:epoch]) and sum(found == 0 for found in asked[epoch:]) < epoch
+    run(given | {"out": str(tmp_path / "whole")})
+    asked = [line["requests_per_sample"] for line in metrics(tmp_path / "whole")]
+    assert all(asked[:epoch]) and not any(asked[epoch:])
+
+
 def test_next_tokens_alone_train_from_a_packed_set(corpus: Corpus, student: Path, tmp_path: Path) -> None:
     # one step over all: files alone have no shards, so their order is another
     changes: dict[str, Any] = {"teachers": {}, "train": ["projector"], "steps": 1, "batch": 25}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections import Counter
@@ -319,6 +320,49 @@ def test_damage_names_the_shard_and_passes_through_workers(corpus: Corpus, stude
     assert "depth/values/c/1" in batch.error.problem
     assert isinstance(batch.error, OlaError)
     assert batch.error.remedy
+
+
+def kept(corpus: Corpus, student: Path, kept_bytes: int) -> SampleStream:
+    return SampleStream(source(corpus, student), listing(corpus), seed=3, window=2, kept_bytes=kept_bytes)
+
+
+def test_kept_samples_are_the_ones_that_would_be_read_again(corpus: Corpus, student: Path) -> None:
+    plain, samples = stream(corpus, student, seed=3), kept(corpus, student, 1 << 30)
+    first, second = range(len(plain)), range(len(plain), 2 * len(plain))
+    collate = collator(student)
+    expected = collate([plain[p] for p in second])
+    for position in first:
+        assert isinstance(samples[position], Sample)
+    for key in corpus.keys:
+        (corpus.images / key).unlink()
+    again = collate([samples[p] for p in second])
+    assert isinstance(expected, Batch) and isinstance(again, Batch)
+    assert again.requests == 0 < expected.requests
+    assert (again.samples, again.skipped) == (len(plain), [])
+    assert torch.equal(again.rows, expected.rows)
+    assert torch.equal(again.micro[0].labels, expected.micro[0].labels)
+    for name, tensor in expected.micro[0].inputs.items():
+        assert torch.equal(again.micro[0].inputs[name], tensor)
+    for teacher in ("depth", "gen"):
+        assert torch.equal(again.features[teacher].values, expected.features[teacher].values)
+
+
+def test_kept_samples_stay_within_their_memory(corpus: Corpus, student: Path) -> None:
+    one = next(s for s in map(stream(corpus, student).__getitem__, range(9)) if isinstance(s, Sample) and s.shown)
+    pixels = one.shown[0].inputs["pixel_values"].nbytes
+    samples = kept(corpus, student, 5 * pixels)
+    for position in range(len(samples)):
+        assert isinstance(samples[position], Sample)
+    for key in corpus.keys:
+        (corpus.images / key).unlink()
+    # the others are read again, and found missing
+    second = [samples[p] for p in range(len(samples), 2 * len(samples))]
+    pictured = [s for s in second if isinstance(s, Sample) and s.shown]
+    assert 2 <= len(pictured) <= 4
+    assert all(isinstance(s, Sample) or s.reason == "missing" for s in second if not isinstance(s, Fault))
+    # another process begins with none
+    other = copy.copy(samples)  # by the state that a spawned process is sent
+    assert not any(isinstance(s, Sample) and s.shown for s in (other[p] for p in range(len(samples))))
 
 
 def test_micro_batches_hold_the_same_samples_and_images(corpus: Corpus, student: Path) -> None:

@@ -15,7 +15,7 @@ from olatrain.tokens import TaskTokens
 # Where things were on one machine; the fingerprints have a table of their own.
 _NOT_SHOWN = frozenset(
     ("student", "store", "sources", "conversations", "images", "out", "evaluation", "fingerprints", "device", "nproc",
-     "workers", "cache_dir", "cache_limit",
+     "workers", "keep_samples", "cache_dir", "cache_limit",
      "checkpoint_every", "keep_last", "log_every", "look_every", "trackers")
 )  # fmt: skip
 

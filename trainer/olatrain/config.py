@@ -229,6 +229,9 @@ class TrainConfig(Frozen):
     """Ranks to start on this machine."""
     workers: int = Field(default=2, ge=0)
     """Loader processes of each rank."""
+    keep_samples: ByteSize | None = None
+    """Memory, such as `4GiB`, in which each loader process (with `workers` 0 each rank) keeps samples as they go into
+    batches, for epochs after the first: no file is opened again for these, nor checked. Changes no result."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between checkpoints. One of 1 GiB or more is written while the training goes on, until the next is due."""
     keep_last: int = Field(default=2, gt=0)
@@ -405,7 +408,7 @@ class TrainConfig(Frozen):
 # What may differ between a run and its continuation: where things are, how fast they are read, what is reported.
 _FREE = frozenset(
     ("preset", "student", "store", "images", "conversations", "sources", "out", "device", "nproc", "workers",
-     "micro_batch", "cache_dir", "cache_limit",
+     "keep_samples", "micro_batch", "cache_dir", "cache_limit",
      "gradient_checkpointing", "stop_after", "checkpoint_every", "keep_last", "log_every", "look_every", "trackers",
      "evaluation", "predictions",
      "mean_map_rows", "fingerprints")

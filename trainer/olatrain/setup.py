@@ -151,6 +151,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
             seed=config.seed,
             window=config.window,
             grouped=grouped,
+            kept_bytes=config.keep_samples or 0,
         ),
         heldout=SampleStream(replace(source, data=unseen_data), heldout, seed=None) if heldout else None,
         collate=Collator(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +32,8 @@ from olatrain.tokens import Items, TaskTokens, locate
 
 # more than any run has positions: tells the images of one sample apart
 _POSITIONS = 1 << 40
+# what a token takes of a sample, as an element of two lists of integers
+_TOKEN_BYTES = 80
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,59 @@ class Batch:
         return Batch(micro, features, self.rows, self.samples, self.skipped, self.cut, self.requests)
 
 
+class KeptSamples:
+    """Samples of a listing that a process has made, to be had again in a later epoch: the first that fit.
+
+    None makes room for another: where an epoch does not fit, what was used last would be gone before it is asked for
+    again. What was skipped is not kept: it is tried again.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._bytes = 0
+        self._samples: dict[int, Sample] = {}
+
+    def get(self, index: int, position: int) -> Sample | None:
+        """Return what was kept of the listing's sample `index`, as of another position; it asks the store nothing."""
+        sample = self._samples.get(index)
+        return None if sample is None else replace(sample, position=position, requests=0)
+
+    def offer(self, index: int, sample: Sample) -> None:
+        """Keep a sample where there is room; its arrays are copied, for they may be parts of larger ones."""
+        if self._bytes == self._limit:
+            return
+        arrays = [a for image in sample.features for s in image.values() if s is not None for a in s.arrays.values()]
+        tensors = [tensor for one in sample.shown for tensor in one.inputs.values()]
+        size = sum(array.nbytes for array in arrays) + sum(tensor.nbytes for tensor in tensors)
+        size += _TOKEN_BYTES * len(sample.input_ids)
+        if self._bytes + size > self._limit:
+            return
+        self._bytes += size
+        features = [{teacher: s and _copied(s) for teacher, s in image.items()} for image in sample.features]
+        shown = [Shown({n: t.clone() for n, t in one.inputs.items()}, one.block) for one in sample.shown]
+        self._samples[index] = replace(sample, shown=shown, features=features)
+
+
+def _copied(stored: Stored) -> Stored:
+    return Stored(**{name: array.copy() for name, array in stored.arrays.items()})
+
+
 class SampleStream(Dataset[Sample | Skipped | Fault]):
     """Samples by position. Position p of a run is sample p mod N of epoch p div N, in that epoch's order.
 
     With `seed` None samples come in the listing's order. With `grouped`, a number, batches of that many samples are
-    of one modality (`group_by_modality`).
+    of one modality (`group_by_modality`). `kept_bytes`: of samples that each process keeps for later epochs.
     """
 
     def __init__(
-        self, source: Source, listing: Listing, *, seed: int | None, window: int = 1, grouped: int | None = None
+        self,
+        source: Source,
+        listing: Listing,
+        *,
+        seed: int | None,
+        window: int = 1,
+        grouped: int | None = None,
+        kept_bytes: int = 0,
     ) -> None:
         self._source = source
         self._listing = listing
@@ -158,13 +204,15 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         self._grouped = grouped
         self._order = lru_cache(maxsize=2)(self._make_order)
         self._opened: Opened | None = None
+        self._kept_bytes = kept_bytes
+        self._kept = KeptSamples(kept_bytes)
 
     def __getstate__(self) -> dict[str, Any]:
         # for a spawned loader process, which opens the store and makes the order for itself
-        return {name: value for name, value in vars(self).items() if name not in ("_order", "_opened")}
+        return {name: value for name, value in vars(self).items() if name not in ("_order", "_opened", "_kept")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _opened=None)
+        vars(self).update(state, _opened=None, _kept=KeptSamples(state["_kept_bytes"]))
         self._order = lru_cache(maxsize=2)(self._make_order)
 
     def __len__(self) -> int:
@@ -191,12 +239,18 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         return conversation.key or f"conversation {conversation.index}"
 
     def __getitem__(self, position: int) -> Sample | Skipped | Fault:
+        index = self.index(position)
+        kept = self._kept.get(index, position)
+        if kept is not None:
+            return kept
         try:
-            return self._load(position)
+            sample = self._load(position)
         except (ImageError, SampleError) as error:
             return Skipped(position, self.name(position), error.reason, error.problem)
         except OlaError as error:
             return Fault(error)
+        self._kept.offer(index, sample)
+        return sample
 
     def _make_order(self, epoch: int) -> np.ndarray:
         order = epoch_order(self._listing.shards, seed=self._seed or 0, epoch=epoch, window=self._window)
