@@ -126,6 +126,15 @@ ARMS = {
 }  # fmt: skip
 
 
+def captioned(world: Path, captions: str, told: int) -> str:
+    """Return the lines of a file of captions, the first `told` in place of them from those that tell distances."""
+    own, telling = (
+        (world / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        for name in (captions, ARMS["oracle"].captions)
+    )
+    return "".join(telling[:told] + own[told:])
+
+
 MAIN = [name for name in ARMS if name not in PRECISIONS and not name.startswith("layers-")]
 """The arms of the first tables; the others have their own."""
 
@@ -169,11 +178,18 @@ class Laboratory:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def pretrained(
-        self, arm: Arm, seed: int, *, label: str | None = None, pictures: int | None = None
+        self,
+        arm: Arm,
+        seed: int,
+        *,
+        label: str | None = None,
+        told: int = 0,
+        held_out: Path | None = None,
     ) -> tuple[Path, float]:
         """Compose and pretrain; return the exported student and the seconds that training took.
 
-        `label` names the folder in place of the arm; `pictures`: on so many of the captions.
+        `label` names the folder in place of the arm; `told`: so many of the captions tell
+        distances, as those of `oracle` all do. `held_out`: conversations whose next-token loss is measured too.
         """
         folder = self.work / "runs" / f"{label or arm.name}-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -183,8 +199,8 @@ class Laboratory:
             self._llm, self._vision, student, teachers=arm.teachers, tokens_per_teacher=arm.tokens, view="squash",
             seed=seed,
         )  # fmt: skip
-        lines = (self.world / arm.captions).read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / "captions.jsonl").write_text("".join(lines[:pictures]), encoding="utf-8", newline="\n")
+        captions = captioned(self.world, arm.captions, told)
+        (folder / "captions.jsonl").write_text(captions, encoding="utf-8", newline="\n")
         given: dict[str, Any] = {
             "preset": "pretrain", "student": student, "conversations": folder / "captions.jsonl",
             "images": self.world / "images", "out": folder / "pretrain", "seed": seed,
@@ -197,6 +213,8 @@ class Laboratory:
             given["train"] = ["projector"]
         if arm.feed:
             given["feed"] = arm.feed
+        if held_out is not None:
+            given["evaluation"] = {"conversations": held_out, "every": given["steps"]}
         seconds = self._train(given)
         self._export(folder / "pretrain", folder / "pretrained")
         return folder / "pretrained", seconds
@@ -233,6 +251,11 @@ class Laboratory:
     def text_loss(self, run: Path) -> float:
         """Return the next-token loss that a run trained on, the mean of its last tenth of steps."""
         return self.ended_at(run)["text"]
+
+    def held_out_loss(self, run: Path) -> float:
+        """Return the next-token loss at a run's end on what it did not train on."""
+        lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        return round(float([line["text"] for line in lines if line["event"] == "evaluation"][-1]), 4)
 
     def ended_at(self, run: Path) -> dict[str, float]:
         """Return the next-token loss, and each supervised layer's centred R²: means of a run's last tenth of steps."""
@@ -326,12 +349,16 @@ class Laboratory:
 
 
 def machine() -> str:
-    """Return the kind of processor: another's sums differ in their last bits, and answers with them."""
+    """Return the kind of processor, by maker and instructions: another's sums differ in their last bits, and answers
+    with them.
+
+    Models of one kind give the same answers, as far as tried (`results/repeated.jsonl`: EPYC of families 25 and 26).
+    """
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    fallback = [platform.processor() or platform.machine()]
-    return ", ".join([told[key] for key in ("model name", "cpu family", "model") if key in told] or fallback)
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def versions() -> dict[str, str]:

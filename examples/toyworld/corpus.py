@@ -1,9 +1,10 @@
 """The toy world as data sets: pictures, LLaVA-style conversations, and questions to score in CV-Bench's layout.
 
-Pictures of captions, of questions to train on and of questions to be scored are different scenes. Captions are of the
-splits `haze` and `train`, half and half, so that the teacher's features of pictures with every cue are among the
-targets; questions to train on are of `haze`, those to be scored of `haze-test` (here `test`) and of `contact-test`
-(here `ood`), a cue that no question to train on was about.
+Pictures of captions, of questions to train on and of questions to be scored are different scenes, and so are those
+whose next-token loss is compared between students. Captions are of the splits `haze` and `train`, half and half, so
+that the teacher's features of pictures with every cue are among the targets; questions to train on are of `haze`,
+those to be scored of `haze-test` (here `test`) and of `contact-test` (here `ood`), a cue that no question to train on
+was about.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import language
 import numpy as np
 from scenes import Picture, Scene, Split, make_scene, render
 
-FIRST_CAPTIONED, FIRST_SCORED, FIRST_ASKED = 0, 50_000, 100_000
+FIRST_CAPTIONED, FIRST_SCORED, FIRST_ASKED, FIRST_HELD_OUT = 0, 50_000, 100_000, 150_000
 """The first scenes of the splits that are scored are those that settings were chosen by."""
 CAPTIONED: tuple[Split, Split] = ("haze", "train")
 ASKED: Split = "haze"
@@ -76,6 +77,19 @@ def write_questions(out: Path, budget: int, *, seed: int = 0) -> Path:
         if left <= 0:
             break
     _write_lines(path, asked)
+    return path
+
+
+def write_held_out(out: Path, count: int) -> Path:
+    """Write `held-out.jsonl` about so many other pictures, what stands in which column, unless it is there."""
+    path = out / "held-out.jsonl"
+    if not path.is_file():
+        found = []
+        for scene, picture in _drawn(ASKED, FIRST_HELD_OUT, count):
+            if language.shown(scene, picture):
+                _save(picture, out / "images" / scene.key)
+                found.append(language.column_conversation(scene, picture))
+        _write_lines(path, found)
     return path
 
 

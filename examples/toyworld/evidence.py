@@ -38,6 +38,8 @@ QUESTIONS, STORES, HEADROOM = "questions.json", "stores.json", "headroom.json"
 PLAN = json.loads((HERE / "plan.json").read_text(encoding="utf-8"))
 RANDOM_TOO = "random-all.zarr"
 """Of all pictures, by the untrained teacher: what a linear reading gets from it."""
+HELD_OUT = 200
+"""Pictures on which students of part (a) are compared by their next-token loss."""
 GRID = 6
 """Cells of the stored maps, averaged from 24: one for each patch of the student."""
 
@@ -121,6 +123,8 @@ def prepare(
     budgets = {budget for task in wanted for budget in task.budgets}
     for budget in sorted(budgets | {PLAN["endpoint"]["budget"]}):
         corpus.write_questions(world, budget)
+    if any(task.student for task in wanted):
+        corpus.write_held_out(world, HELD_OUT)
     depth = Extraction("depth", teachers / "depth", "area", workers=jobs)
     stores = {ARMS[task.name].store for task in wanted if not task.student}
     stores |= {"depth.zarr" for task in wanted if task.student}

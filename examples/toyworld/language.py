@@ -291,6 +291,15 @@ def caption_conversation(scene: Scene, picture: Picture, *, distances: bool = Fa
     }
 
 
+def column_conversation(scene: Scene, picture: Picture) -> dict[str, Any]:
+    """Return a conversation that says what stands in which column, and nothing else."""
+    turns = [
+        {"from": "human", "value": f"<image>\n{DESCRIBE_COLUMN}"},
+        {"from": "gpt", "value": columns(scene, picture)},
+    ]
+    return {"id": scene.key, "image": scene.key, "conversations": turns}
+
+
 def question_conversation(scene: Scene, asked: Sequence[Question]) -> dict[str, Any]:
     """Return a LLaVA-style conversation of questions about one picture; the picture comes with the first."""
     turns: list[dict[str, str]] = []

@@ -108,7 +108,7 @@ def load(folder: Path) -> Results:
     right: dict[Place, dict[int, str]] = defaultdict(dict)
     for row in used:
         right[row["arm"], row["budget"], row["split"], row["kind"]][row["seed"]] = row["right"]
-    students = {(row["width"], row["tower_steps"], row["pictures"]): row for row in _rows(folder / "students.jsonl")}
+    students = {(row["width"], row["tower_steps"], row["told"]): row for row in _rows(folder / "students.jsonl")}
     return Results(
         right=dict(right),
         machine={(row["arm"], row["budget"], row["seed"]): row.get("machine") for row in used},

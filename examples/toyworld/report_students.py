@@ -16,7 +16,7 @@ FEWEST_STUDENTS = 12
 def representations(results: Results, plan: Mapping[str, Any]) -> str:
     """Write the section."""
     # in one order within each tower, which the permutations rely on
-    rows = sorted(results.students, key=lambda row: (row["width"], row["tower_steps"], row["pictures"]))
+    rows = sorted(results.students, key=lambda row: (row["width"], row["tower_steps"], row["told"]))
     lines = ["## (a) Better representations, better answers?", ""]
     if len(rows) < FEWEST_STUDENTS:
         said = f"Not enough was run yet: {len(rows)} students; correlations are told from {FEWEST_STUDENTS} on."
@@ -26,7 +26,7 @@ def representations(results: Results, plan: Mapping[str, Any]) -> str:
     text = np.array([row["text"] for row in rows])
     lines += [
         f"{len(rows)} students of next tokens alone: towers of {_values(rows, 'width')} channels trained for "
-        f"{_values(rows, 'tower_steps')} steps, pretrained on {_values(rows, 'pictures')} pictures for equally many steps. "
+        f"{_values(rows, 'tower_steps')} steps, pretrained for equally many steps on the same pictures, with {_values(rows, 'told')} of the captions telling distances. "
         f"Depth probe, best block: R² {probe.min():.3f} to {probe.max():.3f} (the mean map: 0).", "",
         "| questions | chance | accuracy, lowest to highest | Spearman with the depth probe | 95 % interval | p, by towers | given the next-token loss | 95 % interval |",
         "|---|---|---|---|---|---|---|---|",
@@ -46,7 +46,7 @@ def representations(results: Results, plan: Mapping[str, Any]) -> str:
         "",
         "A rank correlation of 0 is what no relation gives; –: too few students differ. The bootstrap draws towers, which several students share; "
         f"percentiles of draws of {len(set(towers))} towers are too narrow an interval, so trust the p-value more: how often the correlation is as far from 0 where the probes of whole towers change places. "
-        "It is not corrected and describes, no more. The next-token loss is that of pretraining on captions.", "",
+        "It is not corrected and describes, no more. The next-token loss is that after pretraining, on pictures held out, of what stands in which column, which all were taught alike.", "",
         f"The depth probe's correlation with depth answers minus that with colour answers: {_correlation(apart).replace(' | ', ' (95 %: ')}).", "",
         *_specificity(rows),
     ]  # fmt: skip

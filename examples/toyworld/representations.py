@@ -1,8 +1,8 @@
 """Part (a) of the experiment: do students that tell more of depth answer more questions of depth?
 
-Students of next tokens alone, that differ in how wide their tower is, how long it was trained and how many pictures
-they were pretrained on, all for the same number of steps. Of each: how well depth can be read from its layers
-(`olatrain probe`, on the student before fine-tuning), and what it answers after it.
+Students of next tokens alone, that differ in how wide their tower is, how long it was trained and in what their
+captions tell: all for the same number of steps, on the same pictures. Of each: how well depth can be read from its
+layers (`olatrain probe`, on the student before fine-tuning), and what it answers after it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import student as parts
 from arms import ARMS, Laboratory, versions
 
-METHOD = "probes start at the mean map; text is the loss of pretraining"
+METHOD = "probes start at the mean map; text is the loss of columns held out"
 """What is not settings, and makes another row when it changes."""
 
 
@@ -31,12 +31,12 @@ class Variant:
     width: int
     """Channels of the tower."""
     tower_steps: int
-    pictures: int
-    """Of the captions, that it is pretrained on."""
+    told: int
+    """How many of the captions tell distances; the others tell what the same pictures show, and no distance."""
 
 
 def variant(name: str) -> Variant:
-    """Return the variant of a name such as `64-250-1000`: width, steps of the tower, pictures."""
+    """Return the variant of a name such as `64-250-1000`: width, steps of the tower, captions that tell distances."""
     return Variant(*map(int, name.split("-")))
 
 
@@ -65,12 +65,12 @@ def measure(
     tower = make_tower(towers, made_of)
     lab = laboratory(tower)
     arm = ARMS["none"]
-    label = f"student-{made_of.width}-{made_of.tower_steps}-{made_of.pictures}"
-    pretrained, _ = lab.pretrained(arm, seed, label=label, pictures=made_of.pictures)
+    label = f"student-{made_of.width}-{made_of.tower_steps}-{made_of.told}"
+    pretrained, _ = lab.pretrained(arm, seed, label=label, told=made_of.told, held_out=lab.world / "held-out.jsonl")
     probed = lab.probed(pretrained, seed)
     student, _ = lab.tuned(arm, pretrained, seed, budget)
     right = {f"{split} {kind}": digits for split, kind, digits in lab.scores(student)}
-    text = lab.text_loss(pretrained.parent / "pretrain")
+    text = lab.held_out_loss(pretrained.parent / "pretrain")
     tower_scores = json.loads((tower / "scores.json").read_text(encoding="utf-8"))
     shutil.rmtree(pretrained.parent)
     return {

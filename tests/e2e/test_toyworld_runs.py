@@ -36,6 +36,7 @@ def workplace(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> An
     corpus.write(world, corpus.Size(*(SIZE[name] for name in ("captions", "tests", "ood"))))
     corpus.write_questions(world, BUDGET)
     corpus.write_pictures(world, BUDGET)
+    corpus.write_held_out(world, 3)
     for pictures, store in (("captions", "depth"), ("all", "all")):
         done = olapipe(
             "extract", world / f"{pictures}.jsonl", "--images", world / "images", "--out", work / f"{store}.zarr",
@@ -110,6 +111,19 @@ def test_the_teacher_in_the_step_makes_what_the_store_holds(
     assert made.shape == stored.shape
     assert float((made - stored).norm() / stored.norm()) < 2**-10
     assert float((made.flip(0) - stored).norm() / stored.norm()) > 2**-4, "images differ by more than that"
+
+
+def test_some_captions_tell_distances_and_the_others_of_the_same_pictures_do_not(workplace: Any) -> None:
+    world, arms = workplace.work / "world", load("arms")
+
+    def told(lines: list[str]) -> list[bool]:
+        return [" at-" in line for line in lines]
+
+    plain, some, every = (arms.captioned(world, "captions.jsonl", told).splitlines() for told in (0, 4, 99))
+    assert [json.loads(line)["image"] for line in some] == [json.loads(line)["image"] for line in plain]
+    assert told(plain) == [False] * len(plain)
+    assert told(every) == [True] * len(plain)
+    assert told(some) == [True] * 4 + [False] * (len(plain) - 4)
 
 
 def test_a_student_of_part_a_is_probed_at_each_layer_and_asked(workplace: Any, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_students_are_correlated_and_few_are_not(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     rows = [
         {
-            "width": 32, "tower_steps": 60 + n // 2, "pictures": 300 + n % 2, "text": 0.3,
+            "width": 32, "tower_steps": 60 + n // 2, "told": 300 + n % 2, "text": 0.3,
             "probe": {"1": 0.0, "2": 0.05 * n}, "tower": {"depth R²": -n, "names AP": 0.5, "names AP by chance": 0.1},
             "right": {"test depth": digits(0.5 + 0.04 * n, rng), "ood depth": digits(0.5, rng),
                       "test colour": digits(0.9 - 0.04 * n, rng)},
@@ -324,4 +324,4 @@ def test_the_plan_names_arms_and_students_that_there_are() -> None:
     assert {name for part in full["arms"] for name in part["arms"]} == set(arms.ARMS)
     assert full["students"] == len(plan["students"]) == len(set(plan["students"]))
     made = [representations.variant(name) for name in plan["students"]]
-    assert {len({getattr(one, name) for one in made}) for name in ("width", "tower_steps", "pictures")} == {3}
+    assert {len({getattr(one, name) for one in made}) for name in ("width", "tower_steps", "told")} == {3}
