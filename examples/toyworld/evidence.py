@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -187,8 +188,20 @@ def extract(
     for option in options:
         command += ["--set", f"options.{name}.{option}"]
     print("$ olapipe", *command, flush=True)
-    subprocess.run([sys.executable, "-m", "olapipe", *command], check=True)
+    _follow([sys.executable, "-m", "olapipe", *command])
     done.touch()
+
+
+def _follow(command: Sequence[str]) -> None:
+    """Run a command to its end, which SIGTERM for this process hastens: it would go on alone, on all cores."""
+    with subprocess.Popen(command) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            status = process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if status:
+        sys.exit(f"error: `{' '.join(command)}` ended with {status}; the same command goes on")
 
 
 def run(options: argparse.Namespace) -> list[str]:

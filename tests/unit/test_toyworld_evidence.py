@@ -29,6 +29,15 @@ if __name__ == "__main__":
 """
 
 
+_FOLLOWED = """
+import sys
+sys.path.insert(0, {toyworld!r})
+import evidence
+
+evidence._follow([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"])
+"""
+
+
 def _alive(pid: int) -> bool:
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -49,6 +58,21 @@ def test_runs_end_with_the_command_that_is_killed(tmp_path: Path) -> None:
     deadline = time.monotonic() + 20
     while _alive(child) and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert not _alive(child)
+
+
+def test_an_extraction_ends_with_the_command_that_is_told_to_end(tmp_path: Path) -> None:
+    script = tmp_path / "followed.py"
+    script.write_text(_FOLLOWED.format(toyworld=str(TOYWORLD)))
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None and parent.stderr is not None
+        child = int(parent.stdout.readline())
+        assert _alive(child)
+        parent.terminate()
+        assert "the same command goes on" in parent.stderr.read()
+    assert parent.returncode == 1
     assert not _alive(child)
 
 
