@@ -19,7 +19,7 @@ EXTRAS ?= pipeline,trainer,dev
 
 help:
 	@echo "make demo    install, then photographs -> features -> trained student, in minutes on a CPU (results in $(DEMO)/)"
-	@echo "make evidence  does it work? a toy world's experiment, added to examples/toyworld/results and docs/results.md (FORM=quick or full)"
+	@echo "make evidence  does it work? a toy world's experiment, added to examples/toyworld/results and docs/results.md (FORM=quick or full; AGAIN=1 compares with runs made anew)"
 	@echo "make test    install, then ruff, mypy --strict, import rules and the test suite"
 	@echo "make clean   remove $(DEMO)/ and caches (not .venv)"
 
@@ -42,7 +42,7 @@ demo: install
 
 # What the results hold already is not run again
 evidence: install
-	$(BIN)/python examples/toyworld/evidence.py $(EVIDENCE) --form $(FORM) --jobs $(JOBS)
+	$(BIN)/python examples/toyworld/evidence.py $(EVIDENCE) --form $(FORM) --jobs $(JOBS) $(if $(AGAIN),--again)
 
 test: lint types imports pytest
 

@@ -2,11 +2,13 @@
 
     python examples/toyworld/evidence.py WORK [--form quick|full] [--jobs N]
     python examples/toyworld/evidence.py WORK --arms tokens,embedding --seeds 0-4 --budgets 1000 --students 0
+    python examples/toyworld/evidence.py WORK --again
     python examples/toyworld/evidence.py WORK --report
 
 Rows are added to files in `examples/toyworld/results/`, one for each (arm, seed, budget, kind of question) and one for
 each student of part (a); what is there with the same settings is not run again, so several sessions add up. What is
-run in which form, and what is compared with what, was fixed beforehand in `plan.json`.
+run in which form, and what is compared with what, was fixed beforehand in `plan.json`. With `--again` everything that
+is asked for is run, into a file beside these, and the page says how many answers came out as before.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HERE = Path(__file__).parent
-RUNS, STUDENTS = "runs.jsonl", "students.jsonl"
+RUNS, STUDENTS, REPEATED = "runs.jsonl", "students.jsonl", "repeated.jsonl"
 QUESTIONS, STORES, HEADROOM = "questions.json", "stores.json", "headroom.json"
 PLAN = json.loads((HERE / "plan.json").read_text(encoding="utf-8"))
 RANDOM_TOO = "random-all.zarr"
@@ -60,6 +62,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of files that rows are added to")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "results.md", help="the report")
     parser.add_argument("--size", type=json.loads, default={}, help="JSON over the plan's size and recipe, for trials")
+    parser.add_argument("--again", action="store_true", help="make all runs, those that are there once more to compare")
     parser.add_argument("--report", action="store_true", help="write the report from what is there, run nothing")
     options = parser.parse_args()
     if options.size and options.results == HERE / "results":
@@ -215,13 +218,14 @@ def run(options: argparse.Namespace) -> list[str]:
     (options.results / QUESTIONS).write_text(questions + "\n", encoding="utf-8")
     measure_stores(options.work, options.student / "vision", options.results)
     missing = workplace.missing(wanted, options.results)
-    print(f"{len(wanted)} runs asked for, {len(missing)} to be done", flush=True)
+    fresh, todo = set(missing), list(wanted) if options.again else missing
+    print(f"{len(wanted)} runs asked for, {len(todo)} to be done", flush=True)
     failed: list[str] = []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         options.jobs, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
     ) as pool:
-        pending = {pool.submit(workplace.rows, task): task for task in missing}
+        pending = {pool.submit(workplace.rows, task): task for task in todo}
         for done in concurrent.futures.as_completed(pending):
             task = pending[done]
             if (error := done.exception()) is not None:
@@ -229,7 +233,8 @@ def run(options: argparse.Namespace) -> list[str]:
                 print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
                 continue
             rows = done.result()
-            append(options.results / (STUDENTS if task.student else RUNS), rows)
+            name = STUDENTS if task.student else RUNS
+            append(options.results / (name if task in fresh else REPEATED), rows)
             print(_summary(task, rows), flush=True)
     return failed
 

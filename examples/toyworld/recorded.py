@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,6 @@ class Results:
     dates: list[str]
     left_out: int
     """Rows of other settings than the newest of their arm and budget, or about other questions than the newest."""
-    of_gates: int
-    """Rows that say `gate`, from before the experiment, which count nowhere."""
-
     stored: dict[str, dict[str, float]]
     """By store: bytes an image, and centred R² of what is read from it with float16."""
     students: list[dict[str, Any]]
@@ -50,7 +47,8 @@ class Results:
     cost: dict[str, Any]
     """What `benchmarks/train_step.py --toyworld` measured."""
     repeated: list[bool]
-    """Of rows that were made a second time from nothing: whether every question was answered as before."""
+    """Of rows, and of a student's kinds of question, that were made a second time from nothing: whether every question
+    was answered as before."""
 
     def seeds(self, arms: Sequence[str], budget: int, split: str, kind: str) -> list[int]:
         """Seeds that all these arms have, made on one kind of machine: answers follow the features' last bits."""
@@ -99,8 +97,7 @@ def record(path: Path) -> dict[str, Any]:
 
 def load(folder: Path) -> Results:
     """Read rows and questions; of each arm and budget the settings of the last row count."""
-    every = _rows(folder / "runs.jsonl")
-    rows = [row for row in every if not row.get("gate")]
+    rows = _rows(folder / "runs.jsonl")
     asked = record(folder / "questions.json")
     newest = {(row["arm"], row["budget"]): row["config"] for row in rows}
     bench = rows[-1]["bench"] if rows else None
@@ -118,19 +115,29 @@ def load(folder: Path) -> Results:
         versions=sorted({", ".join(f"{n} {v}" for n, v in row["versions"].items()) for row in used}),
         dates=sorted({row["date"] for row in used}),
         left_out=len(rows) - len(used),
-        of_gates=len(every) - len(rows),
         stored=record(folder / "stores.json"),
         headroom=record(folder / "headroom.json"),
         cost=record(folder / "cost.json"),
         seconds=_seconds(used),
         ended=_ended(used),
         students=[row for row in students.values() if bench is None or row["bench"] == bench],
-        repeated=[
-            right[row["arm"], row["budget"], row["split"], row["kind"]].get(row["seed"]) == row["right"]
-            for row in _rows(folder / "repeated.jsonl")
-            if newest.get((row["arm"], row["budget"])) == row["config"]
-        ],
+        repeated=list(_repeated(_rows(folder / "repeated.jsonl"), right, newest, students)),
     )
+
+
+def _repeated(
+    rows: Sequence[Mapping[str, Any]],
+    right: Mapping[Place, Mapping[int, str]],
+    newest: Mapping[tuple[str, int], str],
+    students: Mapping[tuple[int, int, int], Mapping[str, Any]],
+) -> Iterator[bool]:
+    for row in rows:
+        if "arm" not in row:
+            before = students.get((row["width"], row["tower_steps"], row["told"]))
+            if before is not None and before["config"] == row["config"]:
+                yield from (before["right"][place] == digits for place, digits in row["right"].items())
+        elif newest.get((row["arm"], row["budget"])) == row["config"]:
+            yield right[row["arm"], row["budget"], row["split"], row["kind"]].get(row["seed"]) == row["right"]
 
 
 def _ended(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[int, dict[str, float]]]:

@@ -450,11 +450,9 @@ def _made(results: Results, plan: Mapping[str, Any]) -> str:
     ]
     if results.repeated:
         lines.append(
-            f"{len(results.repeated)} rows (an arm, a seed, a kind of question) were made a second time from nothing, "
+            f"{len(results.repeated)} rows (an arm and a seed or a student, a kind of question) were made a second time from nothing, "
             f"pictures and features included: in {sum(results.repeated)} of them every question was answered as before."
         )
     if results.left_out:
         lines.append(f"{results.left_out} rows of earlier settings are kept in the file and are not shown.")
-    if results.of_gates:
-        lines.append(f"{results.of_gates} rows that a gate was tried with are kept in the file and are not shown.")
     return "\n".join([*lines, "", plan["cost"], ""])

@@ -217,17 +217,6 @@ def test_what_the_losses_ended_at_is_shown_beside_the_trivial_baseline(tmp_path:
     ]
 
 
-def test_rows_of_gates_count_nowhere(tmp_path: Path) -> None:
-    write_rows(tmp_path / "results", SHARES, seeds=10)
-    before = page(tmp_path / "results", tmp_path)
-    path = tmp_path / "results" / "runs.jsonl"
-    row = json.loads(path.read_text().splitlines()[0])
-    with path.open("a") as file:  # last, of another configuration and other questions
-        file.write(json.dumps(row | {"gate": True, "seed": 100, "config": "other", "bench": "others"}) + "\n")
-    said = "1 rows that a gate was tried with are kept in the file and are not shown.\n"
-    assert page(tmp_path / "results", tmp_path) == before.replace("float32.\n", f"float32.\n{said}")
-
-
 def test_what_can_be_read_stands_beside_chance_by_split(tmp_path: Path) -> None:
     write_rows(tmp_path / "results", SHARES, seeds=2)
     assert "linear regression" not in page(tmp_path / "results", tmp_path)
@@ -283,9 +272,19 @@ def test_rows_made_again_are_counted_and_compared(tmp_path: Path) -> None:
     other["right"] = other["right"][::-1]
     (tmp_path / "results" / "repeated.jsonl").write_text(f"{first}\n{json.dumps(other)}\n")
     text = page(tmp_path / "results", tmp_path)
-    assert "2 rows (an arm, a seed, a kind of question) were made a second time from nothing" in text
+    assert "2 rows (an arm and a seed or a student, a kind of question) were made a second time from nothing" in text
     assert "in 1 of them every question was answered as before" in text
     assert path.read_text().count("\n") == 10 * 2 * len(SHARES)
+    student = {
+        "width": 32, "tower_steps": 60, "told": 3, "text": 0.3, "probe": {"1": 0.5}, "config": "this",
+        "right": {"test depth": "1100", "test colour": "0101"}, "bench": json.loads(first)["bench"],
+    }  # fmt: skip
+    (tmp_path / "results" / "students.jsonl").write_text(json.dumps(student) + "\n")
+    again = [student | {"right": student["right"] | {"test colour": "1101"}}, student | {"config": "that"}]
+    (tmp_path / "results" / "repeated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in again))
+    text = page(tmp_path / "results", tmp_path)
+    assert "2 rows (an arm and a seed or a student, a kind of question)" in text
+    assert "in 1 of them every question" in text
 
 
 def test_the_cost_stands_over_next_tokens_alone(tmp_path: Path) -> None:
