@@ -57,7 +57,7 @@ class Arm:
 
 LAYERS = (2, 3)
 """Blocks of four that are supervised: the published ones (18 and 20 of 32), scaled."""
-LAYER_CHOICES = ((1,), (2,), (3,), (4,), (1, 2), (3, 4))
+LAYER_CHOICES = ((1,), (4,), (1, 2), (3, 4))
 """Others that are tried."""
 PRECISIONS = ("int8", "int4", "klt")
 """Forms of stored features that are tried beside float16."""
@@ -109,6 +109,14 @@ ARMS = {
         Arm(
             "own", "embedding losses, features of the student's own tower", store="own.zarr", teachers=("clip",),
             settings=_with("clip"),
+        ),
+        Arm(
+            "cells", "embedding losses, mean colours of the picture's cells: nothing learnt, but the cue",
+            store="cells.zarr", teachers=("cells",), settings=_with("cells"),
+        ),
+        Arm(
+            "map", "embedding losses, the depth that the teacher tells of each cell, one number, and nothing else",
+            store="map.zarr", teachers=("depthmap",), settings=_with("depthmap"),
         ),
         Arm(
             "feed", "no loss, the teacher's features as inputs, all 36 of them, at test time too", tokens=36,

@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,8 @@ QUESTIONS, STORES, HEADROOM = "questions.json", "stores.json", "headroom.json"
 PLAN = json.loads((HERE / "plan.json").read_text(encoding="utf-8"))
 RANDOM_TOO = "random-all.zarr"
 """Of all pictures, by the untrained teacher: what a linear reading gets from it."""
+TARGETS = {"cells.zarr": "cells", "map.zarr": "depthmap"}
+"""Stores, by the teachers that `targets/` installs."""
 HELD_OUT = 200
 """Pictures on which students of part (a) are compared by their next-token loss."""
 GRID = 6
@@ -143,6 +146,11 @@ def prepare(
             extract(world, work / RANDOM_TOO, _untrained(work, teachers, jobs), pictures="all.jsonl")
         elif store == "depth.zarr":
             extract(world, work / store, depth)
+        elif store in TARGETS:
+            plugins = _install(HERE / "targets", work / "targets")
+            checkpoint = teachers / "depth" if store == "map.zarr" else None
+            what = Extraction(TARGETS[store], checkpoint, "area", workers=jobs, plugins=plugins)
+            extract(world, work / store, what)
         else:
             extract(world, work / store, depth, precision=store.removesuffix(".zarr"))
 
@@ -152,11 +160,13 @@ class Extraction:
     """A teacher as `olapipe extract` is told of it."""
 
     teacher: str
-    checkpoint: Path
+    checkpoint: Path | None
     resize: str
     """How its maps come to `GRID` cells."""
     workers: int
     """Processes; how many changes no byte."""
+    plugins: Path | None = None
+    """Folder that the teacher is installed in, where it comes from a package of its own."""
 
 
 def _untrained(work: Path, teachers: Path, jobs: int) -> Extraction:
@@ -185,19 +195,33 @@ def extract(
         return
     name = what.teacher
     command = ["extract", str(world / pictures), "--images", str(world / "images"), "--out", str(store)]
-    command += ["--teacher", name, "--checkpoint", f"{name}={what.checkpoint}", "--precision", precision]
-    command += ["--workers", str(what.workers)]
+    command += ["--teacher", name, "--precision", precision, "--workers", str(what.workers)]
+    if what.checkpoint is not None:
+        command += ["--checkpoint", f"{name}={what.checkpoint}"]
     options = (f"grid={GRID}", f"grid_resize={what.resize}")
     for option in options:
         command += ["--set", f"options.{name}.{option}"]
     print("$ olapipe", *command, flush=True)
-    _follow([sys.executable, "-m", "olapipe", *command])
+    paths = [str(what.plugins), os.environ.get("PYTHONPATH")] if what.plugins is not None else []
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} if paths else {}
+    _follow([sys.executable, "-m", "olapipe", *command], os.environ | path)
     done.touch()
 
 
-def _follow(command: Sequence[str]) -> None:
+def _install(package: Path, into: Path) -> Path:
+    """Install a package of teachers into a folder of its own, without a network."""
+    if not into.is_dir():
+        with tempfile.TemporaryDirectory(dir=into.parent) as built:  # pip builds in the source folder
+            source = shutil.copytree(package, Path(built) / "source", ignore=shutil.ignore_patterns("__pycache__"))
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+            subprocess.run([*pip, "--target", str(Path(built) / "target"), str(source)], check=True)
+            (Path(built) / "target").rename(into)
+    return into
+
+
+def _follow(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
     """Run a command to its end, which SIGTERM for this process hastens: it would go on alone, on all cores."""
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(command, env=environment) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             status = process.wait()
