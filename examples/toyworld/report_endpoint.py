@@ -49,7 +49,7 @@ def summary(results: Results, plan: Mapping[str, Any]) -> str:
         f"**The criterion that was fixed beforehand is {'met' if met else 'not met'}.** Over {len(seeds)} paired seeds, supervising hidden states with the depth teacher's features while the projector is pretrained "
         f"gave {share['embedding']:.1f} % right answers to “which is closer” (chance 50), task tokens without a loss {share['tokens']:.1f} %: {_points(found['tokens'])}; over features of other images it is {_points(found['shuffled'])}. "
         f"Over features of a network that was **never trained** ({share['random']:.1f} %) it is {_points(found['random'])}" + _of_random(found["random"]),
-        _of_own(results, plan),
+        _other_targets(results, plan),
     ]  # fmt: skip
     lines += [
         _price(results, plan, seeds),
@@ -67,12 +67,20 @@ def _of_random(found: Estimate) -> str:
     )
 
 
-def _of_own(results: Results, plan: Mapping[str, Any]) -> str:
-    """Whether any target that is of the image helps: the student's own tower knows nothing that the student does not."""
-    found = results.difference("own", "tokens", *endpoint_of(plan))
-    if found is None:
+_OTHER_TARGETS = {
+    "cells": "the mean colours of the picture's cells, in which nothing is learnt",
+    "map": "the depth that the teacher tells, one number a cell and nothing else",
+    "own": "features of the student's own tower",
+}
+
+
+def _other_targets(results: Results, plan: Mapping[str, Any]) -> str:
+    """Which other targets help: what knows of depth and what only shows the picture."""
+    found = {arm: results.difference(arm, "tokens", *endpoint_of(plan)) for arm in _OTHER_TARGETS}
+    told = [f"{_OTHER_TARGETS[arm]}: {_points(e)}, {e.seeds} seeds" for arm, e in found.items() if e is not None]
+    if not told:
         return ""
-    return f"Features of the student's own tower as targets gave {_points(found)} over task tokens without a loss ({found.seeds} seeds; added later, descriptive)."
+    return f"Other targets, over task tokens without a loss (added later, descriptive): {'; '.join(told)}."
 
 
 def _price(results: Results, plan: Mapping[str, Any], seeds: list[int]) -> str:

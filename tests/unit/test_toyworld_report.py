@@ -96,12 +96,16 @@ def test_it_is_said_whether_an_effect_could_be_seen_and_what_is_missing(tmp_path
     assert row.endswith(" | 4 | – |"), "the spread of four seeds says little of how many are needed"
 
 
-def test_the_summary_says_whether_the_students_own_tower_helps_as_a_teacher(tmp_path: Path) -> None:
-    write_rows(tmp_path / "results", {**SHARES, "own": 0.3})
+def test_the_summary_says_which_other_targets_help(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results", {**SHARES, "own": 0.3, "cells": 0.8})
     text = page(tmp_path / "results", tmp_path)
-    (line,) = [line for line in text.splitlines() if line.startswith("Features of the student's own tower as targets")]
-    assert -35 < float(line.split(" gave ")[1].split()[0]) < -5
-    assert line.endswith("(10 seeds; added later, descriptive).")
+    (line,) = [line for line in text.splitlines() if line.startswith("Other targets, over task tokens without")]
+    told = {part.split(": ")[-2].split(", ")[0]: part.split(": ")[-1] for part in line.split("; ")}
+    assert list(told) == ["the mean colours of the picture's cells", "features of the student's own tower"]
+    cells, own = told.values()
+    assert 15 < float(cells.split()[0]) < 45
+    assert -35 < float(own.split()[0]) < -5
+    assert own.endswith(", 10 seeds.")
 
 
 def test_seeds_count_that_all_arms_of_the_endpoint_have_and_that_one_machine_made(tmp_path: Path) -> None:
