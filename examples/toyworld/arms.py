@@ -111,11 +111,11 @@ ARMS = {
             settings=_with("clip"),
         ),
         Arm(
-            "cells", "embedding losses, mean colours of the picture's cells: nothing learnt, but the cue",
+            "cells", "embedding losses, the picture's colours, 16 means a cell: nothing learnt, but the cue",
             store="cells.zarr", teachers=("cells",), settings=_with("cells"),
         ),
         Arm(
-            "map", "embedding losses, the depth that the teacher tells of each cell, one number, and nothing else",
+            "map", "embedding losses, the depth that the teacher tells, 16 means a cell, and nothing else",
             store="map.zarr", teachers=("depthmap",), settings=_with("depthmap"),
         ),
         Arm(

@@ -149,7 +149,7 @@ def prepare(
         elif store in TARGETS:
             plugins = _install(HERE / "targets", work / "targets")
             checkpoint = teachers / "depth" if store == "map.zarr" else None
-            what = Extraction(TARGETS[store], checkpoint, "area", workers=jobs, plugins=plugins)
+            what = Extraction(TARGETS[store], checkpoint, None, workers=jobs, plugins=plugins)
             extract(world, work / store, what)
         else:
             extract(world, work / store, depth, precision=store.removesuffix(".zarr"))
@@ -161,8 +161,8 @@ class Extraction:
 
     teacher: str
     checkpoint: Path | None
-    resize: str
-    """How its maps come to `GRID` cells."""
+    resize: str | None
+    """How its maps come to `GRID` cells; None where they have as many."""
     workers: int
     """Processes; how many changes no byte."""
     plugins: Path | None = None
@@ -198,7 +198,7 @@ def extract(
     command += ["--teacher", name, "--precision", precision, "--workers", str(what.workers)]
     if what.checkpoint is not None:
         command += ["--checkpoint", f"{name}={what.checkpoint}"]
-    options = (f"grid={GRID}", f"grid_resize={what.resize}")
+    options = (f"grid={GRID}", f"grid_resize={what.resize}") if what.resize is not None else ()
     for option in options:
         command += ["--set", f"options.{name}.{option}"]
     print("$ olapipe", *command, flush=True)

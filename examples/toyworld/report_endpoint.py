@@ -68,8 +68,8 @@ def _of_random(found: Estimate) -> str:
 
 
 _OTHER_TARGETS = {
-    "cells": "the mean colours of the picture's cells, in which nothing is learnt",
-    "map": "the depth that the teacher tells, one number a cell and nothing else",
+    "cells": "the picture's own colours, 16 means a cell, in which nothing is learnt",
+    "map": "the depth that the teacher tells, 16 means a cell, and nothing else",
     "own": "features of the student's own tower",
 }
 

@@ -262,6 +262,21 @@ def test_published_settings() -> None:
     assert (gen.width, gen.queries, gen.latents(8)) == (1024, 1, 8)
 
 
+def test_teachers_of_few_channels_have_predictors_that_can_tell_them_apart() -> None:
+    latents = published_predictor("sd-vae", (64, 64, 4), (18,), hidden_size=4096, tokens_per_teacher=8)
+    assert (latents.width, latents.norm, latents.intermediate) == (4096, False, False)
+    small = published_predictor("dinov2", (16, 16, 384), (18,), hidden_size=4096, tokens_per_teacher=8)
+    assert (small.width, small.norm) == (384, True)
+    # what the published layer norm makes of a map of one number a cell, whatever the image
+    shape, given = (2, 2, 1), states(3, 9)[2]
+    found = published_predictor("map", shape, (2,), hidden_size=HIDDEN, tokens_per_teacher=2)
+    queries, mask = torch.randn(1, 4, HIDDEN), torch.ones(3, 9, dtype=torch.bool)
+    for config, tells in ((found, True), (found.model_copy(update={"norm": True}), False)):
+        predicted = Predictor(config, HIDDEN, own_latents=False)(given, queries, torch.arange(3), mask)
+        assert (float(predicted.detach().std(dim=0).mean()) > 0.01) is tells
+        assert predicted.shape == (3, 4, 1)
+
+
 def test_a_seed_fixes_the_weights_and_disturbs_no_other_random_numbers() -> None:
     torch.manual_seed(7)
     expected = torch.rand(1)

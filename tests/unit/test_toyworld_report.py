@@ -101,7 +101,7 @@ def test_the_summary_says_which_other_targets_help(tmp_path: Path) -> None:
     text = page(tmp_path / "results", tmp_path)
     (line,) = [line for line in text.splitlines() if line.startswith("Other targets, over task tokens without")]
     told = {part.split(": ")[-2].split(", ")[0]: part.split(": ")[-1] for part in line.split("; ")}
-    assert list(told) == ["the mean colours of the picture's cells", "features of the student's own tower"]
+    assert list(told) == ["the picture's own colours", "features of the student's own tower"]
     cells, own = told.values()
     assert 15 < float(cells.split()[0]) < 45
     assert -35 < float(own.split()[0]) < -5

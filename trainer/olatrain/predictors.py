@@ -20,6 +20,12 @@ from olatrain.tokens import Context, Items, TaskTokens
 
 Predictions = dict[tuple[str, int], Tensor]
 
+PUBLISHED = ("depth", "seg", "gen")
+"""Teachers whose predictors OLA-VLM published."""
+FEW_CHANNELS = 64
+"""Below these, predictors of other teachers are not as those: a layer norm over one channel is a constant, over a few
+it loses much of a target, and a resampler as narrow as the target reads hardly anything."""
+
 
 class PredictorConfig(Frozen):
     """How the features of one teacher are predicted."""
@@ -36,6 +42,8 @@ class PredictorConfig(Frozen):
     head_width: int = Field(default=32, gt=0)
     ff_mult: int = Field(default=1, gt=0)
     blocks: int = Field(default=1, gt=0)
+    norm: bool = True
+    """Whether the resampler's output is layer-normed over the channels of the target."""
 
     @property
     def channels(self) -> int:
@@ -63,11 +71,23 @@ def published_predictor(
     """Return the published settings: `depth` is as wide as the student, the others are as wide as their target.
 
     Without task tokens depth is as wide as its target too. `hidden_size` is the student's; `intermediate` is on for
-    depth, the public default.
+    depth, the public default. A teacher of few channels that none was published for: `for_few_channels`.
     """
+    if few_channels(teacher, shape):
+        return for_few_channels(shape, layers, hidden_size=hidden_size)
     depth = teacher == "depth"
     width = hidden_size if depth and tokens_per_teacher else shape[-1]
     return PredictorConfig(shape=shape, layers=layers, width=width, intermediate=depth)
+
+
+def few_channels(teacher: str, shape: tuple[int, ...]) -> bool:
+    """Whether a predictor as published would be too narrow for a teacher."""
+    return teacher not in PUBLISHED and shape[-1] < FEW_CHANNELS
+
+
+def for_few_channels(shape: tuple[int, ...], layers: tuple[int, ...], *, hidden_size: int) -> PredictorConfig:
+    """Return a predictor that is as wide as the student and ends in a linear layer."""
+    return PredictorConfig(shape=shape, layers=layers, width=hidden_size, norm=False)
 
 
 class _CrossAttention(nn.Module):
@@ -113,7 +133,7 @@ class Resampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(1, config.queries, width) / width**0.5) if own_latents else None
         self.proj_in = nn.Linear(hidden_size, width)
         self.proj_out = nn.Linear(width, config.channels)
-        self.norm_out = nn.LayerNorm(config.channels)
+        self.norm_out = nn.LayerNorm(config.channels) if config.norm else nn.Identity()
         inner = width * config.ff_mult
         self.layers = nn.ModuleList(
             nn.ModuleList(

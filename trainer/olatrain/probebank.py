@@ -18,7 +18,7 @@ from olaschema.manifest import Fingerprint
 from olatrain.config import TrainConfig
 from olatrain.join import Listing
 from olatrain.learner import Learner, load_model, loss_config
-from olatrain.predictors import Predictions, PredictorBank, PredictorConfig
+from olatrain.predictors import Predictions, PredictorBank, PredictorConfig, few_channels, for_few_channels
 from olatrain.sidecar import Sidecar
 from olatrain.student import Student
 from olatrain.tokens import Items, TaskTokens
@@ -34,9 +34,7 @@ class ProbeBank(PredictorBank):
 
     def __init__(self, config: TrainConfig, fingerprints: Mapping[str, Fingerprint], hidden_size: int) -> None:
         probes = {
-            name: PredictorConfig(
-                shape=fingerprints[name].shape, layers=teacher.layers, width=fingerprints[name].channels
-            )
+            name: _probe(name, fingerprints[name].shape, teacher.layers, hidden_size)
             for name, teacher in config.teachers.items()
         }
         nobody = TaskTokens(
@@ -52,15 +50,21 @@ class ProbeBank(PredictorBank):
         for name, probe in self.configs.items():
             self.get_buffer(_mean(name)).copy_(means[name])
             for layer in probe.layers:
-                added = self.head(name, layer).projector.norm_out
-                nn.init.zeros_(added.weight)
-                nn.init.zeros_(added.bias)
+                resampler = self.head(name, layer).projector
+                for last in (resampler.norm_out if probe.norm else resampler.proj_out).parameters():
+                    nn.init.zeros_(last)
 
     def forward(self, taps: Mapping[int, Tensor], items: Items, latents: Mapping[str, Tensor]) -> Predictions:
         """Predict as `PredictorBank`; the student's task tokens and latents are left out."""
         bare = items.task.new_zeros(len(items), len(self.configs), 0)
         added = super().forward(taps, replace(items, task=bare), {})
         return {(name, layer): self.get_buffer(_mean(name)) + found for (name, layer), found in added.items()}
+
+
+def _probe(teacher: str, shape: tuple[int, ...], layers: tuple[int, ...], hidden_size: int) -> PredictorConfig:
+    if few_channels(teacher, shape):
+        return for_few_channels(shape, layers, hidden_size=hidden_size)
+    return PredictorConfig(shape=shape, layers=layers, width=shape[-1])
 
 
 def _mean(teacher: str) -> str:

@@ -1,4 +1,7 @@
-"""Targets that tell what a teacher knows from what a picture shows: its map of depth alone, and mean colours alone."""
+"""Targets that tell what a teacher knows from what a picture shows: its map of depth alone, and colours alone.
+
+A cell holds 4 × 4 means, each over what is a patch of the depth teacher.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from olapipe.teachers.pixels import CONFIG, OURS, OwnPreprocessor, own_arguments
 from olapipe.teachers.preprocess import read_processor_config
 from olaschema.manifest import Fingerprint
 
-SIDE, GRID = 96, 24
-"""Pixels of the squashed picture's side, and cells; both as the depth teacher has them."""
+SIDE, GRID, PARTS = 96, 6, 4
+"""Pixels of the squashed picture's side, cells (one for each patch of the student), and means along a cell's side."""
 
 CELLS = TeacherInfo(
-    name="cells", published="cells-1", licence="CC0-1.0", about="Mean colour of each cell, and nothing learnt",
-    grid=(GRID, GRID), channels=3, module="toyworld_targets", options=COMMON_OPTIONS,
+    name="cells", published="cells-1", licence="CC0-1.0", about="Mean colours of each cell's parts, nothing learnt",
+    grid=(GRID, GRID), channels=3 * PARTS**2, module="toyworld_targets", options=COMMON_OPTIONS,
 )  # fmt: skip
 DEPTH_MAP = TeacherInfo(
     name="depthmap", published="", licence="Apache-2.0", about="What a Depth Anything V2 answers: inverse depth",
-    grid=(GRID, GRID), channels=1, module="toyworld_targets", options=COMMON_OPTIONS,
+    grid=(GRID, GRID), channels=PARTS**2, module="toyworld_targets", options=COMMON_OPTIONS,
 )  # fmt: skip
 
 
@@ -43,10 +46,10 @@ def _cells(info: TeacherInfo, settings: TeacherSettings) -> Teacher:
 
 
 class Cells(Teacher):
-    """Means over cells, `(B, 24, 24, 3)`."""
+    """Colours, `(B, 6, 6, 48)`."""
 
     def encode(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
-        """Average the pixels of each cell."""
+        """Average the pixels of each part of a cell."""
         return _averaged(pixels_bchw.float())
 
 
@@ -72,7 +75,7 @@ def _depth_map(info: TeacherInfo, settings: TeacherSettings) -> Teacher:
 
 
 class DepthMap(torch.nn.Module):
-    """Means over cells of the model's answer, `(B, 24, 24, 1)`."""
+    """Means of the model's answer, `(B, 6, 6, 16)`."""
 
     def __init__(self, model: DepthAnythingForDepthEstimation) -> None:
         super().__init__()
@@ -89,4 +92,7 @@ def _pixels(info: TeacherInfo, settings: TeacherSettings, arguments: dict[str, o
 
 
 def _averaged(values_bchw: torch.Tensor) -> torch.Tensor:
-    return functional.avg_pool2d(values_bchw, SIDE // GRID).permute(0, 2, 3, 1).contiguous()
+    """(B, C, 96, 96) to (B, 6, 6, 16 · C): the parts of a cell by rows, each with its channels."""
+    means = functional.avg_pool2d(values_bchw, SIDE // GRID // PARTS)
+    parts = means.reshape(len(means), -1, GRID, PARTS, GRID, PARTS)
+    return parts.permute(0, 2, 4, 3, 5, 1).flatten(3).contiguous()
