@@ -69,7 +69,7 @@ def _of_random(found: Estimate) -> str:
 
 _OTHER_TARGETS = {
     "cells": "the picture's own colours, 16 means a cell, in which nothing is learnt",
-    "map": "the depth that the teacher tells, 16 means a cell, and nothing else",
+    "map": "the depth that the teacher tells, 16 means a cell: how far, and so where things are",
     "own": "features of the student's own tower",
 }
 
