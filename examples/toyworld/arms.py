@@ -115,7 +115,8 @@ ARMS = {
             store="cells.zarr", teachers=("cells",), settings=_with("cells"),
         ),
         Arm(
-            "map", "embedding losses, the depth that the teacher tells, 16 means a cell: how far, and so where things are",
+            "map",
+            "embedding losses, the depth that the teacher tells, 16 means a cell: how far, and so where things are",
             store="map.zarr", teachers=("depthmap",), settings=_with("depthmap"),
         ),
         Arm(
