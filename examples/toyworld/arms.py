@@ -242,11 +242,15 @@ class Laboratory:
         self._export(out, student.parent / f"tuned-{budget}")
         return student.parent / f"tuned-{budget}", seconds
 
-    def probed(self, student: Path, seed: int) -> dict[str, float]:
-        """Probe each layer of a student for depth, from the image's own states; return centred R² by layer."""
+    def probed(self, student: Path, seed: int, budget: int) -> dict[str, float]:
+        """Probe each layer of a student for the depth teacher's features; return centred R² by layer.
+
+        From the image's own states, of the pictures of `budget` questions, which pretraining did not have.
+        """
         layers = range(1, count_layers(student) + 1)
         given: dict[str, Any] = {
-            "student": student, "store": str(self.work / "depth.zarr"), "conversations": self.world / "captions.jsonl",
+            "student": student, "store": str(self.work / "all.zarr"),
+            "conversations": self.world / f"questions-{budget}.jsonl",
             "images": self.world / "images", "out": student.parent / "probe", "seed": seed,
             "teachers": {"depth": {"layers": list(layers), "weight": 1.0}}, "train": ["predictors"],
             "text": 0.0, "contrastive": 0.0, "context": "image", "probe": {"held_out": 0.2},

@@ -134,7 +134,7 @@ def prepare(
         corpus.write_held_out(world, HELD_OUT)
     depth = Extraction("depth", teachers / "depth", "area", workers=jobs)
     stores = {ARMS[task.name].store for task in wanted if not task.student}
-    stores |= {"depth.zarr" for task in wanted if task.student}
+    stores |= {"all.zarr" for task in wanted if task.student}
     for store in sorted(store for store in stores if store is not None):
         if store == "random.zarr":
             extract(world, work / store, _untrained(work, teachers, jobs))

@@ -200,23 +200,29 @@ def score_vision(folder: Path, world: World, held_out: World) -> dict[str, float
     """
     tower = CLIPVisionModel.from_pretrained(folder)
     tokens, unseen = patch_tokens(tower, world.pixels), patch_tokens(tower, held_out.pixels)
-    mean = world.inverse_depth.mean(dim=0)
-    weights = ridge(_rows(tokens), (world.inverse_depth - mean).flatten()[:, None])
-    predicted = (_rows(unseen) @ weights).reshape(len(unseen), -1)
-    left = float(((held_out.inverse_depth - mean - predicted) ** 2).sum())
-    whole = float(((held_out.inverse_depth - mean) ** 2).sum())
     pooled = [torch.cat([t.amax(dim=1), t.mean(dim=1), torch.ones(len(t), 1)], dim=1) for t in (tokens, unseen)]
     readout = ridge(pooled[0], world.present)
     scores = pooled[1] @ readout
     shape, column = _told_of_things(tokens, world, unseen, held_out)
     return {
-        "depth R² (centred)": 1.0 - left / whole,
+        "depth R² (centred)": depth_r2(tokens, world.inverse_depth, unseen, held_out.inverse_depth),
         "names AP": average_precision(scores, held_out.present),
         "names AP by chance": float(held_out.present.mean()),
         "shape of a patch": shape,
         "shape of a patch by chance": _most_frequent(held_out.names % len(SHAPES), held_out.names < len(NAMES)),
         "column R²": column,
     }
+
+
+def depth_r2(tokens: Tensor, depth: Tensor, unseen: Tensor, truth: Tensor) -> float:
+    """Return the centred R² of `truth` (M, P), read by a ridge from `unseen` (M, P, C) and the place of each token.
+
+    The ridge is fitted on `tokens` (N, P, C) with `depth` (N, P); 0 is that one's mean map.
+    """
+    mean = depth.mean(dim=0)
+    weights = ridge(_rows(tokens), (depth - mean).flatten()[:, None])
+    predicted = (_rows(unseen) @ weights).reshape(len(unseen), -1)
+    return 1.0 - float(((truth - mean - predicted) ** 2).sum()) / float(((truth - mean) ** 2).sum())
 
 
 def _told_of_things(tokens: Tensor, world: World, unseen: Tensor, held_out: World) -> tuple[float, float]:

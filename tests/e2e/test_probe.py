@@ -232,13 +232,15 @@ def test_each_image_is_used_once_and_in_one_part_whatever_the_order(corpus: Corp
             assert part.conversations[place].turns[1].text == f"answer {int(key[:2])}"
     other_seed = split_by_image(whole, held_out=0.25, seed=1)
     assert set(other_seed[1].conversations.keys) != set(held.conversations.keys)
-    for share, count in ((0.01, 1), (0.99, IMAGES - 1)):
+    for share, count in ((0.01, 1), (0.99, IMAGES - 2)):
         assert len(split_by_image(whole, held_out=share, seed=0)[1]) == count
 
 
-def test_a_single_image_cannot_be_split(corpus: Corpus, tmp_path: Path) -> None:
-    entries = [conversation(corpus.keys[0], "a"), conversation(corpus.keys[0], "b"), conversation(None, "c")]
-    with pytest.raises(CorpusError, match="1 of its images are in the store"):
+@pytest.mark.parametrize("images", [1, 2])
+def test_too_few_images_cannot_be_split(corpus: Corpus, tmp_path: Path, images: int) -> None:
+    entries = [conversation(key, answer) for key in corpus.keys[:images] for answer in "ab"]
+    entries.append(conversation(None, "c"))
+    with pytest.raises(CorpusError, match=f"{images} of its images are in the store, a probe needs 3"):
         split_by_image(listing(corpus, tmp_path / "a.json", entries), held_out=0.5, seed=0)
 
 

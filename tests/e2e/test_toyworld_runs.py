@@ -15,13 +15,15 @@ from pipeline_support import olapipe, ray_session
 from toyworld_support import TOYWORLD, load, on_the_path
 
 from olaschema.config import load_config
+from olatrain.compose import compose
 from olatrain.config import TrainConfig
+from olatrain.learner import load_student
 from olatrain.parallel import Ranks
 from olatrain.setup import set_up
 
 __all__ = ["on_the_path", "ray_session"]
 
-BUDGET = 8
+BUDGET = 24
 SIZE = {
     "captions": 12, "tests": 40, "ood": 20, "pretrain_steps": 2, "pretrain_batch": 4, "tune_epochs": 1, "tune_batch": 4,
     "probe_steps": 2,
@@ -132,12 +134,35 @@ def test_a_student_of_part_a_is_probed_at_each_layer_and_asked(workplace: Any, t
     shutil.copytree(TOYWORLD / "student" / "vision", tower)
     scores = {"depth R² (centred)": 0.5}
     (tower / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    parts = load("student")
+    world = parts.make_world(parts.LEARNT, parts.FIRST, 16, seed=1)
+    torch.save([vars(world), vars(world)], tower.parent / "worlds.pt")
     task = evidence.Task("64-60-6", 0, (BUDGET,), student=True)
     (row,) = workplace.rows(task)
     assert sorted(row["probe"]) == ["1", "2", "3", "4"]
     assert all(value < 1 for value in row["probe"].values())
+    assert sorted(row["depth"]) == ["0", "1", "2", "3", "4"]
+    assert all(0.3 < value < 1 for value in row["depth"].values()), "read from the very scenes it was fitted on"
     assert row["tower"] == scores
     assert row["text"] > 0
     assert {"test depth", "test colour", "ood depth"} <= set(row["right"])
     evidence.append(tmp_path / evidence.STUDENTS, [row])
     assert workplace.missing([task], tmp_path) == []
+
+
+def test_states_of_an_image_are_those_of_its_tokens(workplace: Any, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    compose(
+        TOYWORLD / "student" / "llm", TOYWORLD / "student" / "vision", student, teachers=("depth",),
+        tokens_per_teacher=2, view="squash", seed=0,
+    )  # fmt: skip
+    parts, representations = load("student"), load("representations")
+    pixels = parts.make_world(parts.LEARNT, parts.FIRST, 3, seed=1).pixels
+    found = representations.image_states(student, pixels)
+    model = load_student(student, dtype=torch.float32)
+    with torch.no_grad():
+        given = model.get_image_features(pixel_values=pixels).pooler_output
+    assert len(found) == 1 + model.config.text_config.num_hidden_layers
+    assert [tuple(states.shape) for states in found] == [(3, 36, model.config.text_config.hidden_size)] * len(found)
+    torch.testing.assert_close(found[0], torch.stack(list(given)))
+    assert float((found[4] - found[0]).abs().mean()) > 0.01

@@ -23,6 +23,9 @@ from olatrain.sidecar import Sidecar
 from olatrain.student import Student
 from olatrain.tokens import Items, TaskTokens
 
+_FEWEST_IMAGES = 3
+"""One held out, two to train on."""
+
 
 class ProbeBank(PredictorBank):
     """Predictors that own their queries and never see a task token, so that any two students are asked the same.
@@ -105,20 +108,22 @@ def build_probe(
 def split_by_image(listing: Listing, *, held_out: float, seed: int) -> tuple[Listing, Listing]:
     """Split into training and held-out samples: one of each image, and each image in one part only.
 
-    Which images are held out depends on their keys and `seed` alone. Raises CorpusError for fewer than two images.
+    Which images are held out depends on their keys and `seed` alone. Raises CorpusError for fewer than three images:
+    the mean map of a single one to train on is that one's feature, and there would be nothing to learn.
     """
     first: dict[str, int] = {}
     for place, keys in enumerate(listing.conversations.keys):
         # a sample of several images could tie one that is held out to one that is not
         if len(keys) == 1 and listing.rows[place] >= 0:
             first.setdefault(keys[0], place)
-    if len(first) < 2:
+    if len(first) < _FEWEST_IMAGES:
         raise CorpusError(
-            f"{listing.conversations.path}: {len(first)} of its images are in the store, a probe needs two",
+            f"{listing.conversations.path}: {len(first)} of its images are in the store, "
+            f"a probe needs {_FEWEST_IMAGES}",
             "Give conversations about the images that features were extracted from.",
         )
     ranked = sorted(first, key=lambda key: hashlib.sha256(f"{seed} {key}".encode("utf-8", "surrogatepass")).digest())
-    count = min(max(1, round(held_out * len(first))), len(first) - 1)
+    count = min(max(1, round(held_out * len(first))), len(first) - (_FEWEST_IMAGES - 1))
     chosen = set(ranked[:count])
     places = {held: [place for key, place in first.items() if (key in chosen) is held] for held in (False, True)}
     return listing.select(np.asarray(places[False])), listing.select(np.asarray(places[True]))
