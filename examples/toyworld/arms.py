@@ -120,6 +120,11 @@ ARMS = {
             store="map.zarr", teachers=("depthmap",), settings=_with("depthmap"),
         ),
         Arm(
+            "map-untrained",
+            "embedding losses, what a depth teacher that was never trained tells, in the form of `map`",
+            store="map-untrained.zarr", teachers=("depthmap",), settings=_with("depthmap"),
+        ),
+        Arm(
             "feed", "no loss, the teacher's features as inputs, all 36 of them, at test time too", tokens=36,
             store="all.zarr", feed=("depth",),
         ),

@@ -42,7 +42,7 @@ QUESTIONS, STORES, HEADROOM = "questions.json", "stores.json", "headroom.json"
 PLAN = json.loads((HERE / "plan.json").read_text(encoding="utf-8"))
 RANDOM_TOO = "random-all.zarr"
 """Of all pictures, by the untrained teacher: what a linear reading gets from it."""
-TARGETS = {"cells.zarr": "cells", "map.zarr": "depthmap"}
+TARGETS = {"cells.zarr": "cells", "map.zarr": "depthmap", "map-untrained.zarr": "depthmap"}
 """Stores, by the teachers that `targets/` installs."""
 HELD_OUT = 200
 """Pictures on which students of part (a) are compared by their next-token loss."""
@@ -148,8 +148,10 @@ def prepare(
             extract(world, work / store, depth)
         elif store in TARGETS:
             plugins = _install(HERE / "targets", work / "targets")
-            checkpoint = teachers / "depth" if store == "map.zarr" else None
-            what = Extraction(TARGETS[store], checkpoint, None, workers=jobs, plugins=plugins)
+            told = {"map.zarr": teachers / "depth", "map-untrained.zarr": work / "untrained-teacher"}
+            if store == "map-untrained.zarr" and not told[store].is_dir():
+                _untrained_answer(told[store])
+            what = Extraction(TARGETS[store], told.get(store), None, workers=jobs, plugins=plugins)
             extract(world, work / store, what)
         else:
             extract(world, work / store, depth, precision=store.removesuffix(".zarr"))
@@ -184,6 +186,23 @@ def _untrained_depth(out: Path, trained: Path) -> None:
     torch.manual_seed(77)
     DepthAnythingForDepthEstimation(depth_config()).save_pretrained(out)
     shutil.copy(trained / "preprocessor_config.json", out)
+
+
+def _untrained_answer(out: Path) -> None:
+    """Write a depth teacher that was never trained.
+
+    Neck and head begin as torch begins convolutions: from transformers' small weights the answer is one number for all
+    pictures, as far as float16 tells.
+    """
+    from teacher_depth import new_depth, write_depth
+    from torch import nn
+
+    model = new_depth(77)
+    for part in (model.neck, model.head):
+        for module in part.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.reset_parameters()
+    write_depth(model, out)
 
 
 def extract(

@@ -70,6 +70,7 @@ def _of_random(found: Estimate) -> str:
 _OTHER_TARGETS = {
     "cells": "the picture's own colours, 16 means a cell, in which nothing is learnt",
     "map": "the depth that the teacher tells, 16 means a cell: how far, and so where things are",
+    "map-untrained": "what one that was never trained tells, in that form",
     "own": "features of the student's own tower",
 }
 

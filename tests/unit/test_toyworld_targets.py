@@ -80,3 +80,19 @@ def test_they_are_installed_into_a_folder_of_their_own_once(tmp_path: Path) -> N
     before = points.stat().st_mtime_ns
     evidence._install(TOYWORLD / "targets", tmp_path / "targets")
     assert points.stat().st_mtime_ns == before
+
+
+def test_a_teacher_that_was_never_trained_answers_unlike_things_of_unlike_pictures(
+    targets: Any, tmp_path: Path
+) -> None:
+    load("evidence")._untrained_answer(tmp_path / "untrained")
+    teacher = targets.DEPTH_MAP.load(TeacherSettings(checkpoint=str(tmp_path / "untrained")))
+    rng = np.random.default_rng(0)
+    answers = []
+    for name in "ab":
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        coarse.resize((96, 96), Image.Resampling.NEAREST).save(tmp_path / f"{name}.png")
+        answers.append(encoded(teacher, tmp_path / f"{name}.png").astype(np.float16).astype(np.float64))
+    first, second = answers
+    assert first.std() > 1e-3
+    assert np.abs(first - second).mean() > 0.2 * first.std()
