@@ -38,12 +38,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HERE = Path(__file__).parent
 RUNS, STUDENTS, REPEATED = "runs.jsonl", "students.jsonl", "repeated.jsonl"
-QUESTIONS, STORES, HEADROOM = "questions.json", "stores.json", "headroom.json"
+QUESTIONS, STORES, HEADROOM, SPREAD = "questions.json", "stores.json", "headroom.json", "spread.json"
 PLAN = json.loads((HERE / "plan.json").read_text(encoding="utf-8"))
 RANDOM_TOO = "random-all.zarr"
 """Of all pictures, by the untrained teacher: what a linear reading gets from it."""
 TARGETS = {"cells.zarr": "cells", "map.zarr": "depthmap", "map-untrained.zarr": "depthmap"}
 """Stores, by the teachers that `targets/` installs."""
+TOLD_OF = ("embedding", "random", "own", "cells", "map", "map-untrained")
+"""Arms whose targets are of unlike kinds."""
 HELD_OUT = 200
 """Pictures on which students of part (a) are compared by their next-token loss."""
 GRID = 6
@@ -303,6 +305,10 @@ def measure_stores(work: Path, vision: Path, results: Path) -> None:
     measured = _once(work / STORES, lambda kept: kept | _stored(work, kept))
     if measured:
         path.write_text(json.dumps(known | measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if spread := _once(work / SPREAD, lambda kept: kept | _spread(work, kept)):
+        path = results / SPREAD
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        path.write_text(json.dumps(known | spread, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if (store := work / "all.zarr").is_dir():
         import headroom
 
@@ -317,6 +323,19 @@ def _once(path: Path, measure: Callable[[dict[str, Any]], dict[str, Any]]) -> di
     found = measure(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
     path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return found
+
+
+def _spread(work: Path, known: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Say of the targets of each arm of other targets, where they are and not `known`, how much is about the image."""
+    import spread
+    from arms import ARMS
+
+    wanted = [arm for arm in ARMS.values() if arm.supervised and arm.name in TOLD_OF and arm.name not in known]
+    return {
+        arm.name: spread.measure(work / arm.store, arm.teachers[0])
+        for arm in wanted
+        if arm.store is not None and (work / arm.store).with_suffix(".done").is_file()
+    }
 
 
 def _stored(work: Path, known: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -49,10 +49,10 @@ def plot_students(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     where = (str(plan["endpoint"]["split"]), str(plan["endpoint"]["question"]))
     place = " ".join(where)
-    for width in sorted({row["width"] for row in rows}):
-        own = [row for row in rows if row["width"] == width]
+    for told in sorted({row["told"] for row in rows}):
+        own = [row for row in rows if row["told"] == told]
         shares = [100 * share(row["right"][place]) for row in own]
-        axis.plot([best_probe(row) for row in own], shares, "o", label=f"tower of {width} channels", alpha=0.7)
+        axis.plot([best_probe(row) for row in own], shares, "o", label=f"{told} captions tell distances", alpha=0.7)
     axis.axhline(100 * results.chance[where], color="grey", linestyle="--", label="chance")
     axis.set(xlabel="depth probe before fine-tuning, best block (centred R²)", ylabel="questions of depth right, %")
     axis.legend()

@@ -39,6 +39,8 @@ class Results:
     """Rows of part (a)."""
     headroom: dict[str, dict[str, float]]
     """What a regression reads of depth from the places of two things: shares by what it reads from, and by split."""
+    spread: dict[str, dict[str, float]]
+    """By arm: how much of its targets is about the image (`spread.measure`)."""
     ended: dict[tuple[str, int], dict[int, dict[str, float]]]
     """By arm and budget, by seed, where it was kept: what pretraining ended at (`text`, the next-token loss; `depth.2`,
     the centred R² of the depth predictions at block 2), and `tune_text`, the next-token loss of fine-tuning."""
@@ -117,6 +119,7 @@ def load(folder: Path) -> Results:
         left_out=len(rows) - len(used),
         stored=record(folder / "stores.json"),
         headroom=record(folder / "headroom.json"),
+        spread=record(folder / "spread.json"),
         cost=record(folder / "cost.json"),
         seconds=_seconds(used),
         ended=_ended(used),
@@ -165,6 +168,11 @@ def _seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, f
 def best_probe(row: Mapping[str, Any]) -> float:
     """Return the centred R² of a student's best layer."""
     return float(max(row["probe"].values()))
+
+
+def best_depth(row: Mapping[str, Any]) -> float:
+    """Return the centred R² of depth as a ridge reads it from a student's best layer."""
+    return float(max(row["depth"].values()))
 
 
 def share(text: str) -> float:

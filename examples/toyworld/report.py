@@ -12,7 +12,7 @@ import numpy as np
 from arms import ARMS, LAYER_CHOICES, LAYERS, MAIN, PRECISIONS, layers_arm, numbers
 from plots import plot, plot_students
 from recorded import Results, load, order, record, title
-from report_endpoint import endpoint, endpoint_of, summary, untrained
+from report_endpoint import endpoint, endpoint_of, summary, targets, untrained
 from report_students import representations
 from significance import Estimate, holm
 from trivial import FADED
@@ -35,7 +35,12 @@ def write(folder: Path, out: Path, fixed: Path = HERE / "plan.json") -> None:
     if plot(results, plan, images / "results.png"):
         parts.append("![differences by seed](images/results.png)\n")
     corrected = _corrected(results, plan)
-    parts += [untrained(results, plan), _progress(results, plan), _sensitivity(results, plan, corrected)]
+    parts += [
+        untrained(results, plan),
+        _progress(results, plan),
+        targets(results, plan),
+        _sensitivity(results, plan, corrected),
+    ]
     parts += [_fixed(plan), _controls(results, plan, corrected)]
     parts += [_accuracies(results), _rest(results, plan)]
     parts += [_layers(results, plan, corrected), _precision(results, plan, corrected)]
@@ -179,7 +184,8 @@ def _sensitivity(results: Results, plan: Mapping[str, Any], corrected: Mapping[C
     where = endpoint_of(plan)
     lines = [
         "## Could it see an effect?", "",
-        "`feed` has the teacher's features as inputs, `oracle` distances in the captions. Where these help no more than the losses, the endpoint cannot tell whether a student sees depth.", "",
+        "`oracle` has distances in the captions: where it helps no more than the losses, a student cannot use what is told of depth. `feed` has the teacher's features as inputs: where it helps no more than the losses, "
+        "features help as targets and not as inputs, and the endpoint cannot tell what is in them.", "",
         "| arm | seeds | depth order, % | minus `none`, points | 95 % interval | p, corrected |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for arm in ("none", "oracle", "feed"):
@@ -229,16 +235,21 @@ def _controls(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comp
     return "\n".join([*lines, ""])
 
 
+_ABOUT = {
+    "random": "embedding losses, features of an untrained network: no knowledge of depth, but the picture's colours, and in them the cue",
+    "feed": "no loss, the teacher's features as inputs (a map's 36 vectors), at test time too",
+}
+"""What an arm is, in the words of what was learnt about it; `Arm.about` is part of a row's digest."""
+
+
 def _about(arm: str) -> str:
-    """What an arm is, in the words of what was learnt about it; `Arm.about` is part of a row's digest."""
-    if arm == "random":
-        return "embedding losses, features of an untrained network: no knowledge of depth, but the picture's colours, and in them the cue"
-    return ARMS[arm].about
+    return _ABOUT.get(arm, ARMS[arm].about)
 
 
 def _difference(found: Compared) -> str:
     e = found.estimate
-    return f"{e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {found.p:.3f}"
+    p = f"{found.p:.3f}" if found.p >= 0.0005 else "< 0.001"
+    return f"{e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {p}"
 
 
 def _percent(found: Estimate) -> str:
@@ -254,7 +265,7 @@ def _accuracies(results: Results) -> str:
             f"## Accuracy after {budget} questions",
             "",
             "Percent, with 95 % intervals over seeds and images, of one seed over images alone. **Rows are not to be compared with each other**: arms have unlike numbers of seeds, and of the same seeds and questions "
-            "much cancels. Only paired differences compare: those to `tokens` stand in “The rest”. `ood`: pictures whose only cue is contact (what stands lower is closer), which no question to train on was about; pictures with that cue are among the captions.",
+            "much cancels. Only paired differences compare: those to `tokens` stand in “The rest”. `ood`: pictures whose only cue is contact (what stands lower is closer), which no question to train on was about; pictures with that cue are among the captions. It is not depth seen by another cue: there the cells' mean colours answer more than on `test` (“Could it see an effect?”), perhaps as what stands higher has the sky around it.",
             "",
         ]
         lines.append("| arm | seeds | " + " | ".join(title(place) for place in kinds) + " |")
@@ -332,14 +343,15 @@ def _floor(results: Results, plan: Mapping[str, Any]) -> str:
 
 
 def _layers(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared]) -> str:
-    probes = [row["probe"] for row in results.students]
+    fewest = min((row["told"] for row in results.students), default=0)
+    probes = [row["probe"] for row in results.students if row["told"] == fewest]
     lines = ["## Layers", ""]
     if probes:
         means = {layer: float(np.mean([probe[layer] for probe in probes])) for layer in sorted(probes[0])}
         best = suggest({int(layer): LayerScore(cosine=0.0, r2=value, smooth_l1=0.0) for layer, value in means.items()})
         lines += [
             "What depth probes read from each block of students trained on next tokens alone, before fine-tuning "
-            f"(centred R², mean of {len(probes)} students; the mean map has 0):", "",
+            f"(centred R², mean of {len(probes)} students, {fewest} of whose captions tell distances; the mean map has 0):", "",
             "| block | " + " | ".join(means) + " |", "|---|" + "---|" * len(means),
             "| R² | " + " | ".join(f"{value:.3f}" for value in means.values()) + " |", "",
             f"By the rule of `olatrain probe` (the two best blocks that beat the mean map) that suggests "

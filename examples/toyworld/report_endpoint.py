@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from arms import ARMS
 from recorded import Results, order, title
 from significance import Estimate, seeds_needed
 
@@ -62,7 +63,7 @@ def _of_random(found: Estimate) -> str:
     if found.low > 0:
         return "."
     return (
-        ": so this experiment does **not** show that what the teacher learnt is what helps. Such features hold the picture's colours, and in these the only cue of the pictures that are asked about (haze) stands "
+        ": so the endpoint does **not** show that what the teacher learnt is what helps. A possible reason, not tested by it: such features hold the picture's colours, and in these the only cue of the pictures that are asked about (haze) stands "
         "(how well depth is read from each: “Could it see an effect?”)."
     )
 
@@ -91,7 +92,9 @@ def _price(results: Results, plan: Mapping[str, Any], seeds: list[int]) -> str:
     ended = [results.ended.get((arm, budget), {}) for arm in ("tokens", "embedding")]
     if all("text" in one.get(seed, {}) for one in ended for seed in seeds):
         before, after = (float(np.mean([one[seed]["text"] for seed in seeds])) for one in ended)
-        said.append(f"The next-token loss on captions ended at {after:.3f} with the losses and {before:.3f} without.")
+        said.append(
+            f"The next-token loss on captions, those trained on, ended at {after:.3f} with the losses and {before:.3f} without."
+        )
     apart = {
         kind: e
         for kind in ("colour", "count", "relation")
@@ -163,6 +166,43 @@ def untrained(results: Results, plan: Mapping[str, Any]) -> str:
             f"Differences in points over the {len(seeds)} seeds of the endpoint, with 95 % intervals, by kind of question; all but those of depth are descriptive.", "",
             "| | " + " | ".join(title(place) for place in kinds) + " |", "|---|" + "---|" * len(kinds), *rows, "",
             "There is one trained and one untrained teacher: intervals are about seeds and pictures, and say nothing of other trainings or other random weights. How much of depth each one's features hold stands under “Could it see an effect?”.",
+            "",
+        ]
+    )  # fmt: skip
+
+
+_HEADS = {"depth": "layer norm, then linear–ReLU–linear", "clip": "layer norm", "cells": "linear", "depthmap": "linear"}
+
+
+def targets(results: Results, plan: Mapping[str, Any]) -> str:
+    """Lay the targets of all kinds beside each other: what they are, how much is about the image, what they do."""
+    if not results.spread:
+        return ""
+    lines = [
+        "## Which targets help?", "",
+        "Losses scale a target by channel, so weights are equal; how much of it is about the image is not: the rest is its mean map, which a student learns without looking.", "",
+        "| arm | channels | ends in | variance beyond the mean map | smooth-L1 of the mean map | cosine of two images | depth order minus `tokens`, points | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for arm in (arm for arm in ARMS if arm in results.spread):
+        told, head = results.spread[arm], _HEADS[ARMS[arm].teachers[0]]
+        found = results.difference(arm, "tokens", *endpoint_of(plan))
+        cells = "– | fewer than 2" if found is None else f"{_interval(found)} | {found.seeds}"
+        lines.append(
+            f"| `{arm}` | {told['channels']:.0f} | {head} | {told['beyond']:.2f} | {told['loss']:.3f} | {told['alike']:.2f} | {cells} |"
+        )
+    apart = {
+        "`map` minus `cells`": ("map", "cells"), "`map` minus `map-untrained`": ("map", "map-untrained"),
+        "`map` minus `embedding`": ("map", "embedding"), "`random` minus `cells`": ("random", "cells"),
+    }  # fmt: skip
+    known = {name: results.difference(arm, other, *endpoint_of(plan)) for name, (arm, other) in apart.items()}
+    said = "; ".join(f"{name} {_points(e)}, {e.seeds} seeds" for name, e in known.items() if e is not None)
+    if said:
+        lines += ["", f"Paired with each other, at the endpoint's questions: {said}."]
+    return "\n".join(
+        [
+            *lines, "",
+            "`map` and `cells` have one shape of predictor, `embedding`, `random` and `shuffled` another, `own` a third. None of `map`, `cells` and `own` has a shuffled control. All of this was added after the endpoint had been seen, and is descriptive.",
             "",
         ]
     )  # fmt: skip

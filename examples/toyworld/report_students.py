@@ -3,75 +3,190 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from recorded import Results, best_probe, order, share, title
+from recorded import Results, best_depth, best_probe, order, share, title
+from report_endpoint import endpoint_of
+from scipy.stats import rankdata
 from significance import Correlation, permutation_p, rank_correlation
 
 FEWEST_STUDENTS = 12
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Students:
+    """Students of part (a), in one order within each tower, which permutations rely on."""
+
+    rows: Sequence[Row]
+
+    @property
+    def towers(self) -> list[tuple[int, int]]:
+        """Of each its tower."""
+        return [(row["width"], row["tower_steps"]) for row in self.rows]
+
+    @property
+    def told(self) -> np.ndarray:
+        """(N,): how many captions told distances."""
+        return np.array([row["told"] for row in self.rows])
+
+    def of(self, measure: Callable[[Row], float]) -> np.ndarray:
+        """(N,): a figure of each."""
+        return np.array([measure(row) for row in self.rows])
+
+    def answers(self, place: str) -> np.ndarray:
+        """(N,): share of right answers."""
+        return self.of(lambda row: share(row["right"][place]))
+
+    def alike(self, values: np.ndarray) -> np.ndarray:
+        """Rank (N,) values among students that were told alike: what telling does to them is taken out."""
+        found = np.zeros(len(values))
+        for level in np.unique(self.told):
+            own = self.told == level
+            found[own] = (rankdata(values[own]) - (own.sum() + 1) / 2) / own.sum()
+        return found
+
+
+MEASURES: dict[str, Callable[[Row], float]] = {
+    "probe of the depth teacher's features": best_probe,
+    "depth read by a ridge": best_depth,
+}
 
 
 def representations(results: Results, plan: Mapping[str, Any]) -> str:
     """Write the section."""
-    # in one order within each tower, which the permutations rely on
     rows = sorted(results.students, key=lambda row: (row["width"], row["tower_steps"], row["told"]))
     lines = ["## (a) Better representations, better answers?", ""]
     if len(rows) < FEWEST_STUDENTS:
         said = f"Not enough was run yet: {len(rows)} students; correlations are told from {FEWEST_STUDENTS} on."
         return "\n".join([*lines, said, ""])
-    towers = [(row["width"], row["tower_steps"]) for row in rows]
-    probe = np.array([best_probe(row) for row in rows])
-    text = np.array([row["text"] for row in rows])
+    students = Students(rows)
+    spreads = ", ".join(
+        f"{100 * float(values.mean(axis=1).std(ddof=1)):.1f} (`{arm}`, {len(seeds)} seeds)"
+        for arm in ("none", "oracle")
+        if len(seeds := results.seeds([arm], *endpoint_of(plan))) > 1
+        for values in [results.values(arm, *endpoint_of(plan), seeds)]
+    )
     lines += [
-        f"{len(rows)} students of next tokens alone: towers of {_values(rows, 'width')} channels trained for "
-        f"{_values(rows, 'tower_steps')} steps, pretrained for equally many steps on the same pictures, with {_values(rows, 'told')} of the captions telling distances. "
-        f"Depth probe, best block: R² {probe.min():.3f} to {probe.max():.3f} (the mean map: 0).", "",
-        "| questions | chance | accuracy, lowest to highest | Spearman with the depth probe | 95 % interval | p, by towers | given the next-token loss | 95 % interval |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for place in sorted(rows[0]["right"], key=lambda name: order((name.split()[0], name.split()[1]))):
-        split, kind = place.split()
-        shares = np.array([share(row["right"][place]) for row in rows])
-        plain = rank_correlation(probe, shares, groups=towers)
-        partial = rank_correlation(probe, shares, text, groups=towers)
-        lines.append(
-            f"| {title((split, kind))} | {100 * results.chance[split, kind]:.0f} | {100 * shares.min():.1f} to {100 * shares.max():.1f} | "
-            f"{_correlation(plain)} | {_p(permutation_p(probe, shares, towers))} | {_correlation(partial)} |"
-        )
-    depth, colour = (np.array([share(row["right"][f"test {kind}"]) for row in rows]) for kind in ("depth", "colour"))
-    apart = rank_correlation(probe, depth, minus=colour, groups=towers)
-    lines += [
-        "",
-        "A rank correlation of 0 is what no relation gives; –: too few students differ. The bootstrap draws towers, which several students share; "
-        f"percentiles of draws of {len(set(towers))} towers are too narrow an interval, so trust the p-value more: how often the correlation is as far from 0 where the probes of whole towers change places. "
-        "It is not corrected and describes, no more. The next-token loss is that after pretraining, on pictures held out, of what stands in which column, which all were taught alike.", "",
-        f"The depth probe's correlation with depth answers minus that with colour answers: {_correlation(apart).replace(' | ', ' (95 %: ')}).", "",
-        *_specificity(rows),
+        f"{len(rows)} students of next tokens alone: towers of {_values(rows, 'width')} channels trained for {_values(rows, 'tower_steps')} steps, pretrained for equally many steps on the same pictures. "
+        f"Of the 3000 captions {_values(rows, 'told')} tell distances, in the very words that questions of depth and distance need; what captions tell moves answers by itself, so **correlations are taken among students that are told alike** "
+        "(ranks within each number of telling captions). What is read of depth, before fine-tuning, on pictures that pretraining did not have, best block: "
+        + "; ".join(f"{name}, R² {students.of(m).min():.3f} to {students.of(m).max():.3f}" for name, m in MEASURES.items())
+        + " (the mean map: 0)." + (f" One seed each; over seeds the answers to questions of depth of one recipe have an SD of {spreads} points." if spreads else ""),
+        "", _verdict(students), "",
+        *_among_alike(results, students), *_telling(students), *_specificity(students),
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def _specificity(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _verdict(students: Students) -> str:
+    """What came out for the probe that was fixed beforehand."""
+    x, y = (students.alike(values) for values in (students.of(best_probe), students.answers("test depth")))
+    found, p = rank_correlation(x, y, groups=students.towers), permutation_p(x, y, students.towers)
+    told = f"ρ = {found.value:+.2f}, p = {_p(p)} by towers that change places"
+    if p < 0.05 and found.value > 0:
+        return f"**Among students that are told alike, those from which a depth probe reads more answer more questions of depth** ({told}). Towers that are better at depth are better at much else, so see the matrix."
+    return f"**Among students that are told alike, a better depth probe does not go with more right answers on depth beyond chance** ({told}). A correlation over all of them follows what captions tell."
+
+
+def _among_alike(results: Results, students: Students) -> list[str]:
+    loss = students.alike(students.of(lambda row: row["text"]))
+    lines = [
+        "| questions | chance | accuracy, lowest to highest | " + " | ".join(f"ρ with {name} | 95 % | p, by towers | given the next-token loss" for name in MEASURES) + " |",
+        "|---|---|---|" + "---|---|---|---|" * len(MEASURES),
+    ]  # fmt: skip
+    for place in _places(students):
+        shares = students.answers(place)
+        cells = []
+        for measure in MEASURES.values():
+            x, y = students.alike(students.of(measure)), students.alike(shares)
+            partial = rank_correlation(x, y, loss, groups=students.towers)
+            cells += [
+                _correlation(rank_correlation(x, y, groups=students.towers)),
+                _p(permutation_p(x, y, students.towers)), _correlation(partial).split(" | ")[0],
+            ]  # fmt: skip
+        split, kind = place.split()
+        head = f"{title((split, kind))} | {100 * results.chance[split, kind]:.0f} | {100 * shares.min():.1f} to {100 * shares.max():.1f}"
+        lines.append(f"| {head} | {' | '.join(cells)} |")
+    depth, colour = (students.alike(students.answers(f"test {kind}")) for kind in ("depth", "colour"))
+    apart = {
+        name: rank_correlation(students.alike(students.of(m)), depth, minus=colour, groups=students.towers)
+        for name, m in MEASURES.items()
+    }
+    return [
+        *lines, "",
+        "A rank correlation of 0 is what no relation gives; –: too few students differ. The bootstrap draws towers, which several students share; "
+        f"percentiles of draws of {len(set(students.towers))} towers are too narrow an interval, so trust the p-value more: how often the correlation is as far from 0 where the probes of whole towers change places. "
+        "It is not corrected and describes, no more. The next-token loss is of columns in pictures held out, a turn by itself that no pretraining has: it stands for captioning in general.", "",
+        "Correlation with depth answers minus that with colour answers: " + "; ".join(f"{name} {_correlation(one).replace(' | ', ' (95 %: ')})" for name, one in apart.items()) + ".", "",
+    ]  # fmt: skip
+
+
+def _telling(students: Students) -> list[str]:
+    """What captions tell, as a rival of the probes."""
+    told, answers = students.told.astype(float), students.answers("test depth")
+    lines = [
+        "What captions tell as a rival, over all students:", "",
+        "| | with depth answers | with how many captions tell | with depth answers, given how many tell | how many tell with depth answers, given it |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, measure in MEASURES.items():
+        values = students.of(measure)
+        cells = [
+            rank_correlation(values, answers), rank_correlation(values, told),
+            rank_correlation(values, answers, told), rank_correlation(told, answers, values),
+        ]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(_correlation(one).split(" | ")[0] for one in cells) + " |")
+    lines.append(f"| how many captions tell | {_correlation(rank_correlation(told, answers)).split(' | ')[0]} | | | |")
+    changes = {"right answers on depth, points": 100 * answers}
+    changes |= {f"{name}, R²": students.of(measure) for name, measure in MEASURES.items()}
+    said = []
+    for name, values in changes.items():
+        apart = [
+            float(values[most] - values[least])
+            for tower in dict.fromkeys(students.towers)
+            for least, most in [_ends(students, tower)]
+            if least != most
+        ]
+        if apart:
+            said.append(f"{name} {np.mean(apart):+.2f} (up in {sum(a > 0 for a in apart)} of {len(apart)} towers)")
+    return [*lines, "", f"From the fewest to the most telling captions, tower by tower: {'; '.join(said)}.", ""]
+
+
+def _ends(students: Students, tower: tuple[int, int]) -> tuple[int, int]:
+    """Return the places of a tower's students with the fewest and with the most telling captions."""
+    own = [place for place, one in enumerate(students.towers) if one == tower]
+    return min(own, key=lambda place: students.told[place]), max(own, key=lambda place: students.told[place])
+
+
+def _specificity(students: Students) -> list[str]:
     """The matrix of what is known about a student and what it is asked: is depth what goes with depth?"""
-    about = {"depth probe of the student": np.array([best_probe(row) for row in rows])}
+    about = {name: students.of(measure) for name, measure in MEASURES.items()}
     about |= {
-        f"{name} of its tower": np.array([row["tower"][name] for row in rows])
-        for name in rows[0]["tower"]
+        f"{name} of its tower": students.of(lambda row, name=name: row["tower"][name])  # type: ignore[misc]
+        for name in students.rows[0]["tower"]
         if not name.endswith("by chance")
     }
-    places = sorted(rows[0]["right"], key=lambda name: order((name.split()[0], name.split()[1])))
+    places = _places(students)
     lines = [
-        "Spearman's correlation of each score with the answers to each kind of question:", "",
+        "Spearman's correlation of each score with the answers to each kind of question, among students that are told alike; a tower's scores are the same for all of its students:", "",
         "| score | " + " | ".join(title((place.split()[0], place.split()[1])) for place in places) + " |",
         "|---|" + "---|" * len(places),
     ]  # fmt: skip
+    asked = [students.alike(students.answers(place)) for place in places]
     for name, values in about.items():
-        shares = [np.array([share(row["right"][place]) for row in rows]) for place in places]
-        found = [_correlation(rank_correlation(values, share)).split(" | ")[0] for share in shares]
+        found = [_correlation(rank_correlation(students.alike(values), one)).split(" | ")[0] for one in asked]
         lines.append(f"| {name} | " + " | ".join(found) + " |")
-    return [*lines, ""]
+    told = [rank_correlation(students.told.astype(float), students.answers(place)) for place in places]
+    cells = " | ".join(_correlation(one).split(" | ")[0] for one in told)
+    return [*lines, f"| how many captions tell (over all) | {cells} |", ""]
+
+
+def _places(students: Students) -> list[str]:
+    return sorted(students.rows[0]["right"], key=lambda name: order((name.split()[0], name.split()[1])))
 
 
 def _correlation(found: Correlation) -> str:
@@ -85,5 +200,5 @@ def _p(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 
-def _values(rows: list[dict[str, Any]], name: str) -> str:
+def _values(rows: Sequence[Row], name: str) -> str:
     return ", ".join(str(value) for value in sorted({row[name] for row in rows}))

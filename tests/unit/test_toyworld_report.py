@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -233,39 +234,67 @@ def test_what_can_be_read_stands_beside_chance_by_split(tmp_path: Path) -> None:
     assert "nor a bound on it" in part
 
 
-def test_students_are_correlated_and_few_are_not(tmp_path: Path) -> None:
-    write_rows(tmp_path / "results", SHARES)
+def _students(folder: Path, *, within: float, by_telling: float) -> list[dict[str, Any]]:
+    """18 students of 6 towers: answers and probes rise with the tower by `within`, and with what captions tell."""
     rng = np.random.default_rng(1)
     rows = [
         {
-            "width": 32, "tower_steps": 60 + n // 2, "told": 300 + n % 2, "text": 0.3,
-            "probe": {"1": 0.0, "2": 0.05 * n}, "tower": {"depth R²": -n, "names AP": 0.5, "names AP by chance": 0.1},
-            "right": {"test depth": digits(0.5 + 0.04 * n, rng), "ood depth": digits(0.5, rng),
-                      "test colour": digits(0.9 - 0.04 * n, rng)},
+            "width": 32, "tower_steps": 60 + tower, "told": told, "text": 0.3,
+            "probe": {"1": 0.0, "2": 0.05 * tower + 0.2 * by_telling * level},
+            "depth": {"0": -1.0, "1": 0.9 - 0.05 * tower},
+            "tower": {"depth R²": -tower, "names AP": 0.5, "names AP by chance": 0.1},
+            "right": {"test depth": digits(0.4 + 0.02 * within * tower + 0.12 * by_telling * level, rng),
+                      "ood depth": digits(0.5, rng), "test colour": digits(0.9 - 0.03 * tower, rng)},
             "bench": "these",
         }
-        for n in range(12)
+        for tower in range(6) for level, told in enumerate((0, 1000, 3000))
     ]  # fmt: skip
-    path = tmp_path / "results" / "students.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
-    (tmp_path / "results" / "questions.json").write_text(json.dumps(_asked_with_colours(tmp_path / "results")))
-    assert "Not enough was run yet: 3 students" in page(tmp_path / "results", tmp_path)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part = page(tmp_path / "results", tmp_path).split("## (a)")[1]
-    (row,) = [line for line in part.splitlines() if line.startswith("| depth |")]
-    assert float(row.split(" | ")[3]) > 0.9
-    assert float(row.split(" | ")[5]) < 0.02, "of 720 orders of six towers"
+    (folder / "students.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_students_are_correlated_among_those_told_alike_and_few_are_not(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    write_rows(results, SHARES)
+    (results / "questions.json").write_text(json.dumps(_asked_with_colours(results)))
+    rows = _students(results, within=2, by_telling=1)
+    (results / "students.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    assert "Not enough was run yet: 3 students" in page(results, tmp_path)
+    _students(results, within=2, by_telling=1)
+    part = page(results, tmp_path).split("## (a)")[1]
+    assert "**Among students that are told alike, those from which a depth probe reads more" in part
     assert "draws of 6 towers are too narrow" in part
-    contrast = [line for line in part.splitlines() if line.startswith("The depth probe's correlation with depth")]
-    assert float(contrast[0].split(": ")[1].split(" ")[0]) > 1.5
+    (row,) = [line for line in part.splitlines() if line.startswith("| depth |")]
+    cells = row.strip("| ").split(" | ")
+    # kind, chance, range, then of each measure: correlation, interval, p, given the loss
+    assert float(cells[3]) > 0.7 and float(cells[5]) < 0.05, "of 720 orders of six towers"
+    assert cells[6] == "–", "the text losses are all equal: nothing is left to take out"
+    assert float(cells[7]) < -0.7, "the ridge was made to fall where answers rise"
     (unlike,) = [line for line in part.splitlines() if line.startswith("| depth (ood) |")]
-    assert float(unlike.split(" | ")[5]) > 0.05
-    assert row.endswith("| – | – |"), "the text losses are all equal: nothing is left to take out"
+    assert float(unlike.strip("| ").split(" | ")[5]) > 0.05
+    (contrast,) = [line for line in part.splitlines() if line.startswith("Correlation with depth answers minus")]
+    assert float(contrast.split("features ")[1].split(" ")[0]) > 1.2
+    (changes,) = [line for line in part.splitlines() if line.startswith("From the fewest to the most telling")]
+    assert "probe of the depth teacher's features, R² +0.40 (up in 6 of 6 towers)" in changes
+    assert "depth read by a ridge, R² +0.00 (up in 0 of 6 towers)" in changes
     matrix = {line.split(" | ")[0]: line.split(" | ")[2] for line in part.splitlines() if "of its tower" in line}
     assert matrix.keys() == {"| depth R² of its tower", "| names AP of its tower"}
-    assert float(matrix["| depth R² of its tower"]) < -0.9
+    assert float(matrix["| depth R² of its tower"]) < -0.7
     assert matrix["| names AP of its tower"] == "–"
     assert (tmp_path / "images" / "students.png").is_file()
+
+
+def test_what_captions_tell_makes_no_correlation_by_itself(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    write_rows(results, SHARES)
+    (results / "questions.json").write_text(json.dumps(_asked_with_colours(results)))
+    _students(results, within=0, by_telling=1)
+    part = page(results, tmp_path).split("## (a)")[1]
+    assert "a better depth probe does not go with more right answers on depth beyond chance" in part
+    (rival,) = [line for line in part.splitlines() if line.startswith("| probe of the depth teacher's features | ")][:1]
+    over_all, with_told, given_told, _ = map(float, rival.strip("| ").split(" | ")[1:])
+    assert over_all > 0.6 and with_told > 0.6
+    assert abs(given_told) < 0.45
 
 
 def test_rows_made_again_are_counted_and_compared(tmp_path: Path) -> None:
@@ -281,6 +310,7 @@ def test_rows_made_again_are_counted_and_compared(tmp_path: Path) -> None:
     assert path.read_text().count("\n") == 10 * 2 * len(SHARES)
     student = {
         "width": 32, "tower_steps": 60, "told": 3, "text": 0.3, "probe": {"1": 0.5}, "config": "this",
+        "depth": {"0": 0.5},
         "right": {"test depth": "1100", "test colour": "0101"}, "bench": json.loads(first)["bench"],
     }  # fmt: skip
     (tmp_path / "results" / "students.jsonl").write_text(json.dumps(student) + "\n")
@@ -328,3 +358,48 @@ def test_the_plan_names_arms_and_students_that_there_are() -> None:
     assert full["students"] == len(plan["students"]) == len(set(plan["students"]))
     made = [representations.variant(name) for name in plan["students"]]
     assert {len({getattr(one, name) for one in made}) for name in ("width", "tower_steps", "told")} == {3}
+
+
+def test_targets_of_all_kinds_stand_beside_each_other(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    write_rows(results, {**SHARES, "map": 0.75, "cells": 0.5})
+    assert "## Which targets help?" not in page(results, tmp_path)
+    told = {"channels": 16.0, "beyond": 0.11, "loss": 0.049, "alike": 0.89}
+    (results / "spread.json").write_text(json.dumps({"map": told, "own": told}))
+    part = page(results, tmp_path).split("## Which targets help?")[1].split("\n## ")[0]
+    (row,) = [line for line in part.splitlines() if line.startswith("| `map` |")]
+    assert row.startswith("| `map` | 16 | linear | 0.11 | 0.049 | 0.89 | +")
+    assert row.endswith(" | 10 |")
+    assert "| `own` | 16 | layer norm | 0.11 | 0.049 | 0.89 | – | fewer than 2 |" in part
+    (paired,) = [line for line in part.splitlines() if line.startswith("Paired with each other")]
+    assert 10 < float(paired.split("`map` minus `cells` ")[1].split(" ")[0]) < 40
+
+
+def test_what_of_a_target_is_about_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = load("spread")
+    rng = np.random.default_rng(0)
+    shared, own = rng.normal(size=(1, 4, 4, 2)), rng.normal(size=(400, 4, 4, 2))
+    maps = shared + 0.5 * own
+
+    class Reader:
+        def __init__(self, store: object, teacher: str) -> None: ...
+
+        def feature(self, row: int) -> Any:
+            return maps[row]
+
+    class Store:
+        @classmethod
+        def open(cls, url: str) -> Store:
+            return cls()
+
+        def samples(self) -> Any:
+            return (types.SimpleNamespace(row=row) for row in range(len(maps)))
+
+    monkeypatch.setattr(spread, "FeatureReader", Reader)
+    monkeypatch.setattr(spread, "FeatureStore", Store)
+    found = spread.measure(tmp_path, "depth")
+    ratio = 0.25 / (0.25 + shared.var(axis=(0, 1, 2)))
+    assert found["channels"] == 2
+    assert found["beyond"] == pytest.approx(ratio.mean(), rel=0.05)
+    assert found["alike"] == pytest.approx(1 - ratio.mean(), abs=0.1)
+    assert 0 < found["loss"] < found["beyond"] / 2
