@@ -82,7 +82,16 @@ def _other_targets(results: Results, plan: Mapping[str, Any]) -> str:
     told = [f"{_OTHER_TARGETS[arm]}: {_points(e)}, {e.seeds} seeds" for arm, e in found.items() if e is not None]
     if not told:
         return ""
-    return f"Other targets, over task tokens without a loss (added later, descriptive): {'; '.join(told)}."
+    said = f"Other targets, over task tokens without a loss (added later, descriptive): {'; '.join(told)}."
+    learnt = results.difference("map", "map-untrained", *endpoint_of(plan))
+    if learnt is None:
+        return said
+    verdict = (
+        "so in this form what the teacher learnt is what helps"
+        if learnt.low > 0
+        else "so in this form neither does it show"
+    )
+    return f"{said} The trained teacher's answer gave {_points(learnt)} over the untrained one's ({learnt.seeds} seeds): {verdict}."
 
 
 def _price(results: Results, plan: Mapping[str, Any], seeds: list[int]) -> str:

@@ -107,6 +107,12 @@ def test_the_summary_says_which_other_targets_help(tmp_path: Path) -> None:
     assert 15 < float(cells.split()[0]) < 45
     assert -35 < float(own.split()[0]) < -5
     assert own.endswith(", 10 seeds.")
+    assert "over the untrained one's" not in text
+    for share, said in ((0.3, "what the teacher learnt is what helps"), (0.8, "neither does it show")):
+        write_rows(tmp_path / "results", {**SHARES, "map": 0.8, "map-untrained": share})
+        text = page(tmp_path / "results", tmp_path)
+        (line,) = [line for line in text.splitlines() if line.startswith("Other targets, over task tokens without")]
+        assert line.endswith(f"(10 seeds): so in this form {said}.")
 
 
 def test_seeds_count_that_all_arms_of_the_endpoint_have_and_that_one_machine_made(tmp_path: Path) -> None:
