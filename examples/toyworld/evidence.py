@@ -300,15 +300,12 @@ def measure_stores(work: Path, vision: Path, results: Path) -> None:
 
     A store is measured once: figures stay beside the stores in `work`.
     """
-    path = results / STORES
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    measured = _once(work / STORES, lambda kept: kept | _stored(work, kept))
-    if measured:
-        path.write_text(json.dumps(known | measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    if spread := _once(work / SPREAD, lambda kept: kept | _spread(work, kept)):
-        path = results / SPREAD
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        path.write_text(json.dumps(known | spread, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    from recorded import record
+
+    for name, measure in ((STORES, _stored), (SPREAD, _spread)):
+        if measured := _once(work / name, lambda kept, measure=measure: kept | measure(work, kept)):  # type: ignore[misc]
+            known = record(results / name)  # what others measured stays
+            (results / name).write_text(json.dumps(known | measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if (store := work / "all.zarr").is_dir():
         import headroom
 
@@ -320,7 +317,9 @@ def measure_stores(work: Path, vision: Path, results: Path) -> None:
 
 def _once(path: Path, measure: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     """Return what `measure` makes of what the file holds, and keep that in it."""
-    found = measure(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+    from recorded import record
+
+    found = measure(record(path))
     path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return found
 
