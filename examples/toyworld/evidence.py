@@ -44,7 +44,7 @@ RANDOM_TOO = "random-all.zarr"
 """Of all pictures, by the untrained teacher: what a linear reading gets from it."""
 TARGETS = {"cells.zarr": "cells", "map.zarr": "depthmap", "map-untrained.zarr": "depthmap"}
 """Stores, by the teachers that `targets/` installs."""
-TOLD_OF = ("embedding", "random", "own", "cells", "map", "map-untrained")
+UNLIKE_TARGETS = ("embedding", "random", "own", "cells", "map", "map-untrained")
 """Arms whose targets are of unlike kinds."""
 HELD_OUT = 200
 """Pictures on which students of part (a) are compared by their next-token loss."""
@@ -329,7 +329,7 @@ def _spread(work: Path, known: Mapping[str, Any]) -> dict[str, dict[str, float]]
     import spread
     from arms import ARMS
 
-    wanted = [arm for arm in ARMS.values() if arm.supervised and arm.name in TOLD_OF and arm.name not in known]
+    wanted = [ARMS[name] for name in UNLIKE_TARGETS if name not in known]
     return {
         arm.name: spread.measure(work / arm.store, arm.teachers[0])
         for arm in wanted

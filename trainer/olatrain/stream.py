@@ -244,7 +244,7 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         if kept is not None:
             return kept
         try:
-            sample = self._load(position)
+            sample = self._load(position, index)
         except (ImageError, SampleError) as error:
             return Skipped(position, self.name(position), error.reason, error.problem)
         except OlaError as error:
@@ -259,8 +259,7 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
         loose = np.asarray([not keys for keys in self._listing.conversations.keys])
         return group_by_modality(order, loose, first=epoch * len(self), batch=self._grouped)
 
-    def _load(self, position: int) -> Sample:
-        index = self.index(position)
+    def _load(self, position: int, index: int) -> Sample:
         conversation = self._listing.conversations[index]
         rows, places = self._listing.rows_of(index), self._listing.places_of(index)
         shown: list[Shown] = []
