@@ -52,15 +52,36 @@ def _cropped(resized: int, side: int) -> dict[str, Any]:
     return {"size": {"shortest_edge": resized}, "do_center_crop": True, "crop_size": _square(side)}
 
 
+_DEPTH_LARGE = {**LARGE, "mlp_ratio": 4, "image_size": 518, "patch_size": 14, "out_indices": [5, 12, 18, 24]}
+_DEPTH_SMALL = {"out_indices": [2, 3, 5, 6]}
+_DEPTH_PROCESSOR = {
+    "image_processor_type": "DPTImageProcessor", "resample": BICUBIC, "size": _square(518), **IMAGENET,
+}  # fmt: skip
+
 TRANSFORMERS: Mapping[str, Published] = {
     "depth": Published(
         source="Depth Anything V2 ViT-L (arXiv 2406.09414): DINOv2 ViT-L/14, taps 4, 11, 17, 23",
         config_class="Dinov2Config", model_class="Dinov2Backbone",
-        values={**LARGE, "mlp_ratio": 4, "image_size": 518, "patch_size": 14, "out_indices": [5, 12, 18, 24]},
-        reduced={**SMALL, "out_indices": [2, 3, 5, 6]},
-        processor={"image_processor_type": "DPTImageProcessor", "resample": BICUBIC, "size": _square(518), **IMAGENET},
+        values=_DEPTH_LARGE,
+        reduced={**SMALL, **_DEPTH_SMALL},
+        processor=_DEPTH_PROCESSOR,
         wrap=lambda values: {"model_type": "depth_anything", "backbone_config": values},
         prefix="backbone.",
+    ),
+    "depth-map": Published(
+        source="Depth Anything V2 ViT-L (arXiv 2406.09414) with its DPT head (arXiv 2103.13413)",
+        config_class="DepthAnythingConfig", model_class="DepthAnythingForDepthEstimation",
+        values={
+            "backbone_config": {"model_type": "dinov2", "reshape_hidden_states": False, **_DEPTH_LARGE},
+            "reassemble_hidden_size": 1024, "neck_hidden_sizes": [256, 512, 1024, 1024], "fusion_hidden_size": 256,
+        },
+        reduced={
+            "backbone_config": {
+                "model_type": "dinov2", "reshape_hidden_states": False, **_DEPTH_LARGE, **SMALL, **_DEPTH_SMALL,
+            },
+            "reassemble_hidden_size": 256, "neck_hidden_sizes": [64, 128, 256, 256], "fusion_hidden_size": 64,
+        },
+        processor=_DEPTH_PROCESSOR,
     ),
     "seg": Published(
         source="OneFormer Swin-L (arXiv 2211.06220): Swin-L, window 12, pretrained at 384 (arXiv 2103.14030)",

@@ -15,6 +15,8 @@ from transformers import (
     CLIPTextModel,
     ConvNextConfig,
     ConvNextModel,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
@@ -203,7 +205,27 @@ def make_sd(folder: Path) -> Path:
     return folder
 
 
+def make_depth_map(folder: Path) -> Path:
+    """Make a Depth Anything V2 whose answer is not cut to zero by its last ReLU."""
+    backbone = Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=70, patch_size=14,
+        out_indices=[1, 2, 3, 4], reshape_hidden_states=False,
+    )  # fmt: skip
+    config = DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[4, 8, 12, 16], fusion_hidden_size=8,
+        head_hidden_size=6,
+    )  # fmt: skip
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = DepthAnythingForDepthEstimation(config)
+        for parameter in (*model.neck.parameters(), *model.head.parameters()):
+            parameter.add_(torch.randn(parameter.shape) * 0.15)
+        model.head.conv3.bias.fill_(3.0)
+    published = {"image_processor_type": "DPTImageProcessor", "resample": 3, "size": square(70)}
+    return save(model, folder, IMAGENET | published)
+
+
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "dinov2": make_dinov2, "dinov3": make_dinov3, "siglip": make_siglip, "clip": make_clip, "sam": make_sam,
-    "internvit": make_internvit, "hf": make_vit,
+    "internvit": make_internvit, "hf": make_vit, "depth-map": make_depth_map,
 }  # fmt: skip

@@ -301,6 +301,9 @@ def test_predictions_that_end_below_the_mean_map_are_named(corpus: Corpus, stude
         assert f"{name}: predictions end worse than the mean map" in said
         for layer, one in found[name]["layers"].items():
             assert told[name][layer] == pytest.approx(one["r2"])
+    assert "--set normalise=channel" in said
+    said = fit(settings(corpus, student, tmp_path / "scaled", steps=2, normalise="channel"))
+    assert "worse than the mean map" in said and "--set normalise=channel" not in said, "it is done already"
     said = fit(settings(corpus, student, tmp_path / "control", steps=2, target_control="shuffle"))
     assert "worse than the mean map" not in said, "what a control cannot learn is no news"
 

@@ -50,6 +50,7 @@ from transformers.utils import logging as transformers_logging
 
 from olapipe.teachers import registry
 from olapipe.teachers.base import Teacher, TeacherSettings
+from olapipe.teachers.depth_map import centred
 from olapipe.teachers.pixels import OwnPreprocessor
 from olaschema.errors import TeacherError
 from olaschema.images import DecodedImage, decode_image
@@ -61,6 +62,7 @@ DIFFUSION = [pytest.param("sd-unet", marks=needs_diffusers), pytest.param("sd-va
 LICENCES = {
     "dinov2": "Apache-2.0", "dinov3": "DINOv3 License", "siglip": "Apache-2.0", "clip": "MIT", "sam": "Apache-2.0",
     "internvit": "MIT", "hf": "apache-2.0", "sd-vae": "MIT", "sd-unet": "CreativeML Open RAIL-M",
+    "depth-map": "CC-BY-NC-4.0",
 }  # fmt: skip
 DIGESTS = [DIGEST, OTHER_DIGEST, DIGEST[::-1]]
 
@@ -269,6 +271,7 @@ RELOADED: list[tuple[str, dict[str, Any]]] = [
     ("dinov2", {"image_size": 112}), ("dinov3", {"image_size": 96, "view": "crop"}), ("clip", {"view": "squash"}),
     ("clip", {"grid": "2x3", "grid_resize": "bilinear", "l2_norm": True, "channel_order": "bgr"}), ("sam", {}),
     ("siglip", {"taps": "1"}), ("internvit", {"grid": 2, "grid_resize": "area"}), ("hf", {"norm": "none"}),
+    ("depth-map", {"parts": 2, "scale": "image", "position_interpolation": "scale", "exif": False}),
 ]  # fmt: skip
 
 
@@ -289,7 +292,7 @@ def test_who_preprocesses(name: str, folders: dict[str, Path]) -> None:
     assert record.processor == {
         "dinov2": "BitImageProcessorPil", "dinov3": "olapipe", "siglip": "SiglipImageProcessorPil",
         "clip": "CLIPImageProcessorPil", "sam": "olapipe", "internvit": "GotOcr2ImageProcessorPil",
-        "hf": "ViTImageProcessorPil",
+        "hf": "ViTImageProcessorPil", "depth-map": "DPTImageProcessorPil",
     }[name]  # fmt: skip
     bgr = load(name, folders[name], channel_order="bgr").preprocessor
     flipped = DecodedImage(Image.merge("RGB", make_image(1).rgb.split()[::-1]), 1)
@@ -431,7 +434,8 @@ def remove(name: str) -> Callable[[Path], None]:
 
 def fewer_blocks(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config.get("vision_config", config)["num_hidden_layers"] -= 1
+    inner = next((config[part] for part in ("vision_config", "backbone_config") if part in config), config)
+    inner["num_hidden_layers"] -= 1
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -439,6 +443,7 @@ A_TENSOR = {
     "clip": "vision_model.encoder.layers.1.mlp.fc1.bias", "dinov2": "layernorm.bias", "dinov3": "norm.bias",
     "siglip": "vision_model.encoder.layers.1.mlp.fc1.bias", "sam": "vision_encoder.neck.conv1.weight",
     "internvit": "vision_tower.encoder.layer.0.lambda_1", "hf": "vit.layernorm.bias",
+    "depth-map": "neck.convs.1.weight",
 }  # fmt: skip
 
 
@@ -538,3 +543,53 @@ def test_local_files_need_no_hub_and_make_no_noise(
         monkeypatch.setattr(owner, method, refuse)
     encode(load(name, folders[name]), make_image(1))
     assert capfd.readouterr() == ("", "")
+
+
+# ---- the depth map
+
+
+def means_of(answer: np.ndarray, parts: int) -> np.ndarray:
+    """(336, 336) to (24, 24, parts²), for parts that divide a patch of 14 pixels."""
+    side = 14 // parts
+    means = answer.reshape(24, parts, side, 24, parts, side).mean((2, 5))
+    return means.transpose(0, 2, 1, 3).reshape(24, 24, parts**2)
+
+
+@pytest.mark.parametrize(("parts", "scale"), [(1, "model"), (2, "model"), (2, "image")])
+def test_means_of_the_depth_map(parts: int, scale: str, folders: dict[str, Path]) -> None:
+    image = make_image(4)
+    model = transformers.DepthAnythingForDepthEstimation.from_pretrained(folders["depth-map"]).eval()
+    pixels = normalise(image.rgb.resize((336, 336), Image.Resampling.BICUBIC), IMAGENET)
+    with torch.no_grad():
+        answer = model(pixels).predicted_depth[0].double().numpy()
+    if scale == "image":
+        answer = answer - np.sort(answer.ravel())[(answer.size - 1) // 2]
+        answer = answer / np.abs(answer).mean()
+    teacher = load("depth-map", folders["depth-map"], parts=parts, scale=scale)
+    actual = encode(teacher, image)
+    assert actual.shape[1:] == teacher.fingerprint.shape == (24, 24, parts**2)
+    assert relative(actual, torch.from_numpy(means_of(answer, parts)).float()[None]) <= 10 * BOUND
+
+
+def test_a_map_centred_by_image_forgets_scale_and_shift() -> None:
+    maps = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(centred(7 * maps + 3), centred(maps))
+    assert torch.equal(centred(torch.full((1, 4, 4), 5.0)), torch.zeros(1, 4, 4))
+
+
+def test_what_changes_a_depth_map_is_in_its_fingerprint(copy: Callable[[str], Path]) -> None:
+    whole = copy("depth-map")
+    first = load("depth-map", whole).fingerprint
+    assert first.taps == (0, 1, 2, 3)
+    changes: list[dict[str, Any]] = [
+        {"depth_estimation_type": "metric", "max_depth": 20}, {"max_depth": 2}, {"head_in_index": 2},
+    ]  # fmt: skip
+    seen = {first.digest()}
+    for change in changes:
+        kept = (whole / "config.json").read_text()
+        edit(whole / "config.json", **change)
+        seen.add(load("depth-map", whole).fingerprint.digest())
+        (whole / "config.json").write_text(kept)
+    assert len(seen) == 1 + len(changes)
+    edit(whole / "config.json", max_depth=None)  # as relative models may be written
+    assert load("depth-map", whole).fingerprint == first

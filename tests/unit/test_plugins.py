@@ -20,7 +20,10 @@ from olapipe.teachers.base import TeacherSettings
 from olaschema.errors import TeacherError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin_teacher"
-BUILT_IN = ["depth", "seg", "gen", "dinov2", "dinov3", "siglip", "clip", "sam", "internvit", "sd-vae", "sd-unet", "hf"]
+BUILT_IN = [
+    "depth", "seg", "gen", "depth-map", "dinov2", "dinov3", "siglip", "clip", "sam", "internvit", "sd-vae", "sd-unet",
+    "hf",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

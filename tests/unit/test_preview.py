@@ -276,16 +276,64 @@ def test_the_head_of_an_original_checkpoint_decodes_as_the_hub_layout_does(tmp_p
     decoder = load_decoder(teacher.fingerprint, str(file), "cpu")
     assert close(decoder.full(pixels[0].numpy()), expected)
 
+    shutil.copy(GOLDEN / "depth" / "preprocessor_config.json", tmp_path / "hub")
+    hub, plain = (
+        registry.load("depth-map", TeacherSettings(str(path), options={"parts": 1}))
+        for path in (tmp_path / "hub", file)
+    )
+    assert plain.fingerprint == hub.fingerprint
+    cells = expected.reshape(24, 14, 24, 14).mean((1, 3))
+    assert close(plain.encode(pixels)[0, ..., 0].numpy(), cells)
+    metric = file.with_name("depth_anything_v2_metric_toy.pth")
+    shutil.copy(file, metric)
+    with pytest.raises(TeacherError, match="tells metric depth, and up to which distance does not stand in it"):
+        registry.load("depth-map", TeacherSettings(str(metric)))
+
     torch.save({n: t for n, t in tensors.items() if n.startswith("pretrained.")}, file)
     with pytest.raises(TeacherError, match="has no depth head"):
         load_decoder(teacher.fingerprint, str(file), "cpu")
+
+
+def test_a_stored_depth_map_is_laid_out_beside_the_whole_model_s(
+    tmp_path: Path, depth_model: DepthAnythingForDepthEstimation
+) -> None:
+    teacher = registry.load("depth-map", TeacherSettings(str(GOLDEN / "depth"), options={"parts": 2}))
+    store = store_of(tmp_path / "map.zarr", [teacher])
+    with torch.no_grad():
+        expected = depth_model(torch.from_numpy(pixels_of(teacher))[None]).predicted_depth[0].numpy()
+    decoder = load_decoder(teacher.fingerprint, str(GOLDEN / "depth"), "cpu")
+    full, decoded = decoder.full(pixels_of(teacher)), decoder.decode(stored(store, "depth-map"), None)
+    np.testing.assert_allclose(full, expected, rtol=1e-4, atol=1e-6)
+    blocks = expected.reshape(48, 7, 48, 7).mean((1, 3)).repeat(7, 0).repeat(7, 1)
+    np.testing.assert_allclose(decoded, blocks, rtol=1e-4, atol=1e-6)
+    assert decoder.agreement(full, decoded).startswith("correlation with the full teacher's depth 0.")
+    shown = preview(store, KEY, PreviewSettings(images=IMAGES, checkpoints={"depth-map": str(GOLDEN / "depth")}))
+    assert titles(shown)[0] == ["image", "depth-map: the full teacher", "depth-map: decoded from the store"]
+
+
+def test_metres_are_drawn_with_what_is_near_bright(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "depth", tmp_path / "depth")
+    config = json.loads((tmp_path / "depth" / "config.json").read_text())
+    (tmp_path / "depth" / "config.json").write_text(
+        json.dumps(config | {"depth_estimation_type": "metric", "max_depth": 20})
+    )
+    metric, relative = (
+        load_decoder(
+            registry.load("depth", TeacherSettings(str(folder / "depth"))).fingerprint, str(folder / "depth"), "cpu"
+        )
+        for folder in (tmp_path, GOLDEN)
+    )
+    distances = np.linspace(1, 9, 64, dtype=np.float32).reshape(8, 8)
+    drawn = metric.draw(distances)
+    assert drawn.caption == "bright is near; 1 to 9 (metres)"
+    assert np.array_equal(drawn.rgb, relative.draw(-distances).rgb)
 
 
 def test_a_checkpoint_with_the_neck_of_another_model_is_refused(teachers: dict[str, Teacher], tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "depth", tmp_path / "depth")
     config = json.loads((tmp_path / "depth" / "config.json").read_text())
     (tmp_path / "depth" / "config.json").write_text(json.dumps(config | {"fusion_hidden_size": 16}))
-    with pytest.raises(TeacherError, match=r"neck\.… are not those of the DepthAnythingNeck"):
+    with pytest.raises(TeacherError, match=r"not those of .*: tensors 47 of another shape \(head\.conv1"):
         load_decoder(teachers["depth"].fingerprint, str(tmp_path / "depth"), "cpu")
 
 

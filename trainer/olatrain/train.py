@@ -204,10 +204,15 @@ def _say_what_was_not_learnt(config: TrainConfig, step: int, watch: Watch) -> No
     below = below_mean_map(config.out, supervised, first=step - step // 10)
     for name, layers in below.items():
         told = ", ".join(f"{r2:.2f} at layer {layer}" for layer, r2 in layers.items())
+        remedies = [
+            "train longer",
+            f"let the regression weigh more (--set teachers.{name}.weight=4 --set contrastive=0.03)",
+        ]
+        if config.normalise == "none":
+            remedies.append("scale targets (--set normalise=channel)")
         watch.say(
             f"{name}: predictions end worse than the mean map, which knows nothing of an image (centred R² {told}); "
-            f"train longer, let the regression weigh more (--set teachers.{name}.weight=4 --set contrastive=0.03), "
-            "or scale targets (--set normalise=channel)"
+            + ", or ".join(remedies)
         )
     if below:
         watch.event("below_mean_map", step, {"teachers": below})

@@ -19,7 +19,10 @@ GRID_BEFORE = "grid_before"
 """The option by which a fingerprint tells the teacher's own grid, where features were resized to another one."""
 
 # Further teachers are seen in PCA colours.
-_MODULES = {"depth": "olapipe.preview.depth", "seg": "olapipe.preview.seg", "gen": "olapipe.preview.gen"}
+_MODULES = {
+    "depth": "olapipe.preview.depth", "depth-map": "olapipe.preview.depth_map", "seg": "olapipe.preview.seg",
+    "gen": "olapipe.preview.gen",
+}  # fmt: skip
 
 
 def load_teacher(fingerprint: Fingerprint, checkpoint: str, device: str) -> Teacher:

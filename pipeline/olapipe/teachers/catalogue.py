@@ -42,6 +42,15 @@ def _tower_options(taps: str, norm: str) -> Mapping[str, Option]:
     }  # fmt: skip
 
 
+_DEPTH_OPTIONS: Mapping[str, Option] = {
+    **COMMON_OPTIONS,
+    "channel_order": replace(COMMON_OPTIONS["channel_order"], ola_vlm="bgr"),
+    "position_interpolation": Option(
+        ("size", "scale"), "size", "scale",
+        "position embedding resized to the grid as transformers does, or by the original code's factor",
+    ),
+}  # fmt: skip
+
 BUILT_IN = (
     TeacherInfo(
         name="depth",
@@ -52,13 +61,8 @@ BUILT_IN = (
         channels=1024,
         module="olapipe.teachers.depth",
         options={
-            **COMMON_OPTIONS,
-            "channel_order": replace(COMMON_OPTIONS["channel_order"], ola_vlm="bgr"),
+            **_DEPTH_OPTIONS,
             "pooling": Option(("mean", "last"), "mean", "mean", "mean over the tapped blocks, or the last one"),
-            "position_interpolation": Option(
-                ("size", "scale"), "size", "scale",
-                "position embedding resized to the grid as transformers does, or by the original code's factor",
-            ),
         },
     ),
     TeacherInfo(
@@ -80,6 +84,23 @@ BUILT_IN = (
         channels=1024,
         module="olapipe.teachers.gen",
         options=COMMON_OPTIONS,
+    ),
+    TeacherInfo(
+        name="depth-map",
+        published="depth-anything/Depth-Anything-V2-Large-hf",
+        licence="CC-BY-NC-4.0",
+        about="Depth Anything V2's answer: the depth map itself, 96 × 96 means",
+        grid=(24, 24),
+        channels=16,
+        module="olapipe.teachers.depth_map",
+        options={
+            **_DEPTH_OPTIONS,
+            "parts": Option((1, 2, 4), 4, 4, "means along each side of a cell"),
+            "scale": Option(
+                ("model", "image"), "model", "model",
+                "the model's own numbers, or each image's map less its median, over its mean absolute deviation",
+            ),
+        },
     ),
     TeacherInfo(
         name="dinov2",

@@ -32,7 +32,7 @@ def load(info: TeacherInfo, settings: TeacherSettings) -> Teacher:
     """Load Depth Anything V2 from the Hugging Face layout or an original `.pth`; raises TeacherError."""
     options = resolve_options(info.name, info.options, settings)
     checkpoint = locate(info.name, settings.checkpoint or info.published, extra=("preprocessor_config.json",))
-    values, tensors, processor = _read(checkpoint)
+    values, tensors = _read(checkpoint)
     config = _backbone_config(values, checkpoint)
     patch = whole_number(config.patch_size, "patch_size", checkpoint)
     taps = _taps(config, pooling=options["pooling"], checkpoint=checkpoint)
@@ -44,15 +44,7 @@ def load(info: TeacherInfo, settings: TeacherSettings) -> Teacher:
     backbone = load_strictly(Dinov2Backbone, config, stripped, checkpoint)
     interpolation = str(options["position_interpolation"])
     fix_positions(backbone, grid=GRID, interpolation=interpolation)
-    preprocessor = PilPreprocessor(
-        module=_MODULE,
-        processor=_PROCESSOR,
-        arguments=processor | {"size": {"height": GRID * patch, "width": GRID * patch}},
-        squash=None,
-        channel_order=str(options["channel_order"]),
-        exif=bool(options["exif"]),
-        patch_multiple=patch,
-    )
+    preprocessor = read_preprocessor(checkpoint, patch, options)
     fingerprint = Fingerprint(
         teacher=info.name,
         model_class="Dinov2Backbone",
@@ -61,7 +53,7 @@ def load(info: TeacherInfo, settings: TeacherSettings) -> Teacher:
         preprocessing=preprocessor.record,
         taps=taps,
         pooling="last" if options["pooling"] == "last" else "mean",
-        options={"position_interpolation": interpolation, "patch_size": patch, **_architecture(config)},
+        options={"position_interpolation": interpolation, "patch_size": patch, **architecture(config)},
         grid=(GRID, GRID),
         channels=config.hidden_size,
         compute_dtype=settings.compute_dtype,
@@ -70,8 +62,7 @@ def load(info: TeacherInfo, settings: TeacherSettings) -> Teacher:
         PatchTokens(backbone),
         settings,
         name=info.name,
-        # ViT-S was published under Apache-2.0, the larger ones under CC-BY-NC-4.0.
-        licence="Apache-2.0" if config.hidden_size == 384 else info.licence,
+        licence=licence_of(config.hidden_size, info),
         source=checkpoint.source,
         preprocessor=preprocessor,
         fingerprint=fingerprint,
@@ -90,6 +81,34 @@ class PatchTokens(torch.nn.Module):
         taps_bnd = self.backbone(pixels_bchw).feature_maps
         tokens_bnd = torch.stack([tap[:, 1:].float() for tap in taps_bnd]).mean(dim=0)
         return tokens_bnd.reshape(len(tokens_bnd), GRID, GRID, -1)
+
+
+def read_preprocessor(checkpoint: Checkpoint, patch: int, options: Mapping[str, Scalar]) -> PilPreprocessor:
+    """Read the checkpoint's normalisation, with a squash to 24 × 24 patches; raises TeacherError.
+
+    The published target is resized by bicubic interpolation to the size of the grid, whatever size the checkpoint's own
+    processor makes for depth maps.
+    """
+    if original_file(checkpoint):
+        config: dict[str, Any] = {"image_mean": MEAN, "image_std": STD, "resample": 3}
+    else:
+        config = read_processor_config(
+            checkpoint,
+            "preprocessor_config.json",
+            expected=("DPTImageProcessor", "DPTImageProcessorPil", "DPTImageProcessorFast"),
+        )
+        config = config | {"resample": 3, "do_resize": True, "do_center_crop": False}
+        config.pop("size", None)
+    side = {"height": GRID * patch, "width": GRID * patch}
+    return PilPreprocessor(
+        module=_MODULE,
+        processor=_PROCESSOR,
+        arguments=processor_arguments(checkpoint, _MODULE, _PROCESSOR, config) | {"size": side},
+        squash=None,
+        channel_order=str(options["channel_order"]),
+        exif=bool(options["exif"]),
+        patch_multiple=patch,
+    )
 
 
 def fix_positions(backbone: Dinov2Backbone, *, grid: int, interpolation: str) -> None:
@@ -118,35 +137,25 @@ def fix_positions(backbone: Dinov2Backbone, *, grid: int, interpolation: str) ->
     embeddings.position_embeddings = torch.nn.Parameter(torch.cat((trained[:, :1], tokens), dim=1))
 
 
-def _read(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
-    """Return config values of the backbone, its tensors by their Hugging Face names, processor settings."""
+def _read(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return config values of the backbone and its tensors by their Hugging Face names."""
     if original := original_file(checkpoint):
         tensors = {
             name: tensor for name, tensor in to_hub_names(checkpoint, original).items() if _computes_feature(name)
         }
-        described = checkpoint.path.is_dir() and (checkpoint.path / "config.json").is_file()
-        values = _backbone_values(checkpoint) if described else published_config(checkpoint, tensors)
-        published = {"image_mean": MEAN, "image_std": STD, "resample": 3}
-        return values, tensors, processor_arguments(checkpoint, _MODULE, _PROCESSOR, published)
-    values = _backbone_values(checkpoint)
-    config = read_processor_config(
-        checkpoint,
-        "preprocessor_config.json",
-        expected=("DPTImageProcessor", "DPTImageProcessorPil", "DPTImageProcessorFast"),
-    )
-    # The published target is resized by bicubic interpolation to the size of the grid, whatever size the
-    # checkpoint's own processor makes for depth maps.
-    config = config | {"resample": 3, "do_resize": True, "do_center_crop": False}
-    config.pop("size", None)
-    tensors = read_weights(checkpoint, checkpoint.path, keep=_computes_feature)
-    return values, tensors, processor_arguments(checkpoint, _MODULE, _PROCESSOR, config)
+        if not (checkpoint.path.is_dir() and (checkpoint.path / "config.json").is_file()):
+            return published_config(checkpoint, tensors), tensors
+        return dict(read_described(checkpoint)["backbone_config"]), tensors
+    values = dict(read_described(checkpoint)["backbone_config"])
+    return values, read_weights(checkpoint, checkpoint.path, keep=_computes_feature)
 
 
 def _computes_feature(name: str) -> bool:
     return name.startswith(_PREFIX) and not name.endswith(".mask_token")
 
 
-def _backbone_values(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the values of config.json; raises TeacherError unless its backbone is a DINOv2."""
     config = read_config(checkpoint, checkpoint.path, model_type="depth_anything", what="Depth Anything V2 checkpoint")
     values = config.get("backbone_config")
     found = values.get("model_type") if isinstance(values, Mapping) else None
@@ -154,7 +163,7 @@ def _backbone_values(checkpoint: Checkpoint) -> dict[str, Any]:
         raise checkpoint.error(
             f"its backbone_config is of type {found!r}, expected 'dinov2'", "Pass a Depth Anything V2 checkpoint."
         )
-    return dict(values)
+    return config
 
 
 def _backbone_config(values: dict[str, Any], checkpoint: Checkpoint) -> Dinov2Config:
@@ -175,7 +184,12 @@ def _taps(config: Dinov2Config, *, pooling: Scalar, checkpoint: Checkpoint) -> t
     return taps[-1:] if pooling == "last" else taps
 
 
-def _architecture(config: Dinov2Config) -> dict[str, Scalar]:
+def licence_of(width: int, info: TeacherInfo) -> str:
+    """Return the licence of a model of that width: ViT-S was published under Apache-2.0, larger ones are not."""
+    return "Apache-2.0" if width == 384 else info.licence
+
+
+def architecture(config: Dinov2Config) -> dict[str, Scalar]:
     """Return what changes the feature but is not visible in the weights."""
     return {
         "attention_heads": int(config.num_attention_heads),

@@ -19,6 +19,8 @@ STD = (0.229, 0.224, 0.225)
 # Blocks tapped by the published models, 0-based, by number of blocks (DepthAnything/Depth-Anything-V2).
 _PUBLISHED_TAPS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23)}
 _HEAD_WIDTH = 64
+_LEVELS = 4
+_DPT_PREFIX = "depth_head."
 
 _RENAMED = (
     (re.compile(r"^pretrained\.cls_token$"), "backbone.embeddings.cls_token"),
@@ -31,6 +33,12 @@ _RENAMED = (
     (re.compile(r"^pretrained\.blocks\.(\d+)\.(norm[12]|mlp\.fc[12])\."), r"backbone.encoder.layer.\1.\2."),
 )  # fmt: skip
 _QKV = re.compile(r"^pretrained\.blocks\.(\d+)\.attn\.qkv\.(weight|bias)$")
+_DPT_UNIT = re.compile(r"scratch\.refinenet([1-4])\.(?:resConfUnit([12])\.conv([12])|out_conv)\.(weight|bias)")
+_DPT_OUTPUT = {"output_conv1": "conv1", "output_conv2.0": "conv2", "output_conv2.2": "conv3"}
+_DPT_RENAMED = (
+    (re.compile(r"projects\.(\d)\."), r"neck.reassemble_stage.layers.\1.projection."),
+    (re.compile(r"resize_layers\.(\d)\."), r"neck.reassemble_stage.layers.\1.resize."),
+)
 
 
 def original_file(checkpoint: Checkpoint) -> Path | None:
@@ -101,4 +109,50 @@ def published_config(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]
         "image_size": round((positions.shape[1] - 1) ** 0.5) * patch,
         "patch_size": patch,
         "out_indices": [tap + 1 for tap in _PUBLISHED_TAPS[blocks]],
+    }
+
+
+def head_to_hub_names(checkpoint: Checkpoint, path: Path) -> dict[str, torch.Tensor]:
+    """Read an original file and return its head's tensors by the names of the Hugging Face layout.
+
+    Raises TeacherError where the file holds the encoder alone.
+    """
+    tensors = {
+        _dpt_renamed(name.removeprefix(_DPT_PREFIX)): tensor
+        for name, tensor in read_original(checkpoint, path).items()
+        if name.startswith(_DPT_PREFIX)
+    }
+    if "head.conv2.weight" not in tensors:
+        raise checkpoint.error(
+            f"{path.name} has no depth head, only an encoder", "Pass the file as it was published, head included."
+        )
+    return tensors
+
+
+def _dpt_renamed(name: str) -> str:
+    if match := _DPT_UNIT.fullmatch(name):
+        level, unit, convolution, kind = match.groups()
+        layer = f"neck.fusion_stage.layers.{_LEVELS - int(level)}"  # counted from the coarsest level
+        if unit is None:
+            return f"{layer}.projection.{kind}"
+        return f"{layer}.residual_layer{unit}.convolution{convolution}.{kind}"
+    if match := re.fullmatch(r"scratch\.layer([1-4])_rn\.weight", name):
+        return f"neck.convs.{int(match[1]) - 1}.weight"
+    if match := re.fullmatch(r"scratch\.(output_conv1|output_conv2\.[02])\.(weight|bias)", name):
+        return f"head.{_DPT_OUTPUT[match[1]]}.{match[2]}"
+    for pattern, replacement in _DPT_RENAMED:
+        if pattern.match(name):
+            return pattern.sub(replacement, name)
+    return name  # strict loading names it as unexpected
+
+
+def head_config(backbone: Mapping[str, Any], head: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the head's settings in `config.json`'s words, read off the shapes of its tensors."""
+    levels = [f"neck.reassemble_stage.layers.{level}.projection.weight" for level in range(_LEVELS)]
+    return {
+        "reassemble_hidden_size": backbone["hidden_size"],
+        "patch_size": backbone["patch_size"],
+        "neck_hidden_sizes": [head[name].shape[0] for name in levels if name in head],
+        "fusion_hidden_size": head["head.conv1.weight"].shape[1],
+        "head_hidden_size": head["head.conv2.weight"].shape[0],
     }
