@@ -224,7 +224,7 @@ def prepare_toyworld(root: Path, options: argparse.Namespace) -> Setting:
     toyworld = Path(__file__).parents[1] / "examples" / "toyworld"
     sys.path.insert(0, str(toyworld))
     from arms import ARMS
-    from evidence import GRID
+    from features import GRID
 
     from olaschema.store import FeatureStore
     from olatrain.compose import compose

@@ -20,10 +20,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,16 +37,10 @@ HERE = Path(__file__).parent
 RUNS, STUDENTS, REPEATED = "runs.jsonl", "students.jsonl", "repeated.jsonl"
 QUESTIONS, STORES, HEADROOM, SPREAD = "questions.json", "stores.json", "headroom.json", "spread.json"
 PLAN = json.loads((HERE / "plan.json").read_text(encoding="utf-8"))
-RANDOM_TOO = "random-all.zarr"
-"""Of all pictures, by the untrained teacher: what a linear reading gets from it."""
-TARGETS = {"cells.zarr": "cells", "map.zarr": "depthmap", "map-untrained.zarr": "depthmap"}
-"""Stores, by the teachers that `targets/` installs."""
 UNLIKE_TARGETS = ("embedding", "random", "own", "cells", "map", "map-untrained")
 """Arms whose targets are of unlike kinds."""
 HELD_OUT = 200
 """Pictures on which students of part (a) are compared by their next-token loss."""
-GRID = 6
-"""Cells of the stored maps, averaged from 24: one for each patch of the student."""
 
 
 def main() -> int:
@@ -122,6 +113,7 @@ def prepare(
     """Draw the world and extract the features that the runs need, unless that is done; extraction resumes by itself."""
     import corpus
     from arms import ARMS
+    from features import READ_FROM, Stores
 
     world = work / "world"
     if not world.is_dir():
@@ -134,122 +126,14 @@ def prepare(
         corpus.write_questions(world, budget)
     if any(task.student for task in wanted):
         corpus.write_held_out(world, HELD_OUT)
-    depth = Extraction("depth", teachers / "depth", "area", workers=jobs)
     stores = {ARMS[task.name].store for task in wanted if not task.student}
-    stores |= {"all.zarr" for task in wanted if task.student}
-    for store in sorted(store for store in stores if store is not None):
-        if store == "random.zarr":
-            extract(world, work / store, _untrained(work, teachers, jobs))
-        elif store == "own.zarr":
-            extract(world, work / store, Extraction("clip", student / "vision", "bilinear", workers=jobs))
-        elif store == "all.zarr":
-            corpus.write_pictures(world, PLAN["endpoint"]["budget"])
-            extract(world, work / store, depth, pictures="all.jsonl")
-            extract(world, work / RANDOM_TOO, _untrained(work, teachers, jobs), pictures="all.jsonl")
-        elif store == "depth.zarr":
-            extract(world, work / store, depth)
-        elif store in TARGETS:
-            plugins = _install(HERE / "targets", work / "targets")
-            told = {"map.zarr": teachers / "depth", "map-untrained.zarr": work / "untrained-teacher"}
-            if store == "map-untrained.zarr" and not told[store].is_dir():
-                _untrained_answer(told[store])
-            what = Extraction(TARGETS[store], told.get(store), None, workers=jobs, plugins=plugins)
-            extract(world, work / store, what)
-        else:
-            extract(world, work / store, depth, precision=store.removesuffix(".zarr"))
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """A teacher as `olapipe extract` is told of it."""
-
-    teacher: str
-    checkpoint: Path | None
-    resize: str | None
-    """How its maps come to `GRID` cells; None where they have as many."""
-    workers: int
-    """Processes; how many changes no byte."""
-    plugins: Path | None = None
-    """Folder that the teacher is installed in, where it comes from a package of its own."""
-
-
-def _untrained(work: Path, teachers: Path, jobs: int) -> Extraction:
-    folder = work / "random-teacher"
-    if not folder.is_dir():
-        _untrained_depth(folder, teachers / "depth")
-    return Extraction("depth", folder, "area", workers=jobs)
-
-
-def _untrained_depth(out: Path, trained: Path) -> None:
-    import torch
-    from teacher_depth import depth_config
-    from transformers import DepthAnythingForDepthEstimation
-
-    torch.manual_seed(77)
-    DepthAnythingForDepthEstimation(depth_config()).save_pretrained(out)
-    shutil.copy(trained / "preprocessor_config.json", out)
-
-
-def _untrained_answer(out: Path) -> None:
-    """Write a depth teacher that was never trained.
-
-    Neck and head begin as torch begins convolutions: from transformers' small weights the answer is one number for all
-    pictures, as far as float16 tells.
-    """
-    from teacher_depth import new_depth, write_depth
-    from torch import nn
-
-    model = new_depth(77)
-    for part in (model.neck, model.head):
-        for module in part.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                module.reset_parameters()
-    write_depth(model, out)
-
-
-def extract(
-    world: Path, store: Path, what: Extraction, *, pictures: str = "captions.jsonl", precision: str = "float16"
-) -> None:
-    """Run `olapipe extract`; does nothing where the store is whole."""
-    done = store.with_suffix(".done")
-    if done.is_file():
-        return
-    name = what.teacher
-    command = ["extract", str(world / pictures), "--images", str(world / "images"), "--out", str(store)]
-    command += ["--teacher", name, "--precision", precision, "--workers", str(what.workers)]
-    if what.checkpoint is not None:
-        command += ["--checkpoint", f"{name}={what.checkpoint}"]
-    options = (f"grid={GRID}", f"grid_resize={what.resize}") if what.resize is not None else ()
-    for option in options:
-        command += ["--set", f"options.{name}.{option}"]
-    print("$ olapipe", *command, flush=True)
-    paths = [str(what.plugins), os.environ.get("PYTHONPATH")] if what.plugins is not None else []
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} if paths else {}
-    _follow([sys.executable, "-m", "olapipe", *command], os.environ | path)
-    done.touch()
-
-
-def _install(package: Path, into: Path) -> Path:
-    """Install a package of teachers into a folder of its own, without a network."""
-    if not into.is_dir():
-        with tempfile.TemporaryDirectory(dir=into.parent) as built:  # pip builds in the source folder
-            source = shutil.copytree(package, Path(built) / "source", ignore=shutil.ignore_patterns("__pycache__"))
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-            subprocess.run([*pip, "--target", str(Path(built) / "target"), str(source)], check=True)
-            (Path(built) / "target").rename(into)
-    return into
-
-
-def _follow(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    """Run a command to its end, which SIGTERM for this process hastens: it would go on alone, on all cores."""
-    with subprocess.Popen(command, env=environment) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            status = process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    if status:
-        sys.exit(f"error: `{' '.join(command)}` ended with {status}; the same command goes on")
+    made = Stores(work, teachers, student, jobs)
+    for store in sorted(store for store in stores if store not in (None, "all.zarr")):
+        made.make(store)
+    if "all.zarr" in stores or any(task.student for task in wanted):
+        corpus.write_pictures(world, PLAN["endpoint"]["budget"])
+        for store in READ_FROM.values():
+            made.make(store, pictures="all.jsonl")
 
 
 def run(options: argparse.Namespace) -> list[str]:
@@ -300,17 +184,18 @@ def measure_stores(work: Path, vision: Path, results: Path) -> None:
 
     A store is measured once: figures stay beside the stores in `work`.
     """
+    from features import READ_FROM, of_all
     from recorded import record
 
     for name, measure in ((STORES, _stored), (SPREAD, _spread)):
         if measured := _once(work / name, lambda kept, measure=measure: kept | measure(work, kept)):  # type: ignore[misc]
             known = record(results / name)  # what others measured stays
             (results / name).write_text(json.dumps(known | measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    if (store := work / "all.zarr").is_dir():
+    stores = {name: work / of_all(store) for name, store in READ_FROM.items()}
+    if all(store.with_suffix(".done").is_file() for store in stores.values()):
         import headroom
 
         budget = PLAN["endpoint"]["budget"]
-        stores = {"the teacher's features": store, "the untrained teacher's features": work / RANDOM_TOO}
         room = _once(work / HEADROOM, lambda kept: kept or headroom.measure(work / "world", vision, stores, budget))
         (results / HEADROOM).write_text(json.dumps(room, indent=1) + "\n", encoding="utf-8")
 

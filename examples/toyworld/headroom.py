@@ -36,9 +36,9 @@ _Things = dict[tuple[str, str], np.ndarray]
 def measure(world: Path, vision: Path, stores: Mapping[str, Path], budget: int) -> dict[str, dict[str, float]]:
     """Return shares of right answers on questions of depth, by what they are read from and by split.
 
-    `stores` hold, under the name that is told, features of all pictures that are asked about. Beside them and the
-    tower stand the mean colours of a map's cells, which nobody had to learn. A split without such questions is left
-    out; where there are none to train on, nothing is returned.
+    `stores` hold, under the name that is told, one teacher's features of all pictures that are asked about. Beside
+    them and the tower stand the mean colours of a map's cells, which nobody had to learn. A split without such
+    questions is left out; where there are none to train on, nothing is returned.
     """
     seen = [
         one for line in _lines(world / f"questions-{budget}.jsonl")
@@ -75,7 +75,7 @@ def _read(keys: Sequence[str], vision: Path, stores: Mapping[str, Path]) -> dict
     """Return what tower, teachers and pixels hold at the places of the pictures' things."""
     found: dict[str, _Things] = {name: {} for name in (TOWER, *stores, COLOURS_SEEN)}
     opened = {name: FeatureStore.open(str(store)) for name, store in stores.items()}
-    readers = {name: FeatureReader(store, "depth") for name, store in opened.items()}
+    readers = {name: FeatureReader(store, *store.teachers()) for name, store in opened.items()}
     rows = {name: {sample.key: sample.row for sample in store.samples()} for name, store in opened.items()}
     tower: Any = CLIPVisionModel.from_pretrained(vision)
     tower.eval()

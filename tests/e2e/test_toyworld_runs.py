@@ -32,18 +32,22 @@ SIZE = {
 
 @pytest.fixture(scope="module")
 def workplace(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    evidence, corpus = load("evidence"), load("corpus")
+    evidence, corpus, features = load("evidence"), load("corpus"), load("features")
     work = tmp_path_factory.mktemp("toyworld")
     world = work / "world"
     corpus.write(world, corpus.Size(*(SIZE[name] for name in ("captions", "tests", "ood"))))
     corpus.write_questions(world, BUDGET)
     corpus.write_pictures(world, BUDGET)
     corpus.write_held_out(world, 3)
-    for pictures, store in (("captions", "depth"), ("all", "all")):
+    for pictures, store, teacher in (
+        ("captions", "depth", "depth"),
+        ("all", "all", "depth"),
+        ("all", "map", "depth-map"),
+    ):
         done = olapipe(
             "extract", world / f"{pictures}.jsonl", "--images", world / "images", "--out", work / f"{store}.zarr",
-            "--teacher", "depth", "--checkpoint", f"depth={TOYWORLD / 'teachers' / 'depth'}",
-            "--set", f"options.depth.grid={evidence.GRID}", "--set", "options.depth.grid_resize=area",
+            "--teacher", teacher, "--checkpoint", f"{teacher}={TOYWORLD / 'teachers' / 'depth'}",
+            "--set", f"options.{teacher}.grid={features.GRID}", "--set", f"options.{teacher}.grid_resize=area",
         )  # fmt: skip
         assert done.exit_code == 0, done.output
     return evidence.Workplace(work, TOYWORLD / "teachers", TOYWORLD / "student", SIZE)
@@ -73,12 +77,11 @@ def test_an_arm_answers_every_question_and_is_not_run_again(workplace: Any, tmp_
 
 def test_what_there_is_to_be_read_of_depth_is_measured(workplace: Any) -> None:
     work = workplace.work
-    room = load("headroom").measure(
-        work / "world", workplace.student / "vision", {"the teacher's features": work / "all.zarr"}, BUDGET
-    )
+    stores = {"the teacher's features": work / "all.zarr", "what the teacher answers": work / "map.zarr"}
+    room = load("headroom").measure(work / "world", workplace.student / "vision", stores, BUDGET)
     assert room.keys() == {
         name + way
-        for name in ("the student's tower", "the teacher's features", "the cells' mean colours")
+        for name in ("the student's tower", *stores, "the cells' mean colours")
         for way in ("", ", by named colour")
     }  # fmt: skip
     scored = load("trivial").of_bench(

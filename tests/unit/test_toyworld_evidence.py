@@ -32,9 +32,9 @@ if __name__ == "__main__":
 _FOLLOWED = """
 import sys
 sys.path.insert(0, {toyworld!r})
-import evidence
+import features
 
-evidence._follow([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"])
+features.follow([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"])
 """
 
 

@@ -71,21 +71,21 @@ def test_a_depth_map_wants_a_checkpoint(targets: Any) -> None:
 
 
 def test_they_are_installed_into_a_folder_of_their_own_once(tmp_path: Path) -> None:
-    evidence = load("evidence")
-    into = evidence._install(TOYWORLD / "targets", tmp_path / "targets")
+    features = load("features")
+    into = features.install(TOYWORLD / "targets", tmp_path / "targets")
     (points,) = into.glob("*.dist-info/entry_points.txt")
     assert "cells = toyworld_targets:CELLS" in points.read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["targets"]
     assert not list((TOYWORLD / "targets").glob("*.egg-info"))
     before = points.stat().st_mtime_ns
-    evidence._install(TOYWORLD / "targets", tmp_path / "targets")
+    features.install(TOYWORLD / "targets", tmp_path / "targets")
     assert points.stat().st_mtime_ns == before
 
 
 def test_a_teacher_that_was_never_trained_answers_unlike_things_of_unlike_pictures(
     targets: Any, tmp_path: Path
 ) -> None:
-    load("evidence")._untrained_answer(tmp_path / "untrained")
+    load("features").write_untrained_answer(tmp_path / "untrained")
     teacher = targets.DEPTH_MAP.load(TeacherSettings(checkpoint=str(tmp_path / "untrained")))
     rng = np.random.default_rng(0)
     answers = []
