@@ -12,7 +12,7 @@ import numpy as np
 from arms import ARMS, LAYER_CHOICES, LAYERS, MAIN, PRECISIONS, layers_arm, numbers
 from plots import plot, plot_students
 from recorded import Results, load, order, record, title
-from report_endpoint import endpoint, endpoint_of, summary, targets, untrained
+from report_endpoint import endpoint, endpoint_of, points, summary, targets, untrained
 from report_students import representations
 from significance import Estimate, holm
 from trivial import FADED
@@ -332,6 +332,28 @@ def _against(
     return f"{found.seeds} | {_percent(found)} | {cells} |"
 
 
+def _over_tokens(results: Results, plan: Mapping[str, Any], arms: Mapping[str, str]) -> str:
+    """Arms, by what they are called here, minus task tokens without a loss; nothing where no two seeds are paired."""
+    found = {said: results.difference(arm, "tokens", *endpoint_of(plan)) for arm, said in arms.items()}
+    told = [f"{said} {points(e)}, {e.seeds} seeds" for said, e in found.items() if e is not None]
+    return f"Minus task tokens without a loss, described and not tested: {'; '.join(told)}." if told else ""
+
+
+def _chance_of_a_run(results: Results, plan: Mapping[str, Any]) -> str:
+    """What two runs of one seed differ by that were told all but the same."""
+    where = endpoint_of(plan)
+    near = results.stored.get("int8", {}).get("r2", 0.0)
+    seeds = results.seeds(["int8", "embedding"], *where)
+    if near < 0.999 or not seeds:
+        return ""
+    one, other = (results.values(arm, *where, seeds).mean(axis=1) for arm in ("int8", "embedding"))
+    apart = ", ".join(f"{100 * difference:+.1f}" for difference in one - other)
+    return (
+        f"**A seed does not fix a run**: features in int8 are those in float16 to a centred R² of {near:.4f}, and yet the two answer differently, seed by seed by {apart} points. "
+        "So a single run tells nothing of a precision (or of a layer), and differences over a few seeds only large effects."
+    )
+
+
 _SEE = "Differences of `embedding` to `tokens` and `shuffled` are the endpoint's, and stand there."
 _COLUMNS = "seeds | depth order, % | minus {}, points | 95 % interval | p, corrected |"
 
@@ -363,7 +385,10 @@ def _layers(results: Results, plan: Mapping[str, Any], corrected: Mapping[Compar
     names |= {arm: f"none (`{arm}`)" for arm in ("tokens", "shuffled")}
     rows = [f"| {about} | {_against(results, plan, arm, corrected, 'embedding')}" for arm, about in names.items()]
     lines += [f"| supervised blocks | {_COLUMNS.format('the published choice')}", "|---|" + "---|" * 5]
-    return "\n".join([*lines, *rows, "", f"{_floor(results, plan)} {_SEE}", ""])
+    told = _over_tokens(
+        results, plan, {arm: f"blocks {said}" for arm, said in names.items() if arm.startswith("layers")}
+    )
+    return "\n".join([*lines, *rows, "", f"{_floor(results, plan)} {_SEE} {told}".rstrip(), ""])
 
 
 def _precision(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared]) -> str:
@@ -380,7 +405,10 @@ def _precision(results: Results, plan: Mapping[str, Any], corrected: Mapping[Com
         lines.append(f"| {store} | {size} | {near} | {_against(results, plan, arm, corrected, 'embedding')}")
     tokens = _against(results, plan, "tokens", corrected, "embedding")
     lines.append(f"| no loss (`tokens`) | | | {tokens}")
-    return "\n".join([*lines, "", f"{_floor(results, plan)} The mean over images has a centred R² of 0. {_SEE}", ""])
+    told = _over_tokens(results, plan, {arm: arm for arm in PRECISIONS})
+    lines += ["", f"{_floor(results, plan)} The mean over images has a centred R² of 0. {_SEE} {told}".rstrip(), ""]
+    noise = _chance_of_a_run(results, plan)
+    return "\n".join([*lines, noise, ""] if noise else lines)
 
 
 def _cost(results: Results) -> str:

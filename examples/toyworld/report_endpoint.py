@@ -48,8 +48,8 @@ def summary(results: Results, plan: Mapping[str, Any]) -> str:
     met = all(e.low > 0 for e in found.values())
     lines = [
         f"**The criterion that was fixed beforehand is {'met' if met else 'not met'}.** Over {len(seeds)} paired seeds, supervising hidden states with the depth teacher's features while the projector is pretrained "
-        f"gave {share['embedding']:.1f} % right answers to “which is closer” (chance 50), task tokens without a loss {share['tokens']:.1f} %: {_points(found['tokens'])}; over features of other images it is {_points(found['shuffled'])}. "
-        f"Over features of a network that was **never trained** ({share['random']:.1f} %) it is {_points(found['random'])}" + _of_random(found["random"]),
+        f"gave {share['embedding']:.1f} % right answers to “which is closer” (chance 50), task tokens without a loss {share['tokens']:.1f} %: {points(found['tokens'])}; over features of other images it is {points(found['shuffled'])}. "
+        f"Over features of a network that was **never trained** ({share['random']:.1f} %) it is {points(found['random'])}" + _of_random(found["random"]),
         _other_targets(results, plan),
     ]  # fmt: skip
     lines += [
@@ -79,7 +79,7 @@ _OTHER_TARGETS = {
 def _other_targets(results: Results, plan: Mapping[str, Any]) -> str:
     """Which other targets help: what knows of depth and what only shows the picture."""
     found = {arm: results.difference(arm, "tokens", *endpoint_of(plan)) for arm in _OTHER_TARGETS}
-    told = [f"{_OTHER_TARGETS[arm]}: {_points(e)}, {e.seeds} seeds" for arm, e in found.items() if e is not None]
+    told = [f"{_OTHER_TARGETS[arm]}: {points(e)}, {e.seeds} seeds" for arm, e in found.items() if e is not None]
     if not told:
         return ""
     said = f"Other targets, over task tokens without a loss (added later, descriptive): {'; '.join(told)}."
@@ -91,7 +91,7 @@ def _other_targets(results: Results, plan: Mapping[str, Any]) -> str:
         if learnt.low > 0
         else "so in this form neither does it show"
     )
-    return f"{said} The trained teacher's answer gave {_points(learnt)} over the untrained one's ({learnt.seeds} seeds): {verdict}."
+    return f"{said} The trained teacher's answer gave {points(learnt)} over the untrained one's ({learnt.seeds} seeds): {verdict}."
 
 
 def _price(results: Results, plan: Mapping[str, Any], seeds: list[int]) -> str:
@@ -119,7 +119,8 @@ def _interval(e: Estimate) -> str:
     return f"{e.value:+.1f} ({e.low:+.1f} to {e.high:+.1f})"
 
 
-def _points(e: Estimate) -> str:
+def points(e: Estimate) -> str:
+    """Say a difference in points, with its interval."""
     return f"{e.value:+.1f} points ({e.low:+.1f} to {e.high:+.1f})"
 
 
@@ -205,7 +206,7 @@ def targets(results: Results, plan: Mapping[str, Any]) -> str:
         "`map` minus `embedding`": ("map", "embedding"), "`random` minus `cells`": ("random", "cells"),
     }  # fmt: skip
     known = {name: results.difference(arm, other, *endpoint_of(plan)) for name, (arm, other) in apart.items()}
-    said = "; ".join(f"{name} {_points(e)}, {e.seeds} seeds" for name, e in known.items() if e is not None)
+    said = "; ".join(f"{name} {points(e)}, {e.seeds} seeds" for name, e in known.items() if e is not None)
     if said:
         lines += ["", f"Paired with each other, at the endpoint's questions: {said}."]
     return "\n".join(

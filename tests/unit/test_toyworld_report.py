@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,18 @@ def test_arms_of_other_layers_and_precisions_have_their_own_tables(tmp_path: Pat
     assert float(row.split(" | ")[3].split()[0]) < -10  # points below the published choice
     (row,) = [line for line in precision.splitlines() if line.startswith("| int8 |")]
     assert row.startswith("| int8 | 4321 | 0.99987 | 10 | ")
+    (noise,) = [line for line in precision.splitlines() if line.startswith("**A seed does not fix a run**")]
+    told = [float(part) for part in re.findall(r"[+-]\d+\.\d", noise)]
+    rows = load("recorded").load(tmp_path / "results").right
+    right = [rows[arm, 3000, "test", "depth"] for arm in ("int8", "embedding")]
+    assert told == [
+        pytest.approx(100 * (one.count("1") - right[1][seed].count("1")) / len(one), abs=0.06)
+        for seed, one in sorted(right[0].items())
+    ]
+    assert "Minus task tokens without a loss, described and not tested: int8 " in precision
+    assert "Minus task tokens without a loss, described and not tested: blocks (1,) " in layers
+    (tmp_path / "results" / "stores.json").write_text(json.dumps({"int8": {"bytes": 4321, "r2": 0.98}}))
+    assert "A seed does not fix a run" not in page(tmp_path / "results", tmp_path), "that is another target"
     assert "layers-1" not in text.split("## The endpoint")[1].split("## Layers")[0]
 
 
