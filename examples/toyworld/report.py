@@ -339,6 +339,15 @@ def _over_tokens(results: Results, plan: Mapping[str, Any], arms: Mapping[str, s
     return f"Minus task tokens without a loss, described and not tested: {'; '.join(told)}." if told else ""
 
 
+def _apart(plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared], family: str, reference: str) -> str:
+    """Which of a family differ from what they are compared with after correction."""
+    found = {one[0]: corrected[one] for one in _families(plan)[family] if one in corrected}
+    if not found:
+        return ""
+    names = ", ".join(f"`{arm}` ({e.estimate.value:+.1f} points)" for arm, e in found.items() if e.p < 0.05)
+    return f"Different from {reference} after correction: {names or 'none of them'}. That an interval holds 0 does not show that nothing is lost: it says how much may be."
+
+
 def _chance_of_a_run(results: Results, plan: Mapping[str, Any]) -> str:
     """What two runs of one seed differ by that were told all but the same."""
     where = endpoint_of(plan)
@@ -384,11 +393,12 @@ def _layers(results: Results, plan: Mapping[str, Any], corrected: Mapping[Compar
     names = {"embedding": f"{LAYERS} (published, scaled)", **{layers_arm(one): str(one) for one in LAYER_CHOICES}}
     names |= {arm: f"none (`{arm}`)" for arm in ("tokens", "shuffled")}
     rows = [f"| {about} | {_against(results, plan, arm, corrected, 'embedding')}" for arm, about in names.items()]
-    lines += [f"| supervised blocks | {_COLUMNS.format('the published choice')}", "|---|" + "---|" * 5]
+    lines += [f"| supervised blocks | {_COLUMNS.format('the published choice')}", "|---|" + "---|" * 5, *rows, ""]
+    lines += [_apart(plan, corrected, "layers", "the published choice"), ""]
     told = _over_tokens(
         results, plan, {arm: f"blocks {said}" for arm, said in names.items() if arm.startswith("layers")}
     )
-    return "\n".join([*lines, *rows, "", f"{_floor(results, plan)} {_SEE} {told}".rstrip(), ""])
+    return "\n".join([*lines, f"{_floor(results, plan)} {_SEE} {told}".rstrip(), ""])
 
 
 def _precision(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared]) -> str:
@@ -405,6 +415,8 @@ def _precision(results: Results, plan: Mapping[str, Any], corrected: Mapping[Com
         lines.append(f"| {store} | {size} | {near} | {_against(results, plan, arm, corrected, 'embedding')}")
     tokens = _against(results, plan, "tokens", corrected, "embedding")
     lines.append(f"| no loss (`tokens`) | | | {tokens}")
+    if apart := _apart(plan, corrected, "precision", "float16"):
+        lines += ["", apart]
     told = _over_tokens(results, plan, {arm: arm for arm in PRECISIONS})
     lines += ["", f"{_floor(results, plan)} The mean over images has a centred R² of 0. {_SEE} {told}".rstrip(), ""]
     noise = _chance_of_a_run(results, plan)

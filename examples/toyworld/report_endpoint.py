@@ -212,7 +212,8 @@ def targets(results: Results, plan: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             *lines, "",
-            "`map` and `cells` have one shape of predictor, `embedding`, `random` and `shuffled` another, `own` a third. None of `map`, `cells` and `own` has a shuffled control. All of this was added after the endpoint had been seen, and is descriptive.",
+            "`map` and `cells` have one shape of predictor, `embedding`, `random` and `shuffled` another, `own` a third. None of `map`, `cells` and `own` has a shuffled control. All of this was added after the endpoint had been seen, and is descriptive. "
+            "`map` and `cells` come from plug-ins of this experiment (`examples/toyworld/targets`); the pipeline's own teacher `depth-map` gives what `map` is, on 24 × 24 cells.",
             "",
         ]
     )  # fmt: skip

@@ -161,6 +161,8 @@ def test_arms_of_other_layers_and_precisions_have_their_own_tables(tmp_path: Pat
         pytest.approx(100 * (one.count("1") - right[1][seed].count("1")) / len(one), abs=0.06)
         for seed, one in sorted(right[0].items())
     ]
+    assert re.search(r"Different from the published choice after correction: `layers-1` \(-\d+\.\d points\)\.", layers)
+    assert "Different from float16 after correction: " in precision
     assert "Minus task tokens without a loss, described and not tested: int8 " in precision
     assert "Minus task tokens without a loss, described and not tested: blocks (1,) " in layers
     (tmp_path / "results" / "stores.json").write_text(json.dumps({"int8": {"bytes": 4321, "r2": 0.98}}))
