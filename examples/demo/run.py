@@ -119,7 +119,8 @@ def main() -> int:
         f"          {out}/photograph.png   the same of a photograph, of which these teachers know nothing\n"
         f"          {out}/predicted.png    the depth that the student's hidden states hold, beside the target\n"
         f"          tensorboard --logdir {out}/run\n"
-        f"Try next  olapipe inspect {out}/features.zarr --json\n"
+        f"Try next  . {Path(sys.prefix).name}/bin/activate\n"
+        f"          olapipe inspect {out}/features.zarr --json\n"
         f"          olatrain run --config {config} --set epochs=null --set steps={2 * STEPS} --out {out}/longer\n"
         f"          your own images: olapipe extract FOLDER --out STORE --teacher depth (see README.md)"
     )
@@ -201,7 +202,8 @@ def table(curves: dict[str, Curve]) -> bool:
         print("       shuffled " + "  ".join(f"{loss:6.4f}" for loss in shuffled["loss"]))
         print(f"       floor    {real['floor'][-1]:6.4f}")
     ends = {name: sum(curve["loss"][-1] for curve in run.values()) for name, run in curves.items()}
-    print(f"sum    real     {ends['run']:6.4f}  shuffled {ends['shuffled']:6.4f}")
+    floor = sum(curve["floor"][-1] for curve in curves["run"].values())
+    print(f"sum    real     {ends['run']:6.4f}  shuffled {ends['shuffled']:6.4f}  floor {floor:6.4f}")
     return ends["run"] < ends["shuffled"]
 
 

@@ -12,8 +12,18 @@ import numpy as np
 from arms import ARMS, LAYER_CHOICES, LAYERS, MAIN, PRECISIONS, layers_arm, numbers
 from plots import plot, plot_students
 from recorded import Results, load, order, record, title
-from report_endpoint import endpoint, endpoint_of, points, summary, targets, untrained
-from report_students import representations
+from report_endpoint import (
+    FEWEST_FOR_INTERVAL,
+    advice,
+    endpoint,
+    endpoint_of,
+    points,
+    summary,
+    targets,
+    untrained,
+    within,
+)
+from report_students import representations, verdict
 from significance import Estimate, holm
 from trivial import FADED
 
@@ -31,7 +41,8 @@ def write(folder: Path, out: Path, fixed: Path = HERE / "plan.json") -> None:
     results = load(folder)
     plan = record(fixed)
     images = out.parent / "images"
-    parts = [_HEAD, summary(results, plan), _WHAT, _missing(results, plan), endpoint(results, plan)]
+    parts = [_HEAD, summary(results, plan), verdict(results), _WHAT, _missing(results, plan)]
+    parts += [advice(results, plan), endpoint(results, plan)]
     if plot(results, plan, images / "results.png"):
         parts.append("![differences by seed](images/results.png)\n")
     corrected = _corrected(results, plan)
@@ -99,7 +110,7 @@ On {plan["fixed_on"]}, before {plan["before"]} (`examples/toyworld/plan.json`):
 - **Success**: {end["success"]}: `{"`, `".join(end["against"])}`.
 - **Interval**: {end["interval"]}.
 - **The rest**: {plan["rest"]}.
-- **Seeds**: {plan["seeds"]}. **Stopping**: {plan["stopping"]}.
+- **Seeds**: {plan["seeds"]}. **Stopping**: {plan["stopping"]}. (It was not kept: see “Noted later”.)
 - **Representations**: {plan["representations"]}.
 - **Trivial baseline**: {plan["trivial"]}.
 - **Noted later**: {plan.get("noted_after", "nothing")}.
@@ -151,7 +162,8 @@ def _corrected(results: Results, plan: Mapping[str, Any]) -> dict[Comparison, Co
     corrected: dict[Comparison, Compared] = {}
     for family in _families(plan).values():
         found = {one: results.difference(*one) for one in family}
-        p = holm({str(one): 1.0 if estimate is None else estimate.p for one, estimate in found.items()})
+        told = {one for one, e in found.items() if e is not None and e.seeds >= FEWEST_FOR_INTERVAL}
+        p = holm({str(one): e.p if e is not None and one in told else 1.0 for one, e in found.items()})
         corrected |= {one: Compared(e, p[str(one)]) for one, e in found.items() if e is not None}
     return corrected
 
@@ -196,6 +208,12 @@ def _sensitivity(results: Results, plan: Mapping[str, Any], corrected: Mapping[C
         compared = corrected.get((arm, "none", *where))
         cells = "| – | – | –" if compared is None else f"| {_difference(compared)}"
         lines.append(f"| `{arm}` | {found.seeds} | {_percent(found)} {cells} |")
+    feed = corrected.get(("feed", "none", *where))
+    if feed is not None and feed.estimate.low <= 0:
+        lines += [
+            "",
+            "`feed` does not pass: what the features hold of depth is not used as an input here, so only `oracle` shows that an effect could be seen.",
+        ]
     return "\n".join([*lines, "", *_headroom(results, plan)])
 
 
@@ -248,11 +266,14 @@ def _about(arm: str) -> str:
 
 def _difference(found: Compared) -> str:
     e = found.estimate
-    p = f"{found.p:.3f}" if found.p >= 0.0005 else "< 0.001"
-    return f"{e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {p}"
+    p = "–" if e.seeds < FEWEST_FOR_INTERVAL else f"{found.p:.3f}" if found.p >= 0.0005 else "< 0.001"
+    return f"{e.value:+.1f} | {within(e)} | {p}"
 
 
 def _percent(found: Estimate) -> str:
+    """An accuracy with its interval; two seeds have none, and one has that over its pictures."""
+    if found.seeds == 2:
+        return f"{found.value:.1f}"
     return f"{found.value:.1f} ({max(found.low, 0):.0f}–{min(found.high, 100):.0f})"
 
 
@@ -297,23 +318,24 @@ def _rest(results: Results, plan: Mapping[str, Any]) -> str:
     known = {one: found for one in wanted if one not in fixed and (found := results.difference(*one)) is not None}
     if not known:
         return ""
-    apart = sum(e.low > 0 or e.high < 0 for e in known.values())
+    told = [e for e in known.values() if e.seeds >= FEWEST_FOR_INTERVAL]
+    apart = sum(e.low > 0 or e.high < 0 for e in told)
     lines = [
         "## The rest",
         "",
-        f"Arms minus `tokens`, over the seeds that both have (two at least): {len(known)} differences, described and not tested. Intervals are not corrected: were there no difference at all, about one in twenty would leave out 0, and {apart} of these do.",
+        f"Arms minus `tokens`, over the seeds that both have (two at least): {len(known)} differences, described and not tested. Intervals are not corrected: were there no difference at all, about one in twenty would leave out 0, and {apart} of the {len(told)} of three seeds or more do.",
         "",
         "| arm | minus | questions | kind | difference (points) | 95 % interval | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| `{arm}` | `{other}` | {budget} | {title((split, kind))} | {e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {e.seeds} |"
+        f"| `{arm}` | `{other}` | {budget} | {title((split, kind))} | {e.value:+.1f} | {within(e)} | {e.seeds} |"
         for (arm, other, budget, split, kind), e in known.items()
     ]
     worse = [
         f"{title((split, kind))} after {budget} questions"
         for (arm, _, budget, split, kind), e in known.items()
-        if arm == "embedding" and e.high < 0
+        if arm == "embedding" and e.seeds >= FEWEST_FOR_INTERVAL and e.high < 0
     ]
     said = ", ".join(worse) or "no kind beyond its interval"
     return "\n".join([*lines, "", f"Which answers the embedding losses make worse than tokens without one (uncorrected intervals): {said}.", ""])  # fmt: skip
@@ -358,8 +380,8 @@ def _chance_of_a_run(results: Results, plan: Mapping[str, Any]) -> str:
     one, other = (results.values(arm, *where, seeds).mean(axis=1) for arm in ("int8", "embedding"))
     apart = ", ".join(f"{100 * difference:+.1f}" for difference in one - other)
     return (
-        f"**A seed does not fix a run**: features in int8 are those in float16 to a centred R² of {near:.4f}, and yet the two answer differently, seed by seed by {apart} points. "
-        "So a single run tells nothing of a precision (or of a layer), and differences over a few seeds only large effects."
+        f"**A seed fixes a run only to the last bit**: features in int8 are those in float16 to a centred R² of {near:.4f}, and yet the two answer differently, seed by seed by {apart} points. "
+        "So a single run tells nothing of a precision (or of a layer), and a few seeds only large effects; and all differences of these two tables are to the same runs of `embedding`."
     )
 
 
@@ -382,7 +404,7 @@ def _layers(results: Results, plan: Mapping[str, Any], corrected: Mapping[Compar
         best = suggest({int(layer): LayerScore(cosine=0.0, r2=value, smooth_l1=0.0) for layer, value in means.items()})
         lines += [
             "What depth probes read from each block of students trained on next tokens alone, before fine-tuning "
-            f"(centred R², mean of {len(probes)} students, {fewest} of whose captions tell distances; the mean map has 0):", "",
+            f"(centred R², mean of {len(probes)} students{', whose captions tell no distances' if fewest == 0 else f', {fewest} of whose captions tell distances'}; the mean map has 0):", "",
             "| block | " + " | ".join(means) + " |", "|---|" + "---|" * len(means),
             "| R² | " + " | ".join(f"{value:.3f}" for value in means.values()) + " |", "",
             f"By the rule of `olatrain probe` (the two best blocks that beat the mean map) that suggests "
@@ -502,7 +524,7 @@ def _made(results: Results, plan: Mapping[str, Any]) -> str:
     ]
     if results.repeated:
         lines.append(
-            f"{len(results.repeated)} rows (an arm and a seed or a student, a kind of question) were made a second time from nothing, "
+            f"{len(results.repeated)} rows (an arm and a seed or a student, a kind of question; several to a run) were made a second time from nothing, "
             f"pictures and features included: in {sum(results.repeated)} of them every question was answered as before."
         )
     if results.left_out:

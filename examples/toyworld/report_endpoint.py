@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from arms import ARMS
 from recorded import Results, order, title
-from significance import Estimate, seeds_needed
+from significance import Estimate, holm, seeds_needed
 
 Where = tuple[int, str, str]
 """Budget, split, kind."""
@@ -50,6 +50,7 @@ def summary(results: Results, plan: Mapping[str, Any]) -> str:
         f"**The criterion that was fixed beforehand is {'met' if met else 'not met'}.** Over {len(seeds)} paired seeds, supervising hidden states with the depth teacher's features while the projector is pretrained "
         f"gave {share['embedding']:.1f} % right answers to “which is closer” (chance 50), task tokens without a loss {share['tokens']:.1f} %: {points(found['tokens'])}; over features of other images it is {points(found['shuffled'])}. "
         f"Over features of a network that was **never trained** ({share['random']:.1f} %) it is {points(found['random'])}" + _of_random(found["random"]),
+        _plain(results, plan),
         _other_targets(results, plan),
     ]  # fmt: skip
     lines += [
@@ -66,6 +67,29 @@ def _of_random(found: Estimate) -> str:
         ": so the endpoint does **not** show that what the teacher learnt is what helps. A possible reason, not tested by it: such features hold the picture's colours, and in these the only cue of the pictures that are asked about (haze) stands "
         "(how well depth is read from each: “Could it see an effect?”)."
     )
+
+
+def _plain(results: Results, plan: Mapping[str, Any]) -> str:
+    """The same over plain training, with the published weights, and beside what needs no training of a student."""
+    where = endpoint_of(plan)
+    over = {
+        "next tokens alone, no task tokens (`none`)": "none",
+        "the same for one and a half times the steps (`longer`)": "longer",
+        "task tokens without a loss for a quarter of the steps (`short`, which answers relations far worse)": "short",
+    }
+    found = {said: results.difference("embedding", arm, *where) for said, arm in over.items()}
+    told = [f"over {said} {points(e)}, {e.seeds} seeds" for said, e in found.items() if e is not None]
+    lines = [f"With other arms beside it (descriptive): {'; '.join(told)}."] if told else []
+    if (published := results.difference("published", "tokens", *where)) is not None:
+        lines.append(
+            f"With the published weights of the losses nothing is gained: {points(published)} over task tokens without a loss, {published.seeds} seeds; their predictions end below the mean map (“Did the losses do anything?”)."
+        )
+    if (tower := results.headroom.get("the student's tower")) is not None:
+        read = 100 * tower[where[1]]
+        lines.append(
+            f"Beside it: a linear regression that is given the places of the two things reads {read:.1f} % from the frozen tower."
+        )
+    return " ".join(lines)
 
 
 _OTHER_TARGETS = {
@@ -87,7 +111,7 @@ def _other_targets(results: Results, plan: Mapping[str, Any]) -> str:
     if learnt is None:
         return said
     verdict = (
-        "so in this form what the teacher learnt is what helps"
+        "so in this form one trained network's answer helps more than one untrained network's"
         if learnt.low > 0
         else "so in this form neither does it show"
     )
@@ -115,13 +139,22 @@ def _price(results: Results, plan: Mapping[str, Any], seeds: list[int]) -> str:
     return " ".join(said)
 
 
+FEWEST_FOR_INTERVAL = 3
+"""Seeds; of two, how near they happen to lie decides how wide an interval is."""
+
+
+def within(e: Estimate) -> str:
+    """Say an interval, or that there is none."""
+    return f"{e.low:+.1f} to {e.high:+.1f}" if e.seeds >= FEWEST_FOR_INTERVAL else f"{e.seeds} seeds: none"
+
+
 def _interval(e: Estimate) -> str:
-    return f"{e.value:+.1f} ({e.low:+.1f} to {e.high:+.1f})"
+    return f"{e.value:+.1f} ({within(e)})"
 
 
 def points(e: Estimate) -> str:
     """Say a difference in points, with its interval."""
-    return f"{e.value:+.1f} points ({e.low:+.1f} to {e.high:+.1f})"
+    return f"{e.value:+.1f} points ({within(e) if e.seeds >= FEWEST_FOR_INTERVAL else 'no interval'})"
 
 
 def endpoint(results: Results, plan: Mapping[str, Any]) -> str:
@@ -132,7 +165,7 @@ def endpoint(results: Results, plan: Mapping[str, Any]) -> str:
     if not found:
         said = f"Not enough was run yet: a difference takes two paired seeds of all arms, and there are {len(seeds)}."
         return "\n".join([*lines, said, ""])
-    lines += ["| `embedding` minus | difference (points) | 95 % interval | SD over seeds | paired seeds | seeds needed for this difference (80 % power) |", "|---|---|---|---|---|---|"]  # fmt: skip
+    lines += ["| `embedding` minus | difference (points) | 95 % interval | SD over seeds | paired seeds | seeds that show it in 80 of 100 trials, were this its size and spread |", "|---|---|---|---|---|---|"]  # fmt: skip
     for other, e in found.items():
         number = seeds_needed(e) if e.value > 0 else float("nan")
         needed = "–" if np.isnan(number) else "∞" if np.isinf(number) else f"{number:.0f}"
@@ -153,7 +186,10 @@ def endpoint(results: Results, plan: Mapping[str, Any]) -> str:
             if names
         ]
         verdict = f"**No success** as it was fixed: {'; '.join(told)}."
-    note = "–: fewer than five seeds, or no advantage; ∞: more seeds do not show it, more pictures might."
+    note = (
+        "–: fewer than five seeds, or no advantage; ∞: more seeds do not show it, more pictures might. Size and spread are as uncertain as the interval says: the number is of the order of what was taken, no more. "
+        "What two runs of one seed differ by (“Precision”) is a part of the spread: pairing by seed takes little of it away."
+    )
     return "\n".join([*lines, "", verdict, "", note, ""])
 
 
@@ -203,12 +239,23 @@ def targets(results: Results, plan: Mapping[str, Any]) -> str:
         )
     apart = {
         "`map` minus `cells`": ("map", "cells"), "`map` minus `map-untrained`": ("map", "map-untrained"),
-        "`map` minus `embedding`": ("map", "embedding"), "`random` minus `cells`": ("random", "cells"),
+        "`map` minus `embedding`": ("map", "embedding"), "`map` minus `random`": ("map", "random"),
+        "`random` minus `cells`": ("random", "cells"),
     }  # fmt: skip
-    known = {name: results.difference(arm, other, *endpoint_of(plan)) for name, (arm, other) in apart.items()}
-    said = "; ".join(f"{name} {points(e)}, {e.seeds} seeds" for name, e in known.items() if e is not None)
-    if said:
-        lines += ["", f"Paired with each other, at the endpoint's questions: {said}."]
+    pairs = {name: results.difference(arm, other, *endpoint_of(plan)) for name, (arm, other) in apart.items()}
+    known = {name: e for name, e in pairs.items() if e is not None and e.seeds >= FEWEST_FOR_INTERVAL}
+    if known:
+        p = holm({name: e.p for name, e in known.items()})
+        said = "; ".join(f"{name} {points(e)}, p {p[name]:.3f}, {e.seeds} seeds" for name, e in known.items())
+        lines += [
+            "",
+            f"Paired with each other, at the endpoint's questions (p corrected for these {len(known)}, which were chosen after the endpoint had been seen, and seeds added after three): {said}.",
+        ]
+    if (e := known.get("`random` minus `cells`")) is not None:
+        lines += [
+            "",
+            f"It was said before they ran that `cells` helps less than `random`: {'so it is' if e.low > 0 else 'that is not shown'}.",
+        ]
     return "\n".join(
         [
             *lines, "",
@@ -217,3 +264,32 @@ def targets(results: Results, plan: Mapping[str, Any]) -> str:
             "",
         ]
     )  # fmt: skip
+
+
+def advice(results: Results, plan: Mapping[str, Any]) -> str:
+    """What to try with other data, each with the figure it rests on."""
+    where = endpoint_of(plan)
+    budget = where[0]
+
+    def ended(arm: str) -> str:
+        """Say the lowest and highest mean over seeds of the supervised blocks' R²."""
+        rows = results.ended.get((arm, budget), {}).values()
+        names = sorted({name for row in rows for name in row if "." in name})
+        means = [sum(row[name] for row in rows) / len(rows) for name in names]
+        return " and ".join(f"{mean:.2f}" for mean in means)
+
+    weighed, published = ended("embedding"), ended("published")
+    lines = ["## With your own data", "", "What a toy shows holds for the toy. What it gives reason to try:", ""]
+    if weighed and published:
+        lines.append(
+            f"- **Look whether predictions pass the mean map** before anything else. With the published weights, the default, they ended at a centred R² of {published}; with "
+            f"`--set teachers.depth.weight=4 --set contrastive=0.03 --set normalise=channel --set context=image`, which `embedding` has, at {weighed}. `olatrain run` says at its end where they do not."
+        )
+    lines.append(
+        "- **Have the controls beside it**: the same run without a loss (`teachers.depth.weight=0`), with another image's features (`target_control=shuffle`), and with features of an untrained checkpoint. The last is the one that this page's losses did not pass."
+    )
+    if (e := results.difference("map", "embedding", *where)) is not None:
+        lines.append(
+            f"- **Try the depth map as target** (`--teacher depth-map`): {points(e)} over the features here, {e.seeds} seeds, seen after the endpoint, and on maps of 6 × 6 cells."
+        )
+    return "\n".join([*lines, ""])

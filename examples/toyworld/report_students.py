@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 from significance import Correlation, permutation_p, rank_correlation
 
 FEWEST_STUDENTS = 12
+_TOWER = "depth R² (centred)"
 Row = Mapping[str, Any]
 
 
@@ -56,6 +57,14 @@ MEASURES: dict[str, Callable[[Row], float]] = {
 }
 
 
+def verdict(results: Results) -> str:
+    """Say what came out, for a reader who stops at the summary; nothing with too few students."""
+    if len(results.students) < FEWEST_STUDENTS:
+        return ""
+    rows = sorted(results.students, key=lambda row: (row["width"], row["tower_steps"], row["told"]))
+    return f"Part (a), {len(rows)} students of next tokens alone: {_verdict(Students(rows))}\n"
+
+
 def representations(results: Results, plan: Mapping[str, Any]) -> str:
     """Write the section."""
     rows = sorted(results.students, key=lambda row: (row["width"], row["tower_steps"], row["told"]))
@@ -89,7 +98,23 @@ def _verdict(students: Students) -> str:
     told = f"ρ = {found.value:+.2f}, p = {_p(p)} by towers that change places"
     if p < 0.05 and found.value > 0:
         return f"**Among students that are told alike, those from which a depth probe reads more answer more questions of depth** ({told}). Towers that are better at depth are better at much else, so see the matrix."
-    return f"**Among students that are told alike, a better depth probe does not go with more right answers on depth beyond chance** ({told}). A correlation over all of them follows what captions tell."
+    own = students.alike(students.of(lambda row: row["tower"][_TOWER]))
+    tower, of_tower = rank_correlation(own, y, groups=students.towers), permutation_p(own, y, students.towers)
+    without = ", ".join(
+        f"{place.split()[1]} {rank_correlation(own, students.alike(students.answers(place))).value:+.2f}"
+        for place in _places(students)
+        if place in ("test colour", "test count", "test relation")
+    )
+    held = (
+        f"How well a student's tower itself holds depth, which takes no probe of the student, does go with them (ρ = {tower.value:+.2f}, p = {_p(of_tower)}, uncorrected), "
+        f"but with answers that need no depth too ({without}): a tower's quality at large, then, as far as this tells."
+        if of_tower < 0.05 and tower.value > 0
+        else f"Nor that how well its tower itself holds depth does (ρ = {tower.value:+.2f}, p = {_p(of_tower)})."
+    )
+    return (
+        f"**It is not shown that, among students told alike, a better depth probe goes with more right answers on depth** ({told}; {len(set(students.towers))} towers tell large effects only). "
+        f"{held}"
+    )
 
 
 def _among_alike(results: Results, students: Students) -> list[str]:
@@ -111,9 +136,13 @@ def _among_alike(results: Results, students: Students) -> list[str]:
         split, kind = place.split()
         head = f"{title((split, kind))} | {100 * results.chance[split, kind]:.0f} | {100 * shares.min():.1f} to {100 * shares.max():.1f}"
         lines.append(f"| {head} | {' | '.join(cells)} |")
-    depth, colour = (students.alike(students.answers(f"test {kind}")) for kind in ("depth", "colour"))
+    depth = students.alike(students.answers("test depth"))
+    others = [place for place in _places(students) if place.startswith("test ") and place != "test depth"]
     apart = {
-        name: rank_correlation(students.alike(students.of(m)), depth, minus=colour, groups=students.towers)
+        name: ", ".join(
+            f"{place.split()[1]} {rank_correlation(students.alike(students.of(m)), depth, minus=students.alike(students.answers(place))).value:+.2f}"
+            for place in others
+        )
         for name, m in MEASURES.items()
     }
     return [
@@ -121,7 +150,8 @@ def _among_alike(results: Results, students: Students) -> list[str]:
         "A rank correlation of 0 is what no relation gives; –: too few students differ. The bootstrap draws towers, which several students share; "
         f"percentiles of draws of {len(set(students.towers))} towers are too narrow an interval, so trust the p-value more: how often the correlation is as far from 0 where the probes of whole towers change places. "
         "It is not corrected and describes, no more. The next-token loss is of columns in pictures held out, a turn by itself that no pretraining has: it stands for captioning in general.", "",
-        "Correlation with depth answers minus that with colour answers: " + "; ".join(f"{name} {_correlation(one).replace(' | ', ' (95 %: ')})" for name, one in apart.items()) + ".", "",
+        "It was expected to go with depth more than with any other kind. Its correlation with depth minus that with each other kind: " + "; ".join(f"{name} – {one}" for name, one in apart.items())
+        + ". Colour was named as the contrast only afterwards, and what lies far from it because the score goes *against* colour is no sign of depth.", "",
     ]  # fmt: skip
 
 

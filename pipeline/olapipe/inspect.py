@@ -247,6 +247,7 @@ _MEANING_ROWS = {
     "colours": lambda t: t["fingerprint"]["preprocessing"]["channel_order"],
     "EXIF applied": lambda t: "yes" if t["fingerprint"]["preprocessing"]["exif"] else "no",
     "computed in": lambda t: t["fingerprint"]["compute_dtype"],
+    "options": lambda t: ", ".join(f"{name}={value}" for name, value in t["fingerprint"]["options"].items()) or "–",
 }
 
 

@@ -109,7 +109,8 @@ def test_the_summary_says_which_other_targets_help(tmp_path: Path) -> None:
     assert -35 < float(own.split()[0]) < -5
     assert own.endswith(", 10 seeds.")
     assert "over the untrained one's" not in text
-    for share, said in ((0.3, "what the teacher learnt is what helps"), (0.8, "neither does it show")):
+    helps = "one trained network's answer helps more than one untrained network's"
+    for share, said in ((0.3, helps), (0.8, "neither does it show")):
         write_rows(tmp_path / "results", {**SHARES, "map": 0.8, "map-untrained": share})
         text = page(tmp_path / "results", tmp_path)
         (line,) = [line for line in text.splitlines() if line.startswith("Other targets, over task tokens without")]
@@ -153,7 +154,9 @@ def test_arms_of_other_layers_and_precisions_have_their_own_tables(tmp_path: Pat
     assert float(row.split(" | ")[3].split()[0]) < -10  # points below the published choice
     (row,) = [line for line in precision.splitlines() if line.startswith("| int8 |")]
     assert row.startswith("| int8 | 4321 | 0.99987 | 10 | ")
-    (noise,) = [line for line in precision.splitlines() if line.startswith("**A seed does not fix a run**")]
+    (noise,) = [
+        line for line in precision.splitlines() if line.startswith("**A seed fixes a run only to the last bit**")
+    ]
     told = [float(part) for part in re.findall(r"[+-]\d+\.\d", noise)]
     rows = load("recorded").load(tmp_path / "results").right
     right = [rows[arm, 3000, "test", "depth"] for arm in ("int8", "embedding")]
@@ -166,7 +169,7 @@ def test_arms_of_other_layers_and_precisions_have_their_own_tables(tmp_path: Pat
     assert "Minus task tokens without a loss, described and not tested: int8 " in precision
     assert "Minus task tokens without a loss, described and not tested: blocks (1,) " in layers
     (tmp_path / "results" / "stores.json").write_text(json.dumps({"int8": {"bytes": 4321, "r2": 0.98}}))
-    assert "A seed does not fix a run" not in page(tmp_path / "results", tmp_path), "that is another target"
+    assert "A seed fixes a run" not in page(tmp_path / "results", tmp_path), "that is another target"
     assert "layers-1" not in text.split("## The endpoint")[1].split("## Layers")[0]
 
 
@@ -243,6 +246,17 @@ def test_what_the_losses_ended_at_is_shown_beside_the_trivial_baseline(tmp_path:
     ]
 
 
+def test_two_seeds_have_no_interval(tmp_path: Path) -> None:
+    write_rows(tmp_path / "results", {"none": 0.3, "tokens": 0.5, "embedding": 0.8}, seeds=2)
+    part = page(tmp_path / "results", tmp_path).split("## Controls")[1].split("\n## ")[0]
+    (row,) = [line for line in part.splitlines() if line.startswith("| `none` |")]
+    assert row.endswith(" | 2 seeds: none | – | 2 |")
+    write_rows(tmp_path / "results", {"none": 0.3, "tokens": 0.5, "embedding": 0.8}, seeds=3)
+    part = page(tmp_path / "results", tmp_path).split("## Controls")[1].split("\n## ")[0]
+    (row,) = [line for line in part.splitlines() if line.startswith("| `none` |")]
+    assert "none |" not in row.split("|", 3)[3] and row.endswith(" | 3 |")
+
+
 def test_what_can_be_read_stands_beside_chance_by_split(tmp_path: Path) -> None:
     write_rows(tmp_path / "results", SHARES, seeds=2)
     assert "linear regression" not in page(tmp_path / "results", tmp_path)
@@ -263,7 +277,7 @@ def _students(folder: Path, *, within: float, by_telling: float) -> list[dict[st
             "width": 32, "tower_steps": 60 + tower, "told": told, "text": 0.3,
             "probe": {"1": 0.0, "2": 0.05 * tower + 0.2 * by_telling * level},
             "depth": {"0": -1.0, "1": 0.9 - 0.05 * tower},
-            "tower": {"depth R²": -tower, "names AP": 0.5, "names AP by chance": 0.1},
+            "tower": {"depth R² (centred)": -tower, "names AP": 0.5, "names AP by chance": 0.1},
             "right": {"test depth": digits(0.4 + 0.02 * within * tower + 0.12 * by_telling * level, rng),
                       "ood depth": digits(0.5, rng), "test colour": digits(0.9 - 0.03 * tower, rng)},
             "bench": "these",
@@ -293,14 +307,14 @@ def test_students_are_correlated_among_those_told_alike_and_few_are_not(tmp_path
     assert float(cells[7]) < -0.7, "the ridge was made to fall where answers rise"
     (unlike,) = [line for line in part.splitlines() if line.startswith("| depth (ood) |")]
     assert float(unlike.strip("| ").split(" | ")[5]) > 0.05
-    (contrast,) = [line for line in part.splitlines() if line.startswith("Correlation with depth answers minus")]
-    assert float(contrast.split("features ")[1].split(" ")[0]) > 1.2
+    (contrast,) = [line for line in part.splitlines() if line.startswith("It was expected to go with depth more")]
+    assert float(contrast.split("features – colour ")[1].split(";")[0]) > 1.2
     (changes,) = [line for line in part.splitlines() if line.startswith("From the fewest to the most telling")]
     assert "probe of the depth teacher's features, R² +0.40 (up in 6 of 6 towers)" in changes
     assert "depth read by a ridge, R² +0.00 (up in 0 of 6 towers)" in changes
     matrix = {line.split(" | ")[0]: line.split(" | ")[2] for line in part.splitlines() if "of its tower" in line}
-    assert matrix.keys() == {"| depth R² of its tower", "| names AP of its tower"}
-    assert float(matrix["| depth R² of its tower"]) < -0.7
+    assert matrix.keys() == {"| depth R² (centred) of its tower", "| names AP of its tower"}
+    assert float(matrix["| depth R² (centred) of its tower"]) < -0.7
     assert matrix["| names AP of its tower"] == "–"
     assert (tmp_path / "images" / "students.png").is_file()
 
@@ -310,8 +324,12 @@ def test_what_captions_tell_makes_no_correlation_by_itself(tmp_path: Path) -> No
     write_rows(results, SHARES)
     (results / "questions.json").write_text(json.dumps(_asked_with_colours(results)))
     _students(results, within=0, by_telling=1)
-    part = page(results, tmp_path).split("## (a)")[1]
-    assert "a better depth probe does not go with more right answers on depth beyond chance" in part
+    whole = page(results, tmp_path)
+    part = whole.split("## (a)")[1]
+    said = "**It is not shown that, among students told alike, a better depth probe goes with more right answers"
+    assert said in part
+    assert said in whole.split("## The endpoint")[0], "a reader who stops there is told"
+    assert "Nor that how well its tower itself holds depth does (ρ = " in part
     (rival,) = [line for line in part.splitlines() if line.startswith("| probe of the depth teacher's features | ")][:1]
     over_all, with_told, given_told, _ = map(float, rival.strip("| ").split(" | ")[1:])
     assert over_all > 0.6 and with_told > 0.6
@@ -326,7 +344,7 @@ def test_rows_made_again_are_counted_and_compared(tmp_path: Path) -> None:
     other["right"] = other["right"][::-1]
     (tmp_path / "results" / "repeated.jsonl").write_text(f"{first}\n{json.dumps(other)}\n")
     text = page(tmp_path / "results", tmp_path)
-    assert "2 rows (an arm and a seed or a student, a kind of question) were made a second time from nothing" in text
+    assert "2 rows (an arm and a seed or a student, a kind of question; several to a run) were made a second" in text
     assert "in 1 of them every question was answered as before" in text
     assert path.read_text().count("\n") == 10 * 2 * len(SHARES)
     student = {
@@ -338,7 +356,7 @@ def test_rows_made_again_are_counted_and_compared(tmp_path: Path) -> None:
     again = [student | {"right": student["right"] | {"test colour": "1101"}}, student | {"config": "that"}]
     (tmp_path / "results" / "repeated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in again))
     text = page(tmp_path / "results", tmp_path)
-    assert "2 rows (an arm and a seed or a student, a kind of question)" in text
+    assert "2 rows (an arm and a seed or a student, a kind of question; several to a run)" in text
     assert "in 1 of them every question" in text
 
 

@@ -261,6 +261,12 @@ class TrainConfig(Frozen):
             given = teacher if teacher is not None else {}
             if isinstance(given, dict) and "layers" not in given and name in PUBLISHED_LAYERS:
                 given = {"layers": PUBLISHED_LAYERS[name], **given}
+            if isinstance(given, dict) and "layers" not in given:
+                raise ValueError(
+                    f"teachers.{name}.layers is missing: only {', '.join(PUBLISHED_LAYERS)} have published ones; name "
+                    f"decoder blocks, counted from 1 (--set teachers.{name}.layers=[18,20]); `olatrain probe` suggests "
+                    "some"
+                )
             teachers[name] = given
         return {**data, "teachers": teachers}
 
@@ -296,7 +302,9 @@ class TrainConfig(Frozen):
         if self.conversations is None and self.store is None and not self.sources:
             raise ValueError("conversations and images are missing, or a packed training set as store")
         if self.store is not None and self.conversations is not None and not self.reads:
-            raise ValueError("a store is given, but teachers names none to learn from")
+            raise ValueError(
+                "a store is given, but teachers names none to learn from, such as --set teachers.depth.layers=[18,20]"
+            )
         if not self.text and not any(teacher.trains for teacher in self.teachers.values()):
             raise ValueError("text is 0 and no teacher has a weight: there is no loss")
         if self.cache_limit is not None and self.cache_dir is None:

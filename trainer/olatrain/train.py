@@ -201,7 +201,8 @@ def _say_what_was_not_learnt(config: TrainConfig, step: int, watch: Watch) -> No
         for name, teacher in config.teachers.items()
         if teacher.trains
     }
-    below = below_mean_map(config.out, supervised, first=step - step // 10)
+    last = max(1, step // 10)
+    below = below_mean_map(config.out, supervised, first=step - last + 1)
     for name, layers in below.items():
         told = ", ".join(f"{r2:.2f} at layer {layer}" for layer, r2 in layers.items())
         remedies = [
@@ -211,8 +212,8 @@ def _say_what_was_not_learnt(config: TrainConfig, step: int, watch: Watch) -> No
         if config.normalise == "none":
             remedies.append("scale targets (--set normalise=channel)")
         watch.say(
-            f"{name}: predictions end worse than the mean map, which knows nothing of an image (centred R² {told}); "
-            + ", or ".join(remedies)
+            f"{name}: predictions end worse than the mean map, which knows nothing of an image (centred R² {told}, "
+            f"mean of the last {last} steps); " + ", or ".join(remedies)
         )
     if below:
         watch.event("below_mean_map", step, {"teachers": below})

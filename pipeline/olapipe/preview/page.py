@@ -200,10 +200,12 @@ class _Section:
             (STORED, decoder.decode(feature, pixels)),
             (PREDICTED, decoder.decode(predicted, pixels) if predicted is not None else None),
         ]
+        control = None
+        if decoder.needs_pixels or (predicted is not None and full is not None):
+            # what the decoder makes of the image alone, or of no image, when the feature says nothing about it
+            control = decoder.decode(np.broadcast_to(self._mean, feature.shape).copy(), pixels)
         if decoder.needs_pixels:
-            # what the decoder makes of the image alone, when the feature says nothing about it
-            mean = np.broadcast_to(self._mean, feature.shape).copy()
-            shown.append((CONTROL, decoder.decode(mean, pixels)))
+            shown.append((CONTROL, control))
         row: list[Cell | None] = [self._picture()]
         for title, output in shown:
             if output is None:
@@ -213,6 +215,8 @@ class _Section:
             row.append(self._cell(title, drawing.rgb, drawing.caption))
             if full is not None and title != FULL:
                 self._say(f"{title}: {decoder.agreement(full, output)}")
+        if control is not None and not decoder.needs_pixels:
+            self._say(f"{CONTROL}: {decoder.agreement(full, control)}")
         self._page.rows.append(row)
 
     def _feature_row(
