@@ -217,7 +217,18 @@ def untrained(results: Results, plan: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+_READ = {
+    "embedding": "the teacher's features", "random": "the untrained teacher's features", "own": "the student's tower",
+    "cells": "the colours of `cells`", "map": "what the teacher answers", "map-untrained": "what an untrained teacher answers",
+}  # fmt: skip
+"""Targets, by what `headroom.py` calls what it reads depth from."""
 _HEADS = {"depth": "layer norm, then linear–ReLU–linear", "clip": "layer norm", "cells": "linear", "depthmap": "linear"}
+
+
+def _read(results: Results, plan: Mapping[str, Any], arm: str) -> str:
+    """Say what a regression that is given the places reads of depth from an arm's targets."""
+    share = results.headroom.get(_READ.get(arm, ""), {}).get(plan["endpoint"]["split"])
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def targets(results: Results, plan: Mapping[str, Any]) -> str:
@@ -226,16 +237,17 @@ def targets(results: Results, plan: Mapping[str, Any]) -> str:
         return ""
     lines = [
         "## Which targets help?", "",
-        "Losses scale a target by channel, so weights are equal; how much of it is about the image is not: the rest is its mean map, which a student learns without looking.", "",
-        "| arm | channels | ends in | variance beyond the mean map | smooth-L1 of the mean map | cosine of two images | depth order minus `tokens`, points | seeds |",
-        "|---|---|---|---|---|---|---|---|",
+        "Losses scale a target by channel, so weights are equal; how much of it is about the image is not: the rest is its mean map, which a student learns without looking. "
+        "What is read linearly, of depth order, is by a regression that is given the two things' places (“Could it see an effect?”; chance 50).", "",
+        "| arm | channels | ends in | variance beyond the mean map | smooth-L1 of the mean map | cosine of two images | depth order read from it linearly, % | depth order minus `tokens`, points | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for arm in (arm for arm in ARMS if arm in results.spread):
         told, head = results.spread[arm], _HEADS[ARMS[arm].teachers[0]]
         found = results.difference(arm, "tokens", *endpoint_of(plan))
         cells = "– | fewer than 2" if found is None else f"{_interval(found)} | {found.seeds}"
         lines.append(
-            f"| `{arm}` | {told['channels']:.0f} | {head} | {told['beyond']:.2f} | {told['loss']:.3f} | {told['alike']:.2f} | {cells} |"
+            f"| `{arm}` | {told['channels']:.0f} | {head} | {told['beyond']:.2f} | {told['loss']:.3f} | {told['alike']:.2f} | {_read(results, plan, arm)} | {cells} |"
         )
     apart = {
         "`map` minus `cells`": ("map", "cells"), "`map` minus `map-untrained`": ("map", "map-untrained"),
