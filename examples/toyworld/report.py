@@ -17,6 +17,7 @@ from report_endpoint import (
     advice,
     endpoint,
     endpoint_of,
+    p_value,
     points,
     summary,
     targets,
@@ -266,7 +267,7 @@ def _about(arm: str) -> str:
 
 def _difference(found: Compared) -> str:
     e = found.estimate
-    p = "–" if e.seeds < FEWEST_FOR_INTERVAL else f"{found.p:.3f}" if found.p >= 0.0005 else "< 0.001"
+    p = "–" if e.seeds < FEWEST_FOR_INTERVAL else p_value(found.p)
     return f"{e.value:+.1f} | {within(e)} | {p}"
 
 

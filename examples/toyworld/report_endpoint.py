@@ -225,6 +225,11 @@ _READ = {
 _HEADS = {"depth": "layer norm, then linear–ReLU–linear", "clip": "layer norm", "cells": "linear", "depthmap": "linear"}
 
 
+def p_value(value: float) -> str:
+    """Say a p-value."""
+    return f"{value:.3f}" if value >= 0.0005 else "< 0.001"
+
+
 def _read(results: Results, plan: Mapping[str, Any], arm: str) -> str:
     """Say what a regression that is given the places reads of depth from an arm's targets."""
     share = results.headroom.get(_READ.get(arm, ""), {}).get(plan["endpoint"]["split"])
@@ -258,7 +263,7 @@ def targets(results: Results, plan: Mapping[str, Any]) -> str:
     known = {name: e for name, e in pairs.items() if e is not None and e.seeds >= FEWEST_FOR_INTERVAL}
     if known:
         p = holm({name: e.p for name, e in known.items()})
-        said = "; ".join(f"{name} {points(e)}, p {p[name]:.3f}, {e.seeds} seeds" for name, e in known.items())
+        said = "; ".join(f"{name} {points(e)}, p {p_value(p[name])}, {e.seeds} seeds" for name, e in known.items())
         lines += [
             "",
             f"Paired with each other, at the endpoint's questions (p corrected for these {len(known)}, which were chosen after the endpoint had been seen, and seeds added after three): {said}.",

@@ -405,13 +405,15 @@ def test_targets_of_all_kinds_stand_beside_each_other(tmp_path: Path) -> None:
     assert "## Which targets help?" not in page(results, tmp_path)
     told = {"channels": 16.0, "beyond": 0.11, "loss": 0.049, "alike": 0.89}
     (results / "spread.json").write_text(json.dumps({"map": told, "own": told}))
+    (results / "headroom.json").write_text(json.dumps({"what the teacher answers": {"test": 0.7597, "ood": 0.1}}))
     part = page(results, tmp_path).split("## Which targets help?")[1].split("\n## ")[0]
     (row,) = [line for line in part.splitlines() if line.startswith("| `map` |")]
-    assert row.startswith("| `map` | 16 | linear | 0.11 | 0.049 | 0.89 | +")
+    assert row.startswith("| `map` | 16 | linear | 0.11 | 0.049 | 0.89 | 76.0 | +")
     assert row.endswith(" | 10 |")
-    assert "| `own` | 16 | layer norm | 0.11 | 0.049 | 0.89 | – | fewer than 2 |" in part
+    assert "| `own` | 16 | layer norm | 0.11 | 0.049 | 0.89 | – | – | fewer than 2 |" in part
     (paired,) = [line for line in part.splitlines() if line.startswith("Paired with each other")]
     assert 10 < float(paired.split("`map` minus `cells` ")[1].split(" ")[0]) < 40
+    assert "p corrected for these 4," in paired
 
 
 def test_what_of_a_target_is_about_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
