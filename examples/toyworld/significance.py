@@ -13,7 +13,7 @@ from itertools import permutations, product
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata, t
+from scipy.stats import nct, rankdata, t
 
 RESAMPLES = 2000
 _NO_ERROR = 1e-9
@@ -110,17 +110,28 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def seeds_needed(found: Estimate) -> float:
-    """Return how many paired seeds show a difference like this at 5 % two-sided with a power of 80 %, normally.
+    """Return how many paired seeds show a difference like this at 5 % two-sided with a power of 80 %.
 
-    n = S (error² − v) / ((difference / 2.8016)² − v), at least 2, from an estimate of S seeds; v is the images' part of
-    the squared error, which more seeds do not take away: infinite where that alone hides the difference. What seeds
-    and the rest add goes down with their number. NaN for fewer than five seeds, whose spread says little.
+    By the noncentral t distribution of n − 1 degrees of freedom, with a squared error of S (error² − v) / n + v from an
+    estimate of S seeds; v is the images' part, which more seeds do not take away: infinite where that alone hides the
+    difference. What seeds and the rest add goes down with their number. NaN for fewer than five seeds, whose spread
+    says little.
     """
     if found.seeds < _FEWEST_FOR_SPREAD:
         return math.nan
-    left = (found.value / (1.95996 + 0.8416)) ** 2 - found.of_images
     of_seeds = found.seeds * (found.error**2 - found.of_images)
-    return max(2.0, math.ceil(of_seeds / left)) if left > 0 else math.inf
+    left = (found.value / (1.95996 + 0.8416)) ** 2 - found.of_images
+    if left <= 0:
+        return math.inf
+    number = max(2, math.ceil(of_seeds / left))  # by the normal distribution: never more than by t
+    while _power(abs(found.value) / math.sqrt(of_seeds / number + found.of_images), number - 1) < 0.8:
+        number += 1
+    return float(number)
+
+
+def _power(size: float, freedom: int) -> float:
+    """Return how often a t test sees a mean of so many standard errors."""
+    return float(nct.sf(t.ppf(0.975, freedom), freedom, size))
 
 
 def digits(rows: Sequence[str]) -> np.ndarray:
