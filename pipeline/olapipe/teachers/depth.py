@@ -35,7 +35,7 @@ def load(info: TeacherInfo, settings: TeacherSettings) -> Teacher:
     values, tensors = _read(checkpoint)
     config = _backbone_config(values, checkpoint)
     patch = whole_number(config.patch_size, "patch_size", checkpoint)
-    taps = _taps(config, pooling=options["pooling"], checkpoint=checkpoint)
+    taps = block_taps(config, pooling=options["pooling"], checkpoint=checkpoint)
     config.set_output_features_output_indices([f"stage{tap + 1}" for tap in taps], None)
     stripped = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
@@ -174,7 +174,8 @@ def _backbone_config(values: dict[str, Any], checkpoint: Checkpoint) -> Dinov2Co
     return config
 
 
-def _taps(config: Dinov2Config, *, pooling: Scalar, checkpoint: Checkpoint) -> tuple[int, ...]:
+def block_taps(config: Dinov2Config, *, pooling: Scalar, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Return the tapped blocks, 0-based; raises TeacherError where the config names the embedding."""
     stages = [int(index) for index in config.out_indices]
     if not stages or min(stages) < 1:  # stage 0 is the embedding, stage i the output of block i - 1
         raise checkpoint.error(

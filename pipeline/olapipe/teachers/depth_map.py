@@ -9,7 +9,15 @@ from torch.nn import functional
 
 from olapipe.teachers.base import Teacher, TeacherSettings, resolve_options
 from olapipe.teachers.checkpoint import Checkpoint, locate, read_weights, weights_digest
-from olapipe.teachers.depth import GRID, architecture, fix_positions, licence_of, read_described, read_preprocessor
+from olapipe.teachers.depth import (
+    GRID,
+    architecture,
+    block_taps,
+    fix_positions,
+    licence_of,
+    read_described,
+    read_preprocessor,
+)
 from olapipe.teachers.depth_original import (
     head_config,
     head_to_hub_names,
@@ -42,7 +50,7 @@ def load(info: TeacherInfo, settings: TeacherSettings) -> Teacher:
         weights=weights_digest(tensors),
         preset=settings.preset,
         preprocessing=preprocessor.record,
-        taps=tuple(int(stage) - 1 for stage in backbone.out_indices),
+        taps=block_taps(backbone, pooling="mean", checkpoint=checkpoint),
         pooling="none",
         options={
             "parts": parts,
