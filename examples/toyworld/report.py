@@ -54,7 +54,7 @@ def write(folder: Path, out: Path, fixed: Path = HERE / "plan.json") -> None:
         _sensitivity(results, plan, corrected),
     ]
     parts += [_fixed(plan), _controls(results, plan, corrected)]
-    parts += [_accuracies(results), _rest(results, plan)]
+    parts += [_budgets(results, plan), _accuracies(results), _rest(results, plan)]
     parts += [_layers(results, plan, corrected), _precision(results, plan, corrected)]
     parts.append(representations(results, plan))
     if plot_students(results, plan, images / "students.png"):
@@ -306,6 +306,30 @@ def _accuracies(results: Results) -> str:
         counts = ", ".join(f"{title(p)} {len(results.images[p])}" for p in kinds)
         parts.append("\n".join([*lines, "", f"Questions: {counts}.", ""]))
     return "\n".join(parts)
+
+
+def _budgets(results: Results, plan: Mapping[str, Any]) -> str:
+    """What the losses are worth after fewer and more questions to fine-tune on."""
+    end = plan["endpoint"]
+    budgets = sorted({budget for arm, budget, _, _ in results.right if arm == "embedding"})
+    if len(budgets) < 2:
+        return ""
+    lines = [
+        "## Fine-tuning budgets", "",
+        f"Questions of {end['question']} order (`{end['split']}`), percent; chance is {100 * results.chance[end['split'], end['question']]:.0f}. Described and not tested, but for the endpoint's {end['budget']}.", "",
+        "| questions to fine-tune on | `tokens` | `embedding` | difference (points) | 95 % interval | paired seeds |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for budget in budgets:
+        where = (budget, end["split"], end["question"])
+        seeds = results.seeds(["tokens", "embedding"], *where)
+        if not seeds:
+            continue
+        before, after = (100 * float(results.values(arm, *where, seeds).mean()) for arm in ("tokens", "embedding"))
+        found = results.difference("embedding", "tokens", *where)
+        interval = "one seed: none" if found is None else within(found)
+        lines.append(f"| {budget} | {before:.1f} | {after:.1f} | {after - before:+.1f} | {interval} | {len(seeds)} |")
+    return "\n".join([*lines, ""])
 
 
 def _rest(results: Results, plan: Mapping[str, Any]) -> str:

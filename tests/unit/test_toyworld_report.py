@@ -444,3 +444,19 @@ def test_what_of_a_target_is_about_its_image(tmp_path: Path, monkeypatch: pytest
     assert found["beyond"] == pytest.approx(ratio.mean(), rel=0.05)
     assert found["alike"] == pytest.approx(1 - ratio.mean(), abs=0.1)
     assert 0 < found["loss"] < found["beyond"] / 2
+
+
+def test_budgets_stand_beside_each_other_over_the_seeds_that_both_arms_have(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    write_rows(results, SHARES)
+    assert "## Fine-tuning budgets" not in page(results, tmp_path), "there is one"
+    rows = [json.loads(line) for line in (results / "runs.jsonl").read_text().splitlines()]
+    more = [row | {"budget": 1000} for row in rows if row["arm"] in ("tokens", "embedding") and row["seed"] == 3]
+    (results / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    part = page(results, tmp_path).split("## Fine-tuning budgets")[1].split("\n## ")[0]
+    few, many = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith(("| 1000", "| 3000"))]
+    of_seed = {row["arm"]: row["right"] for row in more if row["split"] == "test"}
+    shares = [100 * of_seed[arm].count("1") / len(of_seed[arm]) for arm in ("tokens", "embedding")]
+    assert [float(cell) for cell in few[1:3]] == pytest.approx(shares, abs=0.06)
+    assert few[4:] == ["one seed: none", "1"]
+    assert many[5] == "10" and " to " in many[4]
