@@ -92,8 +92,8 @@ def test_it_is_said_whether_an_effect_could_be_seen_and_what_is_missing(tmp_path
     assert float(row.split(" | ")[3]) > 20
     assert float(row.split(" | ")[5].strip(" |")) < 0.01
     assert "| `feed` | 0 | | | | |" in part
-    assert "`feed` 5" in text.split("## What was fixed")[0]
-    assert "`oracle` 1" in text.split("## What was fixed")[0]
+    assert "`feed` 3" in text.split("## What was fixed")[0]
+    assert "`none` 1" in text.split("## What was fixed")[0]
     (row,) = [line for line in text.split("## The endpoint")[1].splitlines() if line.startswith("| `tokens` | +")][:1]
     assert row.endswith(" | 4 | – |"), "the spread of four seeds says little of how many are needed"
 
