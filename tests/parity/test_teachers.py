@@ -135,13 +135,13 @@ def _filter(name: str) -> Mutation:
 
 
 def _shift_tap(patch: pytest.MonkeyPatch) -> dict[str, Scalar]:
-    original = depth_module._taps
+    original = depth_module.block_taps
 
     def shifted(*args, **kwargs):  # type: ignore[no-untyped-def]
         taps = original(*args, **kwargs)
         return (*taps[:-1], taps[-1] - 1)
 
-    patch.setattr(depth_module, "_taps", shifted)
+    patch.setattr(depth_module, "block_taps", shifted)
     return {}
 
 
