@@ -65,6 +65,11 @@ def load(checkpoint: str, fingerprint: Fingerprint, device: torch.device) -> Dep
 
     The position embedding is interpolated as the fingerprint says, so that the encoder is the teacher's.
     """
+    return DepthDecoder(read_model(checkpoint, fingerprint), device)
+
+
+def read_model(checkpoint: str, fingerprint: Fingerprint) -> Any:
+    """Return the whole model, its encoder that of the fingerprint; raises TeacherError."""
     interpolation = str(fingerprint.options["position_interpolation"])
     model, _ = whole_model(locate(fingerprint.teacher, checkpoint), interpolation=interpolation)
-    return DepthDecoder(model, device)
+    return model

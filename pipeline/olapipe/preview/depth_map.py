@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from olapipe.preview.depth import DepthDecoder
-from olapipe.teachers.checkpoint import locate
-from olapipe.teachers.depth_map import whole_model
+from olapipe.preview.depth import DepthDecoder, read_model
 from olaschema.manifest import Fingerprint
 
 
@@ -28,6 +26,4 @@ class DepthMapDecoder(DepthDecoder):
 
 def load(checkpoint: str, fingerprint: Fingerprint, device: torch.device) -> DepthMapDecoder:
     """Load encoder, neck and head as the teacher does; raises TeacherError."""
-    interpolation = str(fingerprint.options["position_interpolation"])
-    model, _ = whole_model(locate(fingerprint.teacher, checkpoint), interpolation=interpolation)
-    return DepthMapDecoder(model, device)
+    return DepthMapDecoder(read_model(checkpoint, fingerprint), device)

@@ -23,6 +23,8 @@ GRID = 24
 # The grid of the public code's patches plus this, over the trained grid, is its scale factor
 # (`interpolate_offset` of DINOv2, facebookresearch/dinov2).
 _ORIGINAL_OFFSET = 0.1
+AS_TOKENS = {"apply_layernorm": True, "reshape_hidden_states": False, "use_mask_token": False}
+"""Settings of the encoder by which its taps come out as final-normed tokens, whatever the checkpoint's config has."""
 _PREFIX = "backbone."
 _MODULE = "transformers.models.dpt.image_processing_pil_dpt"
 _PROCESSOR = "DPTImageProcessorPil"
@@ -169,8 +171,7 @@ def read_described(checkpoint: Checkpoint) -> dict[str, Any]:
 def _backbone_config(values: dict[str, Any], checkpoint: Checkpoint) -> Dinov2Config:
     from transformers import Dinov2Config
 
-    ours = {"apply_layernorm": True, "reshape_hidden_states": False, "use_mask_token": False}
-    config: Dinov2Config = make_config(Dinov2Config, values | ours, checkpoint)
+    config: Dinov2Config = make_config(Dinov2Config, values | AS_TOKENS, checkpoint)
     return config
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 from olapipe.teachers.base import Teacher, TeacherSettings, resolve_options
 from olapipe.teachers.checkpoint import Checkpoint, locate, read_weights, weights_digest
 from olapipe.teachers.depth import (
+    AS_TOKENS,
     GRID,
     architecture,
     block_taps,
@@ -118,8 +119,7 @@ def whole_model(
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 
     values, tensors = _read(checkpoint)
-    ours = {"apply_layernorm": True, "reshape_hidden_states": False, "use_mask_token": False}
-    values = {**values, "backbone_config": {**values["backbone_config"], **ours}}
+    values = {**values, "backbone_config": {**values["backbone_config"], **AS_TOKENS}}
     if values.get("max_depth") is None:  # as files of relative depth may have it
         values.pop("max_depth", None)
     config: Any = make_config(DepthAnythingConfig, values, checkpoint)
