@@ -273,7 +273,11 @@ class BucketPlace(Place):
     def _call(
         self, kind: str, name: str, act: Callable[[Any], Result], *, again: Callable[[Exception], bool] | None = None
     ) -> Result:
-        """Return what `act` does, tried again after the errors that `again` answers for; the library tries others."""
+        """Return what `act` does, tried again after the errors that `again` answers for; the library tries others.
+
+        Without `again` that is an answer that arrived in part, which may be the answer that nothing is there.
+        """
+        again = again or _cut_short
         store = self._store()
         tries = 0
         while True:
@@ -286,7 +290,7 @@ class BucketPlace(Place):
                     raise self._explain(name, error) from None
                 raise
             except (self._errors.BaseError, OSError) as error:
-                if again is None or not again(error) or tries == _TRIES:
+                if not again(error) or tries == _TRIES:
                     raise self._explain(name, error) from None
                 time.sleep(0.1 * 2**tries)
 
@@ -309,21 +313,19 @@ class BucketPlace(Place):
         return self._missing_is_none("read", name, get)
 
     def _listed(self, folder: str) -> Any:
-        return self._call(
-            "list", folder, lambda store: self._obstore.list_with_delimiter(store, folder or None), again=_cut_short
-        )
+        return self._call("list", folder, lambda store: self._obstore.list_with_delimiter(store, folder or None))
 
     def _all(self, folder: str) -> list[str]:
         def names(store: Any) -> list[str]:
             return sorted(found["path"] for chunk in self._obstore.list(store, folder or None) for found in chunk)
 
-        return self._call("list", folder, names, again=_cut_short)
+        return self._call("list", folder, names)
 
     def _any(self, folder: str) -> bool:
         def first(store: Any) -> bool:
             return any(chunk for chunk in self._obstore.list(store, folder or None, chunk_size=1))
 
-        return self._call("list", folder, first, again=_cut_short)
+        return self._call("list", folder, first)
 
     def _explain(self, name: str, error: Exception) -> StoreError:
         """Say what is wrong in our words: messages of the library may hold signed addresses."""
@@ -375,7 +377,7 @@ def _passing(error: Exception) -> bool:
 
 
 def _cut_short(error: Exception) -> bool:
-    """Whether only a part of an answer arrived; the library does not try such a listing again."""
+    """Whether only a part of an answer arrived; the library tries objects that are there again, and nothing else."""
     return _CUT_SHORT in str(error)
 
 

@@ -385,6 +385,20 @@ class TestBrokenConnections:
             broken.fault = first(1, fault, lambda request: request.method == "GET")
             assert listing() == ["x"]
 
+    @pytest.mark.parametrize("fault", [Fault("truncate"), Fault("status", 500), Fault("refuse")], ids=lambda f: f.kind)
+    def test_an_answer_that_nothing_is_there_comes_whole_too(self, broken: Proxy, fault: Fault) -> None:
+        place = self._place()
+        for asked in (lambda: place.find("x"), lambda: place.exists("x") or None):
+            broken.fault = first(1, fault)
+            assert asked() is None
+        broken.fault = first(1, fault)
+        with pytest.raises(StoreError, match="x is missing"):
+            place.read_range("x", 0, 1)
+        broken.fault = first(1, fault)
+        with place.lock("shard"):
+            pass
+        assert place.find("_log/locks/shard") == b"{}"
+
     def test_a_listing_that_never_comes_whole_is_an_error(self, broken: Proxy) -> None:
         place = self._place()
         place.publish("x", b"")
