@@ -19,7 +19,7 @@ EXTRAS ?= pipeline,trainer,dev
 
 help:
 	@echo "make demo    install, then photographs -> features -> trained student, in minutes on a CPU (results in $(DEMO)/)"
-	@echo "make evidence  does it work? a toy world's experiment, added to examples/toyworld/results and docs/results.md (FORM=quick or full; AGAIN=1 compares with runs made anew)"
+	@echo "make evidence  does it work? a toy world's experiment, added to examples/toyworld/results and docs/results.md (FORM=quick, full or confirmation; AGAIN=1 compares with runs made anew)"
 	@echo "make test    install, then ruff, mypy --strict, import rules and the test suite"
 	@echo "make clean   remove $(DEMO)/ and caches (not .venv)"
 

@@ -40,7 +40,7 @@ class Arm:
     tokens: int = 9
     """Task tokens of each teacher, a number that divides the 36 vectors of a map (published: 8 of 576); 0: none."""
     store: str | None = None
-    """Folder of the features, relative to the work folder."""
+    """Folder of the features, relative to the work folder; `{seed}` in it stands for the run's."""
     teachers: tuple[str, ...] = ("depth",)
     settings: dict[str, Any] = field(default_factory=dict)
     captions: str = "captions.jsonl"
@@ -48,6 +48,10 @@ class Arm:
     """Times the pretraining steps of the others."""
     feed: tuple[str, ...] = ()
     """Teachers whose features are inputs, in every stage and when questions are asked."""
+
+    def store_of(self, seed: int) -> str | None:
+        """Name the folder of the features that a run has."""
+        return None if self.store is None else self.store.format(seed=seed)
 
     @property
     def supervised(self) -> bool:
@@ -120,9 +124,19 @@ ARMS = {
             store="map.zarr", teachers=("depthmap",), settings=_with("depthmap"),
         ),
         Arm(
+            "map-shuffled", "embedding losses, the depth that the teacher tells of another image, in the form of `map`",
+            store="map.zarr", teachers=("depthmap",),
+            settings={**_with("depthmap"), "target_control": "shuffle"},
+        ),
+        Arm(
             "map-untrained",
             "embedding losses, what a depth teacher that was never trained tells, in the form of `map`",
             store="map-untrained.zarr", teachers=("depthmap",), settings=_with("depthmap"),
+        ),
+        Arm(
+            "map-untrained-each",
+            "embedding losses, what a depth teacher that was never trained tells, another one for each seed",
+            store="map-untrained-{seed}.zarr", teachers=("depthmap",), settings=_with("depthmap"),
         ),
         Arm(
             "feed", "no loss, the teacher's features as inputs, all 36 of them, at test time too", tokens=36,
@@ -179,14 +193,14 @@ class Laboratory:
     def digest(self, arm: Arm, budget: int, *, tower: bool = True) -> str:
         """Return a digest of everything that a result follows from, but for the seed, versions and hardware.
 
-        Without `tower` that one's weights are left out.
+        Without `tower` that one's weights are left out. A store that follows from the seed is left out too.
         """
         parts = [json.dumps([asdict(arm), asdict(self.recipe), budget], sort_keys=True)]
         files = [self.world / arm.captions, self.world / f"questions-{budget}.jsonl",
                  self._llm / "model.safetensors", *sorted((self.world).glob("bench*/test_*.jsonl"))]  # fmt: skip
         if tower:
             files.append(self._vision / "model.safetensors")
-        if arm.store is not None:
+        if arm.store is not None and arm.store == arm.store_of(0):
             files += [self.work / arm.store / "zarr.json", *sorted((self.work / arm.store).glob("*/zarr.json"))]
         parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -221,8 +235,8 @@ class Laboratory:
             "steps": round(self.recipe.pretrain_steps * arm.longer), "batch": self.recipe.pretrain_batch,
             "lr": self.recipe.pretrain_lr, **arm.settings,
         }  # fmt: skip
-        if arm.store is not None:
-            given["store"] = str(self.work / arm.store)
+        if (store := arm.store_of(seed)) is not None:
+            given["store"] = str(self.work / store)
         elif arm.tokens == 0:
             given["train"] = ["projector"]
         if arm.feed:

@@ -18,10 +18,10 @@ from typing import Any
 
 import language
 import numpy as np
-from scenes import Picture, Scene, Split, make_scene, render
+from scenes import DRAW, Picture, Scene, Split, make_scene, render
 
 FIRST_CAPTIONED, FIRST_SCORED, FIRST_ASKED, FIRST_HELD_OUT = 0, 50_000, 100_000, 150_000
-"""The first scenes of the splits that are scored are those that settings were chosen by."""
+"""Scenes of a drawing. The first of the splits that are scored are those that settings were chosen by."""
 CAPTIONED: tuple[Split, Split] = ("haze", "train")
 ASKED: Split = "haze"
 SCORED: tuple[Split, Split] = ("haze-test", "contact-test")
@@ -39,14 +39,16 @@ class Size:
     """The same with contact as the only cue, depth questions alone."""
 
 
-def write(out: Path, size: Size, *, seed: int = 0) -> None:
+def write(out: Path, size: Size, *, draw: int = 0) -> None:
     """Write `images/`, `captions.jsonl`, `captions-oracle.jsonl`, `bench/` and `bench-ood/`.
 
+    Another `draw` is the same world in other scenes, with other questions about them.
     The pictures to be scored on lie in `images/` too: a student that is fed features needs some of them.
     """
     images = out / "images"
     captions, oracle = [], []
-    for pair in zip(*(_drawn(split, FIRST_CAPTIONED, size.captions // 2) for split in CAPTIONED), strict=True):
+    first = FIRST_CAPTIONED + draw * DRAW
+    for pair in zip(*(_drawn(split, first, size.captions // 2) for split in CAPTIONED), strict=True):
         for scene, picture in pair:  # the two kinds in turns: the first so many captions hold as many of both
             if language.shown(scene, picture):
                 _save(picture, images / scene.key)
@@ -54,13 +56,13 @@ def write(out: Path, size: Size, *, seed: int = 0) -> None:
                 oracle.append(language.caption_conversation(scene, picture, distances=True))
     _write_lines(out / "captions.jsonl", captions)
     _write_lines(out / "captions-oracle.jsonl", oracle)
-    _write_bench(out / "bench", SCORED[0], size.tests, language.KINDS, seed=seed + 2)
-    _write_bench(out / "bench-ood", SCORED[1], size.ood, ("depth",), seed=seed + 3)
+    _write_bench(out / "bench", SCORED[0], size.tests, language.KINDS, number=2, draw=draw)
+    _write_bench(out / "bench-ood", SCORED[1], size.ood, ("depth",), number=3, draw=draw)
     for bench, split in zip(("bench", "bench-ood"), SCORED, strict=True):
         shutil.copytree(out / bench / "img" / split, images / split)
 
 
-def write_questions(out: Path, budget: int, *, seed: int = 0) -> Path:
+def write_questions(out: Path, budget: int, *, draw: int = 0) -> Path:
     """Write `questions-N.jsonl` of so many questions, unless it is there, and the pictures that are missing.
 
     A smaller set is the beginning of a larger one.
@@ -69,7 +71,7 @@ def write_questions(out: Path, budget: int, *, seed: int = 0) -> Path:
     if path.is_file():
         return path
     asked, left = [], budget
-    for scene, picture, found in _questions(ASKED, FIRST_ASKED, None, seed=seed + 1):
+    for scene, picture, found in _questions(ASKED, FIRST_ASKED, None, number=1, draw=draw):
         if not (out / "images" / scene.key).is_file():
             _save(picture, out / "images" / scene.key)
         asked.append(language.question_conversation(scene, found[:left]))
@@ -80,12 +82,12 @@ def write_questions(out: Path, budget: int, *, seed: int = 0) -> Path:
     return path
 
 
-def write_held_out(out: Path, count: int) -> Path:
+def write_held_out(out: Path, count: int, *, draw: int = 0) -> Path:
     """Write `held-out.jsonl` about so many other pictures, what stands in which column, unless it is there."""
     path = out / "held-out.jsonl"
     if not path.is_file():
         found = []
-        for scene, picture in _drawn(ASKED, FIRST_HELD_OUT, count):
+        for scene, picture in _drawn(ASKED, FIRST_HELD_OUT + draw * DRAW, count):
             if language.shown(scene, picture):
                 _save(picture, out / "images" / scene.key)
                 found.append(language.column_conversation(scene, picture))
@@ -93,10 +95,10 @@ def write_held_out(out: Path, count: int) -> Path:
     return path
 
 
-def write_pictures(out: Path, budget: int) -> Path:
+def write_pictures(out: Path, budget: int, *, draw: int = 0) -> Path:
     """Write `all.jsonl`, which names the pictures of captions, of `budget` questions and to be scored on."""
     path = out / "all.jsonl"
-    texts = [out / "captions.jsonl", write_questions(out, budget)]
+    texts = [out / "captions.jsonl", write_questions(out, budget, draw=draw)]
     keys = [json.loads(line)["image"] for text in texts for line in text.read_text(encoding="utf-8").splitlines()]
     for split in SCORED:
         keys += [f"{split}/{found.name}" for found in sorted((out / "images" / split).iterdir())]
@@ -113,20 +115,22 @@ def _drawn(split: Split, first: int, count: int | None) -> Iterator[tuple[Scene,
 
 
 def _questions(
-    split: Split, first: int, count: int | None, *, seed: int
+    split: Split, first: int, count: int | None, *, number: int, draw: int
 ) -> Iterator[tuple[Scene, Picture, list[language.Question]]]:
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(number + 100 * draw)
     balance = language.Balance()
-    for scene, picture in _drawn(split, first, count):
+    for scene, picture in _drawn(split, first + draw * DRAW, count):
         found = language.questions(scene, picture, rng, balance)
         if found:
             yield scene, picture, found
 
 
-def _write_bench(out: Path, split: Split, count: int, kinds: Sequence[language.Kind], *, seed: int) -> None:
+def _write_bench(
+    out: Path, split: Split, count: int, kinds: Sequence[language.Kind], *, number: int, draw: int
+) -> None:
     rows: dict[str, list[dict[str, Any]]] = {"2D": [], "3D": []}
     (out / "img" / split).mkdir(parents=True)
-    for scene, picture, found in _questions(split, FIRST_SCORED, count, seed=seed):
+    for scene, picture, found in _questions(split, FIRST_SCORED, count, number=number, draw=draw):
         chosen = [question for question in found if question.kind in kinds]
         if chosen:
             _save(picture, out / "img" / scene.key)

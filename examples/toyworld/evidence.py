@@ -1,14 +1,16 @@
 """`make evidence`: the toy world's experiment, from the pictures to `docs/results.md`.
 
-    python examples/toyworld/evidence.py WORK [--form quick|full] [--jobs N]
+    python examples/toyworld/evidence.py WORK [--form quick|full|confirmation] [--jobs N]
     python examples/toyworld/evidence.py WORK --arms tokens,embedding --seeds 0-4 --budgets 1000 --students 0
     python examples/toyworld/evidence.py WORK --again
     python examples/toyworld/evidence.py WORK --report
 
 Rows are added to files in `examples/toyworld/results/`, one for each (arm, seed, budget, kind of question) and one for
 each student of part (a); what is there with the same settings is not run again, so several sessions add up. What is
-run in which form, and what is compared with what, was fixed beforehand in `plan.json`. With `--again` everything that
-is asked for is run, into a file beside these, and the page says how many answers came out as before.
+run in which form, and what is compared with what, was fixed beforehand in `plan.json`. The form `confirmation` is an
+experiment of its own: another drawing of the world, other teachers, and a folder of its own for the rows. With
+`--again` everything that is asked for is run, into a file beside these, and the page says how many answers came out as
+before.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ HERE = Path(__file__).parent
 RUNS, STUDENTS, REPEATED = "runs.jsonl", "students.jsonl", "repeated.jsonl"
 QUESTIONS, STORES, HEADROOM, SPREAD = "questions.json", "stores.json", "headroom.json", "spread.json"
 PLAN = json.loads((HERE / "plan.json").read_text(encoding="utf-8"))
-UNLIKE_TARGETS = ("embedding", "random", "own", "cells", "map", "map-untrained")
+UNLIKE_TARGETS = ("embedding", "random", "own", "cells", "map", "map-untrained", "map-untrained-each")
 """Arms whose targets are of unlike kinds."""
 HELD_OUT = 200
 """Pictures on which students of part (a) are compared by their next-token loss."""
@@ -47,7 +49,7 @@ def main() -> int:
     """Prepare, run what is missing, report; return the exit status."""
     parser = argparse.ArgumentParser(description="The toy world's experiment.")
     parser.add_argument("work", type=Path, help="folder for pictures, features and runs")
-    parser.add_argument("--teachers", type=Path, default=HERE / "teachers", help="folder that holds depth/")
+    parser.add_argument("--teachers", type=Path, help="folder that holds depth/; the form's own by default")
     parser.add_argument("--student", type=Path, default=HERE / "student", help="folder that holds vision/ and llm/")
     parser.add_argument("--form", default="quick", choices=sorted(PLAN["forms"]), help="which runs of the plan")
     parser.add_argument("--arms", help="these arms alone: names, by commas")
@@ -63,13 +65,24 @@ def main() -> int:
     options = parser.parse_args()
     if options.size and options.results == HERE / "results":
         parser.error("--size is for trials: give them a --results and an --out of their own")
-    failed = [] if options.report else run(options)
+    failed = [] if options.report else run(_own_place(options))
     import report
 
     report.write(options.results, options.out)
     if failed:
         print(f"error: {len(failed)} runs failed; the same command tries them again", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _own_place(options: argparse.Namespace) -> argparse.Namespace:
+    """Give a form of another drawing of the world folders of its own, in those that were asked for."""
+    form = PLAN["forms"][options.form]
+    own = argparse.Namespace(**vars(options))
+    own.draw = form.get("draw", 0)
+    own.teachers = options.teachers or HERE / form.get("teachers", "teachers")
+    if own.draw:
+        own.work, own.results = options.work / options.form, options.results / options.form
+    return own
 
 
 @dataclass(frozen=True)
@@ -107,31 +120,30 @@ def _given(kind: Any, defaults: dict[str, Any], over: dict[str, Any]) -> Any:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def prepare(
-    work: Path, teachers: Path, student: Path, over: dict[str, Any], wanted: Sequence[Task], *, jobs: int
-) -> None:
+def prepare(options: argparse.Namespace, wanted: Sequence[Task]) -> None:
     """Draw the world and extract the features that the runs need, unless that is done; extraction resumes by itself."""
     import corpus
     from arms import ARMS
     from features import READ_FROM, Stores
 
+    work, draw = options.work, options.draw
     world = work / "world"
     if not world.is_dir():
         drawn = work / "world.part"
         shutil.rmtree(drawn, ignore_errors=True)
-        corpus.write(drawn, _given(corpus.Size, PLAN["size"], over))
+        corpus.write(drawn, _given(corpus.Size, PLAN["size"], options.size), draw=draw)
         drawn.rename(world)
     budgets = {budget for task in wanted for budget in task.budgets}
     for budget in sorted(budgets | {PLAN["endpoint"]["budget"]}):
-        corpus.write_questions(world, budget)
+        corpus.write_questions(world, budget, draw=draw)
     if any(task.student for task in wanted):
-        corpus.write_held_out(world, HELD_OUT)
-    stores = {ARMS[task.name].store for task in wanted if not task.student}
-    made = Stores(work, teachers, student, jobs)
+        corpus.write_held_out(world, HELD_OUT, draw=draw)
+    stores = {ARMS[task.name].store_of(task.seed) for task in wanted if not task.student}
+    made = Stores(work, options.teachers, options.student, options.jobs, draw)
     for store in sorted(store for store in stores if store not in (None, "all.zarr")):
         made.make(store)
     if "all.zarr" in stores or any(task.student for task in wanted):
-        corpus.write_pictures(world, PLAN["endpoint"]["budget"])
+        corpus.write_pictures(world, PLAN["endpoint"]["budget"], draw=draw)
         for store in READ_FROM.values():
             made.make(store, pictures="all.jsonl")
 
@@ -139,9 +151,9 @@ def prepare(
 def run(options: argparse.Namespace) -> list[str]:
     """Run what the results lack, some at a time, in the plan's order; say what failed."""
     wanted = tasks(options)
-    prepare(options.work, options.teachers, options.student, options.size, wanted, jobs=options.jobs)
+    prepare(options, wanted)
     options.results.mkdir(parents=True, exist_ok=True)
-    workplace = Workplace(options.work, options.teachers, options.student, options.size)
+    workplace = Workplace(options.work, options.student, options.size)
     asked = workplace.laboratory().asked(PLAN["endpoint"]["budget"])
     questions = json.dumps(asked, indent=0, sort_keys=True)
     (options.results / QUESTIONS).write_text(questions + "\n", encoding="utf-8")
@@ -214,12 +226,14 @@ def _spread(work: Path, known: Mapping[str, Any]) -> dict[str, dict[str, float]]
     import spread
     from arms import ARMS
 
-    wanted = [ARMS[name] for name in UNLIKE_TARGETS if name not in known]
-    return {
-        arm.name: spread.measure(work / arm.store, arm.teachers[0])
-        for arm in wanted
-        if arm.store is not None and (work / arm.store).with_suffix(".done").is_file()
-    }
+    found: dict[str, dict[str, float]] = {}
+    for arm in (ARMS[name] for name in UNLIKE_TARGETS):
+        pattern = str(arm.store).replace("{seed}", "*")
+        for done in sorted(work.glob(pattern.replace(".zarr", ".done"))):
+            name = arm.name if pattern == arm.store else done.stem
+            if name not in known:
+                found[name] = spread.measure(done.with_suffix(".zarr"), arm.teachers[0])
+    return found
 
 
 def _stored(work: Path, known: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -257,7 +271,6 @@ class Workplace:
     """Where runs are made; pickled for the processes that make them."""
 
     work: Path
-    teachers: Path
     student: Path
     over: dict[str, Any]
 

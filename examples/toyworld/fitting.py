@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scenes import SHAPES, STUFF, Split, make_scene, render
+from scenes import DRAW, SHAPES, STUFF, Split, make_scene, render
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -49,11 +49,13 @@ def seen(split: Split, index: int, side: int) -> Seen:
     return Seen(split, index, side)
 
 
-def batch_of(split: Split, start: int, count: int, side: int) -> tuple[list[Seen], bool]:
-    """Return scenes from a number on, and whether to mirror them (training only)."""
+def batch_of(split: Split, start: int, count: int, side: int, *, draw: int = 0) -> tuple[list[Seen], bool]:
+    """Return scenes of a drawing of the world from a number on, and whether to mirror them (training only)."""
+    first = draw * DRAW
     if split != "train":
-        return [Seen(split, index, side) for index in range(start, start + count)], False
-    return [seen(split, index % POOL, side) for index in range(start, start + count)], (start // POOL) % 2 == 1
+        return [Seen(split, first + index, side) for index in range(start, start + count)], False
+    mirror = (start // POOL) % 2 == 1
+    return [seen(split, first + index % POOL, side) for index in range(start, start + count)], mirror
 
 
 def pixels_of(batch: list[Seen], mirror: bool, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ from report_endpoint import endpoint_of, paired
 from report_students import FEWEST_STUDENTS
 
 
-def plot(results: Results, plan: Mapping[str, Any], out: Path) -> bool:
-    """Draw paired differences at the endpoint, a dot for each seed; False where there is none."""
+def plot(results: Results, plan: Mapping[str, Any], out: Path, *, also: Sequence[tuple[str, str]]) -> bool:
+    """Draw paired differences at the endpoint, a dot for each seed; False where there is none.
+
+    `also` are other pairs of arms, where they have the endpoint's seeds.
+    """
     where = endpoint_of(plan)
     seeds = paired(results, plan)
-    wanted = [*(("embedding", other) for other in plan["endpoint"]["against"]), ("random", "tokens")]
+    wanted = [*((plan["endpoint"]["arm"], other) for other in plan["endpoint"]["against"]), *also]
     found = [((arm, other), results.difference(arm, other, *where, seeds=seeds)) for arm, other in wanted]
-    known = [(pair, estimate) for pair, estimate in found if estimate is not None]
+    known = [(pair, estimate) for pair, estimate in found if estimate is not None and estimate.seeds == len(seeds)]
     if not known:
         return False
     os.environ.setdefault("MPLBACKEND", "Agg")

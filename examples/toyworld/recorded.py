@@ -97,9 +97,9 @@ def record(path: Path) -> dict[str, Any]:
     return found
 
 
-def load(folder: Path) -> Results:
-    """Read rows and questions; of each arm and budget the settings of the last row count."""
-    rows = _rows(folder / "runs.jsonl")
+def load(folder: Path, *, seeds: Sequence[int] | None = None) -> Results:
+    """Read rows (of `seeds` alone, if given) and questions; of an arm and budget the settings of the last row count."""
+    rows = [row for row in _rows(folder / "runs.jsonl") if seeds is None or row["seed"] in seeds]
     asked = record(folder / "questions.json")
     newest = {(row["arm"], row["budget"]): row["config"] for row in rows}
     bench = rows[-1]["bench"] if rows else None

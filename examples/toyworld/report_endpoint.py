@@ -22,14 +22,14 @@ def endpoint_of(plan: Mapping[str, Any]) -> Where:
 
 def paired(results: Results, plan: Mapping[str, Any]) -> list[int]:
     """Return the seeds that every arm of the endpoint has: no other counts in it."""
-    return results.seeds(["embedding", *plan["endpoint"]["against"]], *endpoint_of(plan))
+    return results.seeds([plan["endpoint"]["arm"], *plan["endpoint"]["against"]], *endpoint_of(plan))
 
 
 def differences(results: Results, plan: Mapping[str, Any]) -> dict[str, Estimate]:
     """Return the endpoint's differences by the arm that is taken away; none below two seeds."""
     seeds = paired(results, plan)
     found = {
-        other: results.difference("embedding", other, *endpoint_of(plan), seeds=seeds)
+        other: results.difference(plan["endpoint"]["arm"], other, *endpoint_of(plan), seeds=seeds)
         for other in plan["endpoint"]["against"]
     }
     return {other: e for other, e in found.items() if e is not None}
@@ -45,9 +45,8 @@ def summary(results: Results, plan: Mapping[str, Any]) -> str:
         arm: 100 * float(results.values(arm, *where, seeds).mean())
         for arm in ("embedding", *plan["endpoint"]["against"])
     }
-    met = all(e.low > 0 for e in found.values())
     lines = [
-        f"**The criterion that was fixed beforehand is {'met' if met else 'not met'}.** Over {len(seeds)} paired seeds, supervising hidden states with the depth teacher's features while the projector is pretrained "
+        f"**The criterion that was fixed beforehand is {'met' if met(results, plan) else 'not met'}.** Over {len(seeds)} paired seeds, supervising hidden states with the depth teacher's features while the projector is pretrained "
         f"gave {share['embedding']:.1f} % right answers to “which is closer” (chance 50), task tokens without a loss {share['tokens']:.1f} %: {points(found['tokens'])}; over features of other images it is {points(found['shuffled'])}. "
         f"Over features of a network that was **never trained** ({share['random']:.1f} %) it is {points(found['random'])}" + _of_random(found["random"]),
         _plain(results, plan),
@@ -159,38 +158,50 @@ def points(e: Estimate) -> str:
 
 def endpoint(results: Results, plan: Mapping[str, Any]) -> str:
     """Write the endpoint's table and the verdict."""
+    return "\n".join(["## The endpoint", "", *decided(results, plan), ""])
+
+
+def decided(results: Results, plan: Mapping[str, Any]) -> list[str]:
+    """Lay out an endpoint's differences, the verdict by what was fixed, and what the columns mean."""
     end = plan["endpoint"]
-    lines = ["## The endpoint", ""]
     found, seeds = differences(results, plan), paired(results, plan)
     if not found:
-        said = f"Not enough was run yet: a difference takes two paired seeds of all arms, and there are {len(seeds)}."
-        return "\n".join([*lines, said, ""])
-    lines += ["| `embedding` minus | difference (points) | 95 % interval | SD over seeds | paired seeds | seeds that show it in 80 of 100 trials, were this its size and spread |", "|---|---|---|---|---|---|"]  # fmt: skip
+        return [f"Not enough was run yet: a difference takes two paired seeds of all arms, and there are {len(seeds)}."]
+    lines = [f"| `{end['arm']}` minus | difference (points) | 95 % interval | SD over seeds | paired seeds | seeds that show it in 80 of 100 trials, were this its size and spread |", "|---|---|---|---|---|---|"]  # fmt: skip
     for other, e in found.items():
         number = seeds_needed(e) if e.value > 0 else float("nan")
         needed = "–" if np.isnan(number) else "∞" if np.isinf(number) else f"{number:.0f}"
         lines.append(
             f"| `{other}` | {e.value:+.1f} | {e.low:+.1f} to {e.high:+.1f} | {e.spread:.1f} | {e.seeds} | {needed} |"
         )
-    above = [f"`{other}`" for other, e in found.items() if e.low > 0]
-    below = [f"`{other}`" for other, e in found.items() if e.high < 0]
-    holds = [f"`{other}`" for other, e in found.items() if e.low <= 0 <= e.high]
-    if len(seeds) < end["seeds_for_a_verdict"]:
-        verdict = f"**No verdict yet**: it takes {end['seeds_for_a_verdict']} paired seeds of all arms, and there are {len(seeds)}."
-    elif not below and not holds:
-        verdict = "**Success** as it was fixed: all three intervals lie above 0."
-    else:
-        told = [
-            f"the interval against {', '.join(names)} {said}"
-            for names, said in ((above, "lies above 0"), (holds, "holds 0"), (below, "lies below 0"))
-            if names
-        ]
-        verdict = f"**No success** as it was fixed: {'; '.join(told)}."
     note = (
         "–: fewer than five seeds, or no advantage; ∞: more seeds do not show it, more pictures might. Size and spread are as uncertain as the interval says: the number is of the order of what was taken, no more. "
         "What two runs of one seed differ by (“Precision”) is a part of the spread: pairing by seed takes little of it away."
     )
-    return "\n".join([*lines, "", verdict, "", note, ""])
+    return [*lines, "", _verdict(found, len(seeds), end), "", note]
+
+
+def met(results: Results, plan: Mapping[str, Any]) -> bool | None:
+    """Whether an endpoint's criterion is met; None with too few seeds for a verdict."""
+    if len(paired(results, plan)) < plan["endpoint"]["seeds_for_a_verdict"]:
+        return None
+    return all(e.low > 0 for e in differences(results, plan).values())
+
+
+def _verdict(found: Mapping[str, Estimate], seeds: int, end: Mapping[str, Any]) -> str:
+    above = [f"`{other}`" for other, e in found.items() if e.low > 0]
+    below = [f"`{other}`" for other, e in found.items() if e.high < 0]
+    holds = [f"`{other}`" for other, e in found.items() if e.low <= 0 <= e.high]
+    if seeds < end["seeds_for_a_verdict"]:
+        return f"**No verdict yet**: it takes {end['seeds_for_a_verdict']} paired seeds of all arms, and there are {seeds}."
+    if not below and not holds:
+        return f"**Success** as it was fixed: all {len(above)} intervals lie above 0."
+    told = [
+        f"the interval against {', '.join(names)} {said}"
+        for names, said in ((above, "lies above 0"), (holds, "holds 0"), (below, "lies below 0"))
+        if names
+    ]
+    return f"**No success** as it was fixed: {'; '.join(told)}."
 
 
 def untrained(results: Results, plan: Mapping[str, Any]) -> str:
@@ -276,7 +287,7 @@ def targets(results: Results, plan: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             *lines, "",
-            "`map` and `cells` have one shape of predictor, `embedding`, `random` and `shuffled` another, `own` a third. None of `map`, `cells` and `own` has a shuffled control. All of this was added after the endpoint had been seen, and is descriptive. "
+            "`map` and `cells` have one shape of predictor, `embedding`, `random` and `shuffled` another, `own` a third. None of `map`, `cells` and `own` has a shuffled control in this experiment (`map` has one in the second). All of this was added after the endpoint had been seen, and is descriptive. "
             "`map` and `cells` come from plug-ins of this experiment (`examples/toyworld/targets`); the pipeline's own teacher `depth-map` gives what `map` is, on 24 × 24 cells.",
             "",
         ]

@@ -55,9 +55,9 @@ def depth_config() -> DepthAnythingConfig:
     )
 
 
-def depth_batch(split: Split, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def depth_batch(split: Split, start: int, count: int, *, draw: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return pixels (B, 3, 96, 96), inverse depth (B, 96, 96) and the mask of things (B, 96, 96)."""
-    batch, mirror = batch_of(split, start, count, SIDE)
+    batch, mirror = batch_of(split, start, count, SIDE, draw=draw)
     truth = torch.from_numpy(np.stack([one.inverse_depth for one in batch])).float()
     things = torch.from_numpy(np.stack([one.segments > 1 for one in batch]))
     if mirror:
@@ -75,12 +75,12 @@ def new_depth(seed: int) -> DepthAnythingForDepthEstimation:
     return model
 
 
-def train_depth(out: Path, steps: int, batch: int) -> None:
-    """Train it, first on small pictures."""
-    model = new_depth(1)
+def train_depth(out: Path, steps: int, batch: int, *, draw: int = 0) -> None:
+    """Train it, first on small pictures; another `draw` has other scenes and begins from other weights."""
+    model = new_depth(1 + draw)
 
     def loss(step: int) -> Tensor:
-        pixels, truth, things = depth_batch("train", step * batch, batch)
+        pixels, truth, things = depth_batch("train", step * batch, batch, draw=draw)
         if step < COARSE_SHARE * steps:
             pixels = functional.interpolate(pixels, size=(COARSE, COARSE), mode="area")
         predicted = functional.interpolate(

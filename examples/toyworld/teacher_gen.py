@@ -37,16 +37,16 @@ class Drawer(nn.Module):
         return drawn
 
 
-def gen_batch(split: Split, start: int, count: int) -> tuple[Tensor, Tensor]:
+def gen_batch(split: Split, start: int, count: int, *, draw: int = 0) -> tuple[Tensor, Tensor]:
     """Return pixels (B, 3, 96, 96) and thumbnails (B, 3, 24, 24), both normalised."""
-    batch, mirror = batch_of(split, start, count, SIDE)
+    batch, mirror = batch_of(split, start, count, SIDE, draw=draw)
     pixels = pixels_of(batch, mirror, CLIP_MEAN, CLIP_STD)
     return pixels, functional.interpolate(pixels, size=(THUMBNAIL, THUMBNAIL), mode="area")
 
 
-def train_gen(out: Path, steps: int, batch: int) -> None:
+def train_gen(out: Path, steps: int, batch: int, *, draw: int = 0) -> None:
     """Train CLIP's image encoder with projection to tell everything that a thumbnail shows."""
-    torch.manual_seed(3)
+    torch.manual_seed(3 + draw)
     config = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=192,
@@ -60,7 +60,7 @@ def train_gen(out: Path, steps: int, batch: int) -> None:
     model, drawer = CLIPVisionModelWithProjection(config), Drawer(EMBEDDING)
 
     def loss(step: int) -> Tensor:
-        pixels, thumbnails = gen_batch("train", step * batch, batch)
+        pixels, thumbnails = gen_batch("train", step * batch, batch, draw=draw)
         drawn = drawer(model(pixels).image_embeds)
         return functional.mse_loss(drawn, thumbnails) + 0.5 * functional.l1_loss(drawn, thumbnails)
 

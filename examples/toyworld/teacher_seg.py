@@ -63,9 +63,9 @@ def seg_config(vocabulary: int) -> OneFormerConfig:
     )
 
 
-def seg_batch(split: Split, start: int, count: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def seg_batch(split: Split, start: int, count: int, *, draw: int = 0) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return pixels (B, 3, 192, 192), and for each picture its masks (M, 192, 192) and classes (M,)."""
-    batch, mirror = batch_of(split, start, count, SIDE)
+    batch, mirror = batch_of(split, start, count, SIDE, draw=draw)
     masks, classes = [], []
     for one in batch:
         segments = torch.from_numpy(one.segments)
@@ -76,15 +76,15 @@ def seg_batch(split: Split, start: int, count: int) -> tuple[Tensor, list[Tensor
     return pixels_of(batch, mirror, IMAGENET_MEAN, IMAGENET_STD), masks, classes
 
 
-def train_seg(out: Path, steps: int, batch: int) -> None:
+def train_seg(out: Path, steps: int, batch: int, *, draw: int = 0) -> None:
     """Train it with OneFormer's own loss, first on small pictures."""
-    torch.manual_seed(2)
+    torch.manual_seed(2 + draw)
     tokenizer = write_seg_files(out)
     model = OneFormerForUniversalSegmentation(seg_config(len(tokenizer)))
     task = panoptic_task(tokenizer)
 
     def loss(step: int) -> Tensor:
-        pixels, masks, classes = seg_batch("train", step * batch, batch)
+        pixels, masks, classes = seg_batch("train", step * batch, batch, draw=draw)
         if step < COARSE_SHARE * steps:
             pixels = functional.interpolate(pixels, size=(COARSE, COARSE), mode="area")
         # a fourth of the truth's pixels is enough: the masks predicted are coarser still

@@ -1,6 +1,7 @@
 """Small teachers trained on the toy world, in the on-disk layouts of the published ones.
 
     python examples/toyworld/teachers.py train OUT [depth seg gen]     trains and scores (an hour of one core)
+        with --draw N other ones: from other weights, on other scenes
     python examples/toyworld/teachers.py score FOLDER [depth seg gen]  scores what is there on held-out scenes
     python examples/toyworld/teachers.py random OUT                    writes a depth teacher that was never trained
 
@@ -39,7 +40,8 @@ RANDOM_SEED = 101
 class Recipe:
     """How a teacher is trained and scored."""
 
-    train: Callable[[Path, int, int], None]
+    train: Callable[..., None]
+    """Of a folder, steps, the scenes of a step, and `draw`."""
     score: Callable[[Path], dict[str, float]]
     steps: int
     batch: int
@@ -93,7 +95,10 @@ def main() -> int:
     parser.add_argument("action", choices=("train", "score", "random"))
     parser.add_argument("folder", type=Path, help="folder that holds depth/, seg/ and gen/; of random: the checkpoint")
     parser.add_argument("names", nargs="*", default=[], metavar="NAME", help="depth, seg, gen; all by default")
+    parser.add_argument("--draw", type=int, default=0, help="of train: which scenes and first weights (default 0)")
     options = parser.parse_args()
+    if options.draw and options.action != "train":
+        parser.error("--draw is of `train`: what was trained is scored on the same scenes, whatever it was trained on")
     if unknown := sorted(set(options.names) - set(RECIPES)):
         parser.error(f"no such teacher: {', '.join(unknown)}; there are {', '.join(RECIPES)}")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -104,8 +109,9 @@ def main() -> int:
     for name in options.names or RECIPES:
         if options.action == "train":
             recipe = RECIPES[name]
-            recipe.train(options.folder / name, recipe.steps, recipe.batch)
-            note(options.folder, name, {"training": f"{recipe.steps} steps of {recipe.batch} scenes"})
+            recipe.train(options.folder / name, recipe.steps, recipe.batch, draw=options.draw)
+            said = f"{recipe.steps} steps of {recipe.batch} scenes" + (f", draw {options.draw}" if options.draw else "")
+            note(options.folder, name, {"training": said})
         score(options.folder, name)
     return 0
 

@@ -50,7 +50,7 @@ def workplace(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> An
             "--set", f"options.{teacher}.grid={features.GRID}", "--set", f"options.{teacher}.grid_resize=area",
         )  # fmt: skip
         assert done.exit_code == 0, done.output
-    return evidence.Workplace(work, TOYWORLD / "teachers", TOYWORLD / "student", SIZE)
+    return evidence.Workplace(work, TOYWORLD / "student", SIZE)
 
 
 def test_an_arm_answers_every_question_and_is_not_run_again(workplace: Any, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_an_arm_answers_every_question_and_is_not_run_again(workplace: Any, tmp_
     assert workplace.missing([task], tmp_path) == [task]
     evidence.append(tmp_path / evidence.RUNS, rows)
     assert workplace.missing([task], tmp_path) == []
-    other = evidence.Workplace(workplace.work, workplace.teachers, workplace.student, SIZE | {"tune_lr": 0.5})
+    other = evidence.Workplace(workplace.work, workplace.student, SIZE | {"tune_lr": 0.5})
     assert other.missing([task], tmp_path) == [task], "with other settings it is another run"
 
 

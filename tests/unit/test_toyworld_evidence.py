@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -98,3 +99,17 @@ def test_stores_are_measured_once(tmp_path: Path, monkeypatch: Any) -> None:
         "what others measured stays"
     )
     assert not os.path.exists(results / evidence.HEADROOM), "without a store of all pictures there is none"
+
+
+def test_a_form_of_another_drawing_has_its_own_folders_and_teachers(tmp_path: Path) -> None:
+    evidence = load("evidence")
+    asked = {"work": tmp_path / "work", "results": tmp_path / "results"}
+    own = evidence._own_place(argparse.Namespace(form="confirmation", teachers=None, **asked))
+    assert own.draw > 0
+    assert (own.work, own.results) == (tmp_path / "work" / "confirmation", tmp_path / "results" / "confirmation")
+    first = evidence._own_place(argparse.Namespace(form="full", teachers=None, **asked))
+    assert (first.work, first.results, first.draw) == (asked["work"], asked["results"], 0)
+    weights = [path / "depth" / "model.safetensors" for path in (own.teachers, first.teachers)]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    given = evidence._own_place(argparse.Namespace(form="confirmation", teachers=tmp_path, **asked))
+    assert given.teachers == tmp_path

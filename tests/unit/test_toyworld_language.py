@@ -190,6 +190,44 @@ def test_the_data_sets_hold_what_is_asked_and_share_no_scene(tmp_path: Path) -> 
         assert (drawn == scenes.render(scenes.make_scene(split, int(number))).rgb).all()
 
 
+def test_another_drawing_of_the_world_shares_no_scene_and_asks_otherwise(tmp_path: Path) -> None:
+    corpus, scenes = load("corpus"), load("scenes")
+    keys: list[set[str]] = []
+    asked: list[list[str]] = []
+    for draw in (0, 1):
+        out = tmp_path / str(draw)
+        corpus.write(out, corpus.Size(captions=12, tests=60, ood=12), draw=draw)
+        corpus.write_questions(out, 20, draw=draw)
+        corpus.write_pictures(out, 20, draw=draw)
+        keys.append({json.loads(line)["image"] for line in (out / "all.jsonl").read_text().splitlines()})
+        lines = (out / "bench" / "test_3d.jsonl").read_text().splitlines()
+        asked.append([json.loads(line)["question"] for line in lines])
+    assert not keys[0] & keys[1]
+    assert asked[0] != asked[1]
+    assert {int(key.removesuffix(".png").split("/")[1]) // scenes.DRAW for key in keys[1]} == {1}
+    things = [{scenes.make_scene(*_place(key)).things for key in own} for own in keys]
+    assert not things[0] & things[1]
+
+
+def _place(key: str) -> tuple[str, int]:
+    split, number = key.removesuffix(".png").split("/")
+    return split, int(number)
+
+
+def test_the_second_experiments_captions_are_not_what_its_teacher_was_trained_on() -> None:
+    fitting, scenes, evidence = load("fitting"), load("scenes"), load("evidence")
+    scores = json.loads((evidence.HERE / "teachers-again" / "scores.json").read_text(encoding="utf-8"))
+    draw = int(scores["depth"]["training"].rpartition("draw ")[2])
+    trained = range(draw * scenes.DRAW, draw * scenes.DRAW + fitting.POOL)
+    form = evidence.PLAN["forms"]["confirmation"]
+    captioned = range(form["draw"] * scenes.DRAW, form["draw"] * scenes.DRAW + evidence.PLAN["size"]["captions"] // 2)
+    assert draw > 0
+    assert not set(trained) & set(captioned)
+    batch, _ = fitting.batch_of("train", fitting.POOL - 1, 2, 8, draw=draw)
+    first = scenes.render(scenes.make_scene("train", trained[0]))
+    assert batch[1].segments.tolist() == fitting.nearest(first.segments, 8).astype("uint8").tolist()
+
+
 def test_the_bench_is_read_as_cv_bench(tmp_path: Path) -> None:
     from olatrain.cvbench import read_questions
 

@@ -23,7 +23,7 @@ def digits(share: float, rng: np.random.Generator) -> str:
     return "".join(str(int(value)) for value in rng.random(QUESTIONS) < share)
 
 
-def write_rows(folder: Path, shares: dict[str, float], *, seeds: int = 10) -> None:
+def write_rows(folder: Path, shares: dict[str, float], *, seeds: int = 10, first: int = 0) -> None:
     rng = np.random.default_rng(0)
     rows = [
         {
@@ -31,7 +31,7 @@ def write_rows(folder: Path, shares: dict[str, float], *, seeds: int = 10) -> No
             "config": "same", "bench": "these", "pretrain_seconds": 20.0, "tune_seconds": 30.0,
             "versions": {"torch": "2"}, "date": "2026-11-29",
         }
-        for arm, share in shares.items() for seed in range(seeds) for split in ("test", "ood")
+        for arm, share in shares.items() for seed in range(first, first + seeds) for split in ("test", "ood")
     ]  # fmt: skip
     images = [f"{n // 2}.png" for n in range(QUESTIONS)]
     asked = {"depth": {"images": images, "chance": 0.5, "rules": {"names alone": 0.612}}}
@@ -81,6 +81,38 @@ def test_the_verdict_follows_from_the_rows(tmp_path: Path) -> None:
     assert "**No verdict yet**: it takes 5 paired seeds of all arms, and there are 4." in text
     assert "**Nothing is decided yet**" in text
     assert "| rule: names alone | | 61.2 | 61.2 |" in text
+
+
+def test_the_second_experiment_has_its_own_rows_and_verdict(tmp_path: Path) -> None:
+    first = tmp_path / "results"
+    write_rows(first, SHARES)
+    assert "second experiment" not in page(first, tmp_path)
+    shares = {"tokens": 0.5, "map": 0.8, "map-shuffled": 0.5, "map-untrained-each": 0.55, "cells": 0.6}
+    write_rows(first / "confirmation", {**shares, "embedding": 0.4}, first=10)
+    text = page(first, tmp_path)
+    (line,) = [line for line in text.splitlines() if line.startswith("**A second experiment asked")]
+    assert "its criterion is met.**" in line
+    told = dict(re.findall(r"\(`([a-z-]+)`\) \+([0-9.]+) points", line))
+    assert list(told) == ["tokens", "map-shuffled", "map-untrained-each", "cells"]
+    assert all(10 < float(value) < 45 for value in told.values())
+    assert 30 < float(line.split("described, not tested): +")[1].split()[0]) < 50
+    part = text.split("## A second experiment")[1].split("\n## ")[0]
+    assert "**Success** as it was fixed: all 4 intervals lie above 0." in part
+    assert "42 of 42 runs are there" in part
+    assert "| `cells` | +" in part and " | 7 | " in part.split("| `cells` | +")[1].splitlines()[0], (
+        "other seeds do not count"
+    )
+    (row,) = [row for row in part.splitlines() if row.startswith("| `embedding` | +")]
+    assert 30 < float(row.split(" | ")[1].split()[0]) < 50
+    assert (tmp_path / "images" / "confirmation.png").is_file()
+    write_rows(first / "confirmation", {**shares, "cells": 0.8}, first=10)
+    text = page(first, tmp_path)
+    assert "its criterion is not met.**" in text
+    assert "`map-untrained-each` lies above 0; the interval against `cells` holds 0." in text
+    write_rows(first / "confirmation", shares, first=13)
+    text = page(first, tmp_path)
+    assert "**A second experiment asked" not in text, "four seeds decide nothing"
+    assert "**No verdict yet**: it takes 5 paired seeds of all arms, and there are 4." in text
 
 
 def test_it_is_said_whether_an_effect_could_be_seen_and_what_is_missing(tmp_path: Path) -> None:
@@ -393,7 +425,12 @@ def test_the_plan_names_arms_and_students_that_there_are() -> None:
         assert {name for part in form["arms"] for name in part["arms"]} <= set(arms.ARMS)
     assert sorted(plan["families"]) == sorted(FAMILIES)
     full = plan["forms"]["full"]
-    assert {name for part in full["arms"] for name in part["arms"]} == set(arms.ARMS)
+    second = plan["confirmation"]
+    parts = plan["forms"]["confirmation"]["arms"]
+    assert {part["seeds"] for part in parts} == {second["seeds"]}
+    both = [*full["arms"], *parts]
+    assert {name for part in both for name in part["arms"]} == set(arms.ARMS)
+    assert set(parts[0]["arms"]) == {second["endpoint"]["arm"], *second["endpoint"]["against"]}
     assert full["students"] == len(plan["students"]) == len(set(plan["students"]))
     made = [representations.variant(name) for name in plan["students"]]
     assert {len({getattr(one, name) for one in made}) for name in ("width", "tower_steps", "told")} == {3}

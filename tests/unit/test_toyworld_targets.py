@@ -85,7 +85,7 @@ def test_they_are_installed_into_a_folder_of_their_own_once(tmp_path: Path) -> N
 def test_a_teacher_that_was_never_trained_answers_unlike_things_of_unlike_pictures(
     targets: Any, tmp_path: Path
 ) -> None:
-    load("features").write_untrained_answer(tmp_path / "untrained")
+    load("features").write_untrained_answer(tmp_path / "untrained", 77)
     teacher = targets.DEPTH_MAP.load(TeacherSettings(checkpoint=str(tmp_path / "untrained")))
     rng = np.random.default_rng(0)
     answers = []
