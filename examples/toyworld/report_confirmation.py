@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from arms import numbers
-from recorded import Results, order, title
+from recorded import Results, order, record, title
 from report_endpoint import decided, differences, endpoint_of, met, paired, points, within
 from report_tables import accuracy_table, progress_table
+
+HERE = Path(__file__).parent
 
 
 def confirmed(results: Results, plan: Mapping[str, Any]) -> str:
@@ -66,6 +69,7 @@ def confirmation(results: Results, plan: Mapping[str, Any]) -> str:
         f"- **Expected**: {own['expected']}.",
         f"- **What it cannot tell**: {own['limits']}.",
         f"- **Beside it**: {own['beside']}", "",
+        f"Held-out scores of the two depth teachers: {_teachers()}.", "",
         f"{there} of {len(wanted)} runs are there (`make evidence FORM=confirmation`), made {' to '.join(dict.fromkeys([results.dates[0], results.dates[-1]]))} with {'; '.join(results.versions)}.", "",
         *decided(results, own), "",
     ]  # fmt: skip
@@ -80,6 +84,19 @@ def confirmation(results: Results, plan: Mapping[str, Any]) -> str:
         told = ", ".join(f"`{name}` {found['beyond']:.2f}" for name, found in sorted(results.spread.items()))
         lines += [f"Share of the targets' variance that is beyond their mean map, by arm or store: {told}.", ""]
     return "\n".join(lines)
+
+
+def _teachers() -> str:
+    """Say how well the first and the second depth teacher tell inverse depth, beside the mean map."""
+    told = []
+    for name, folder in (("the first", "teachers"), ("this one", "teachers-again")):
+        scores = record(HERE / folder / "scores.json")["depth"]["scores"]
+        over = [
+            f"{where} R² {scores[f'test R²{key}']:.3f} (mean map {scores[f'test R²{key} of the mean map']:.3f})"
+            for where, key in (("over all pixels", ""), ("over things", " on things"))
+        ]
+        told.append(f"{name} {', '.join(over)}")
+    return "; ".join(told)
 
 
 def _kinds(results: Results, own: Mapping[str, Any]) -> list[str]:
