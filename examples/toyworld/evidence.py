@@ -80,6 +80,7 @@ def _own_place(options: argparse.Namespace) -> argparse.Namespace:
     own = argparse.Namespace(**vars(options))
     own.draw = form.get("draw", 0)
     own.teachers = options.teachers or HERE / form.get("teachers", "teachers")
+    own.read_from = form.get("read_from", {})
     if own.draw:
         own.work, own.results = options.work / options.form, options.results / options.form
     return own
@@ -142,9 +143,10 @@ def prepare(options: argparse.Namespace, wanted: Sequence[Task]) -> None:
     made = Stores(work, options.teachers, options.student, options.jobs, draw)
     for store in sorted(store for store in stores if store not in (None, "all.zarr")):
         made.make(store)
-    if "all.zarr" in stores or any(task.student for task in wanted):
+    needed = "all.zarr" in stores or any(task.student for task in wanted)
+    if read_from := options.read_from or (READ_FROM if needed else {}):
         corpus.write_pictures(world, PLAN["endpoint"]["budget"], draw=draw)
-        for store in READ_FROM.values():
+        for store in read_from.values():
             made.make(store, pictures="all.jsonl")
 
 
@@ -157,7 +159,7 @@ def run(options: argparse.Namespace) -> list[str]:
     asked = workplace.laboratory().asked(PLAN["endpoint"]["budget"])
     questions = json.dumps(asked, indent=0, sort_keys=True)
     (options.results / QUESTIONS).write_text(questions + "\n", encoding="utf-8")
-    measure_stores(options.work, options.student / "vision", options.results)
+    measure_stores(options.work, options.student / "vision", options.results, options.read_from)
     missing = workplace.missing(wanted, options.results)
     fresh, todo = set(missing), list(wanted) if options.again else missing
     print(f"{len(wanted)} runs asked for, {len(todo)} to be done", flush=True)
@@ -191,10 +193,11 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def measure_stores(work: Path, vision: Path, results: Path) -> None:
+def measure_stores(work: Path, vision: Path, results: Path, read_from: Mapping[str, str]) -> None:
     """Write what features in each form keep, and what the tower and the teacher hold of depth.
 
-    A store is measured once: figures stay beside the stores in `work`.
+    A store is measured once: figures stay beside the stores in `work`. `read_from` names stores that depth is read
+    from, where those are not the usual ones.
     """
     from features import READ_FROM, of_all
     from recorded import record
@@ -203,7 +206,7 @@ def measure_stores(work: Path, vision: Path, results: Path) -> None:
         if measured := _once(work / name, lambda kept, measure=measure: kept | measure(work, kept)):  # type: ignore[misc]
             known = record(results / name)  # what others measured stays
             (results / name).write_text(json.dumps(known | measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    stores = {name: work / of_all(store) for name, store in READ_FROM.items()}
+    stores = {name: work / of_all(store) for name, store in (read_from or READ_FROM).items()}
     if all(store.with_suffix(".done").is_file() for store in stores.values()):
         import headroom
 
@@ -228,10 +231,11 @@ def _spread(work: Path, known: Mapping[str, Any]) -> dict[str, dict[str, float]]
 
     found: dict[str, dict[str, float]] = {}
     for arm in (ARMS[name] for name in UNLIKE_TARGETS):
-        pattern = str(arm.store).replace("{seed}", "*")
-        for done in sorted(work.glob(pattern.replace(".zarr", ".done"))):
-            name = arm.name if pattern == arm.store else done.stem
-            if name not in known:
+        store = Path(str(arm.store))
+        before, each, _ = store.stem.partition("{seed}")
+        for done in sorted(work.glob(f"{before}*.done" if each else f"{store.stem}.done")):
+            name = done.stem if each else arm.name
+            if name not in known and (not each or done.stem.removeprefix(before).isdigit()):
                 found[name] = spread.measure(done.with_suffix(".zarr"), arm.teachers[0])
     return found
 

@@ -25,8 +25,7 @@ from report_endpoint import (
     within,
 )
 from report_students import representations, verdict
-from report_tables import about_arm, accuracies, percent, progress
-from trivial import FADED
+from report_tables import about_arm, accuracies, headroom_table, percent, progress
 
 HERE = Path(__file__).parent
 
@@ -153,28 +152,7 @@ def _sensitivity(results: Results, plan: Mapping[str, Any], corrected: Mapping[C
             "",
             "`feed` does not pass: what the features hold of depth is not used as an input here, so only `oracle` shows that an effect could be seen.",
         ]
-    return "\n".join([*lines, "", *_headroom(results, plan)])
-
-
-def _headroom(results: Results, plan: Mapping[str, Any]) -> list[str]:
-    """What could be read, were the things found."""
-    if not results.headroom:
-        return []
-    kind = plan["endpoint"]["question"]
-    lines = [
-        "What a linear regression, fitted on the questions to train on, answers of depth from what stands at the places of the two things (`headroom.py`), in percent:", "",
-        "| read from | test | ood |", "|---|---|---|",
-        "| chance | " + " | ".join(f"{100 * results.chance.get((split, kind), 0.5):.0f}" for split in ("test", "ood")) + " |",
-    ]  # fmt: skip
-    for name, shares in results.headroom.items():
-        cells = " | ".join(f"{100 * shares[split]:.1f}" if split in shares else "–" for split in ("test", "ood"))
-        lines.append(f"| {name} | {cells} |")
-    cue = " | ".join(f"{100 * results.rules.get((split, kind), {}).get(FADED, 0.5):.1f}" for split in ("test", "ood"))
-    lines.append(f"| the cue itself: whose colour is faded less, nothing learnt | {cue} |")
-    return [
-        *lines, "",
-        "It is given the places; a student has to find the things itself, and may read more than a linear regression does. So this is neither what a student will reach nor a bound on it.", "",
-    ]  # fmt: skip
+    return "\n".join([*lines, "", *headroom_table(results, plan["endpoint"]["question"])])
 
 
 def _controls(results: Results, plan: Mapping[str, Any], corrected: Mapping[Comparison, Compared]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from arms import numbers
 from recorded import Results, order, record, title
 from report_endpoint import decided, differences, endpoint_of, met, paired, points, within
-from report_tables import accuracy_table, progress_table
+from report_tables import accuracy_table, headroom_table, progress_table
 
 HERE = Path(__file__).parent
 
@@ -80,6 +80,7 @@ def confirmation(results: Results, plan: Mapping[str, Any]) -> str:
         "What training ended at; R² is centred: 0 is the mean map of the arm's own targets.", "",
         *progress_table(results, budget), "",
     ]  # fmt: skip
+    lines += headroom_table(results, end["question"])
     if results.spread:
         told = ", ".join(f"`{name}` {found['beyond']:.2f}" for name, found in sorted(results.spread.items()))
         lines += [f"Share of the targets' variance that is beyond their mean map, by arm or store: {told}.", ""]

@@ -97,3 +97,23 @@ def accuracy_table(results: Results, budget: int) -> list[str]:
         lines.append(f"| `{arm}`: {about_arm(arm)} | {seeds} | {cells} |")
     counts = ", ".join(f"{title(p)} {len(results.images[p])}" for p in kinds)
     return [*lines, "", f"Questions: {counts}."]
+
+
+def headroom_table(results: Results, kind: str) -> list[str]:
+    """Lay out what could be read of depth, were the things found; nothing where it was not measured."""
+    if not results.headroom:
+        return []
+    lines = [
+        "What a linear regression, fitted on the questions to train on, answers of depth from what stands at the places of the two things (`headroom.py`), in percent:", "",
+        "| read from | test | ood |", "|---|---|---|",
+        "| chance | " + " | ".join(f"{100 * results.chance.get((split, kind), 0.5):.0f}" for split in ("test", "ood")) + " |",
+    ]  # fmt: skip
+    for name, shares in results.headroom.items():
+        cells = " | ".join(f"{100 * shares[split]:.1f}" if split in shares else "–" for split in ("test", "ood"))
+        lines.append(f"| {name} | {cells} |")
+    cue = " | ".join(f"{100 * results.rules.get((split, kind), {}).get(FADED, 0.5):.1f}" for split in ("test", "ood"))
+    lines.append(f"| the cue itself: whose colour is faded less, nothing learnt | {cue} |")
+    return [
+        *lines, "",
+        "It is given the places; a student has to find the things itself, and may read more than a linear regression does. So this is neither what a student will reach nor a bound on it.", "",
+    ]  # fmt: skip

@@ -92,13 +92,25 @@ def test_stores_are_measured_once(tmp_path: Path, monkeypatch: Any) -> None:
     work = tmp_path / "work"
     work.mkdir()
     for _ in range(2):
-        evidence.measure_stores(work, tmp_path / "vision", results)
+        evidence.measure_stores(work, tmp_path / "vision", results, {})
     assert measured == [{}, {"float16": {"bytes": 4321, "r2": 1.0}}]
     told = json.loads((results / evidence.STORES).read_text())
     assert told == {"int8": {"bytes": 1, "r2": 0.5}, "float16": {"bytes": 4321, "r2": 1.0}}, (
         "what others measured stays"
     )
     assert not os.path.exists(results / evidence.HEADROOM), "without a store of all pictures there is none"
+
+
+def test_every_store_of_unlike_targets_is_described_once(tmp_path: Path, monkeypatch: Any) -> None:
+    evidence, spread = load("evidence"), load("spread")
+    names = ("map", "map-all", "map-untrained", "map-untrained-10", "map-untrained-10-all", "map-untrained-11", "int8")
+    for name in names:
+        (tmp_path / f"{name}.done").touch()
+    monkeypatch.setattr(spread, "measure", lambda store, teacher: {"store": store.name, "of": teacher})
+    found = evidence._spread(tmp_path, {"map-untrained": {}})
+    assert found == {
+        name: {"store": f"{name}.zarr", "of": "depthmap"} for name in ("map", "map-untrained-10", "map-untrained-11")
+    }
 
 
 def test_a_form_of_another_drawing_has_its_own_folders_and_teachers(tmp_path: Path) -> None:
