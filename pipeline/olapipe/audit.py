@@ -43,8 +43,8 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """1 while something is wrong, or where a repair could not bring a feature back."""
-        gone = self.repair is not None and self.repair.gone
+        """1 while something is wrong, or where a repair gave a shard up or could not bring a feature back."""
+        gone = self.repair is not None and (self.repair.gone or self.repair.lost)
         return 1 if self.left or gone or not all(compared.agrees for compared in self.live) else 0
 
     def show(self, console: Console, *, as_json: bool) -> None:

@@ -268,7 +268,17 @@ def verify_command(
         if is_packed(store):
             _verify_packed(
                 store,
-                given=bool(teacher or repair or live or images or checkpoint or overrides or workers or seed),
+                given=bool(
+                    teacher
+                    or repair
+                    or live
+                    or images
+                    or checkpoint
+                    or overrides
+                    or workers
+                    or seed
+                    or device != "auto"
+                ),
                 as_json=as_json,
             )
         from olapipe.audit import Request, audit
@@ -354,6 +364,7 @@ def drop_command(
     """Delete all features of a teacher. Run the same command again to finish an interrupted one."""
     with _user_errors():
         from olapipe.drop import drop
+        from olapipe.progress import make_reporter
         from olapipe.report import size, summarise, visible
         from olaschema.store import FeatureStore
 
@@ -362,7 +373,7 @@ def drop_command(
             summary = summarise(opened, teacher)
             question = f"Delete {summary.ok} features of {teacher} ({size(summary.stored_bytes)}) from {store}?"
             _ask(visible(question))
-        present = drop(opened, teacher)
+        present = drop(opened, teacher, say=make_reporter().say)
         said = f"{teacher} is deleted" if present else "an interrupted deletion is finished"
         _console().print(visible(f"{store}: {said}"), markup=False, highlight=False, soft_wrap=True)
 
@@ -389,13 +400,14 @@ def forget_command(
     """Delete one image's features and name from the store, for good. Stop what is reading the store first."""
     with _user_errors():
         from olapipe.forget import forget
+        from olapipe.progress import make_reporter
         from olapipe.report import visible
         from olaschema.store import FeatureStore
 
         opened = FeatureStore.open(store)
         if not yes:
             _ask(visible(f"Delete the features and the name of {key} from {store}?"))
-        done = forget(opened, key)
+        done = forget(opened, key, say=make_reporter().say)
         lines = [f"{key}: row {done.row} is blank in {', '.join(done.teachers) or 'no teacher'}; its name is gone"]
         lines += [f"the same image is still in the store as {twin}" for twin in done.twins]
         lines += [f"{log} holds the name in a message: delete that file" for log in done.logs]

@@ -66,6 +66,18 @@ def compare_tiers(request: Request) -> Comparison:
 
 
 def _of_store(request: Request) -> Comparison:
+    stray = {
+        "--checkpoint": request.checkpoint,
+        "--images": request.images,
+        "--preset": request.preset,
+        "--device": None if request.device == "auto" else request.device,
+        "--set": request.overrides,
+    }
+    if given := [name for name, value in stray.items() if value]:
+        raise ConfigError(
+            f"{', '.join(given)}: {request.source} is a store, whose features are there already",
+            "Leave them out, or give the corpus.",
+        )
     store = FeatureStore.open(request.source)
     precision = store.teacher(request.teacher).precision
     if precision not in ("float32", "float16"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -107,7 +108,7 @@ class ExtractConfig(BaseModel):
         if self.max_failures is None:
             return None
         if self.max_failures.endswith("%"):
-            return int(float(self.max_failures[:-1]) / 100 * images)
+            return int(Decimal(self.max_failures[:-1]) * images / 100)
         return int(self.max_failures)
 
     @property

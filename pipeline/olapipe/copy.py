@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from olapipe.progress import Reporter
-from olapipe.transfer import ROOT, begin, identity, require_intact, require_unchanged
+from olapipe.transfer import ROOT, begin, identity, require_finished, require_intact, require_unchanged
 from olaschema.errors import DamagedStoreError, StoreError
 from olaschema.store import FeatureStore
 
@@ -26,6 +26,7 @@ def copy(source: FeatureStore, out: str, reporter: Reporter) -> Copied:
     is there and writes what differs. Raises StoreError where `out` holds something else or the source
     changes meanwhile, DamagedStoreError where the result is not a sound store.
     """
+    require_finished([source])
     before = identity(source)
     place = begin(out, f"copy {before}")
     if place.exists(ROOT) and identity(FeatureStore(place, source.record)) != before:

@@ -13,7 +13,7 @@ from olapipe.progress import Reporter
 from olapipe.rewrite import Change, rewrite
 from olapipe.sorting import ExternalSort
 from olapipe.stored import committed_receipt
-from olaschema.lease import writing
+from olaschema.lease import changing
 from olaschema.manifest import RowReceipt
 from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
@@ -44,8 +44,7 @@ def dedup(store: FeatureStore, reporter: Reporter, *, memory: int = MEMORY) -> d
     Raises DamagedStoreError for a damaged shard, StoreError while a job writes features of one of the teachers.
     """
     found = {}
-    with writing(store.place, store.teachers(), wait=False), store.place.lock("plan"):
-        teachers = store.teachers()
+    with changing(store, say=reporter.say) as teachers:
         unseal(store, teachers)
         for teacher in teachers:
             reporter.say(f"looking for equal images of {teacher} …")

@@ -7,6 +7,7 @@ afterwards is mended by a rerun: the receipts of its shards are taken away, so t
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,15 +16,16 @@ from pathlib import Path
 
 from olapipe.config import ExtractConfig
 from olapipe.corpus import Growth
-from olapipe.pack import Packed, Packer, require_ours
+from olapipe.pack import LOCK, Packed, Packer, require_ours
 from olapipe.packplan import plan_pack
 from olaschema.errors import StoreError
 from olaschema.layout import receipt_file
 from olaschema.place import absolute_url, open_place
 from olaschema.store import FeatureStore
-from olaschema.tarshard import ROOT, require_nameable, tar_name
+from olaschema.tarshard import ROOT, require_nameable
 
 WORKING = "_log/store"
+_TAR = re.compile(r"\d{6}\.tar")
 
 
 def working(config: ExtractConfig) -> ExtractConfig:
@@ -49,14 +51,14 @@ class DirectSet:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Keep everybody else out, `olapipe pack` included."""
-        with self._place.lock("pack"):
+        with self._place.lock(LOCK):
             self._place.sweep()
             yield
 
     def reopen(self, store: FeatureStore | None, growth: Growth, say: Callable[[str], None]) -> None:
         """Refuse what a set that was begun cannot become, and see to it that what is gone is extracted again."""
         url = self._place.url
-        if not self._place.exists(tar_name(0)) and not self._place.exists(ROOT):
+        if not any(_TAR.fullmatch(name) for name in self._place.names("")) and not self._place.exists(ROOT):
             return  # nothing was packed, so nothing is gone
         elsewhere = "Choose a new folder. A feature store (without --format) can grow, and be packed then."
         if store is None or not store.generations():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from olaschema.layout import basis_file
 from olaschema.lease import writing
 from olaschema.replacing import REPLACING
@@ -9,7 +11,7 @@ from olaschema.seal import seal, unseal
 from olaschema.store import FeatureStore
 
 
-def drop(store: FeatureStore, teacher: str) -> bool:
+def drop(store: FeatureStore, teacher: str, *, say: Callable[[str], None] | None = None) -> bool:
     """Remove a teacher's receipts, then its group with all arrays; a second call finishes an interrupted one.
 
     Each step takes a whole folder away at once, and the bytes are deleted afterwards. Says whether the teacher was in
@@ -17,7 +19,7 @@ def drop(store: FeatureStore, teacher: str) -> bool:
     """
     if not teacher or "/" in teacher:
         store.teacher(teacher)  # raises: no teacher is called so
-    with writing(store.place, [teacher], wait=False), store.place.lock("plan"):
+    with writing(store.place, [teacher], wait=False, say=say), store.place.lock("plan"):
         present = teacher in store.teachers()
         if present:
             unseal(store, [teacher])

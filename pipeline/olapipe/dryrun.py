@@ -18,13 +18,17 @@ from olaschema.store import DEFAULT_ROWS_PER_SHARD, FeatureStore
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """What one teacher has to do. `row_bytes` are those of a stored feature before compression, None if unknown."""
+    """What one teacher has to do. `row_bytes` are those of a stored feature before compression, in so many `arrays`.
+
+    Both are None if unknown.
+    """
 
     teacher: str
     shards_done: int
     shards: int
     images: int
     row_bytes: int | None
+    arrays: int | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class DryRun:
             table.add_column(column, justify="left" if column == "teacher" else "right")
         for each in self.teachers:
             stored = "unknown" if each.row_bytes is None else size(each.images * each.row_bytes)
-            cells = (each.teacher, each.shards_done, each.shards, each.images, stored, each.shards * 2)
+            files = "unknown" if each.arrays is None else each.shards * (each.arrays + 1)  # and a receipt
+            cells = (each.teacher, each.shards_done, each.shards, each.images, stored, files)
             table.add_row(*(Text(str(cell)) for cell in cells))
         console.print(table)
 
@@ -57,23 +62,26 @@ def dry_run(config: ExtractConfig, store: FeatureStore | None, new: int) -> DryR
     pending = Pending(store, planned, config.teachers, retry_failed=config.retry_failed)
     teachers = [
         TeacherPlan(
-            name, pending.done[name], pending.shards(name), pending.images(name), _row_bytes(config, store, name)
+            name, pending.done[name], pending.shards(name), pending.images(name), *_size_of_row(config, store, name)
         )
         for name in config.teachers
     ]
     return DryRun(sum(planned.rows), new, len(pending.rows), teachers)
 
 
-def _row_bytes(config: ExtractConfig, store: FeatureStore | None, teacher: str) -> int | None:
-    """Return the size of one stored feature: that of the store, or of the published checkpoint if that is what runs."""
+def _size_of_row(config: ExtractConfig, store: FeatureStore | None, teacher: str) -> tuple[int | None, int | None]:
+    """Return the bytes of one stored feature and its arrays: those of the store, or of the published checkpoint.
+
+    (None, None) where another checkpoint or the job's sample will tell.
+    """
     if store is not None and teacher in store.teachers():
         formats = formats_of(store.teacher(teacher))
     else:
         info = registry.available()[teacher]
         if not info.channels or teacher in config.checkpoints or teacher in config.options:
-            return None
+            return None, None
         if config.precision == "auto":
-            return None  # settled on a sample when it runs
+            return None, None  # settled on a sample when it runs
         shape, precision = (*(info.grid or ()), info.channels), config.precision
         formats = array_formats(shape, precision, centred=is_centred(shape, precision))
-    return sum(each.row_bytes for each in formats.values())
+    return sum(each.row_bytes for each in formats.values()), len(formats)

@@ -270,7 +270,7 @@ class ShardEncoder:
             row = ahead.take()
             seconds["wait"] += time.perf_counter() - asked
             other, digest = made_from.get(index, ("", row.sha256))
-            if row.sha256 != digest and not row.failures:
+            if row.sha256 not in (None, digest):
                 changed = ImageError("changed", f"it is not the image that the features of {other} were made from")
                 row.failures = dict.fromkeys(outputs, changed)
             for stage, spent in row.seconds.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from olapipe.corpus import PROBLEMS
@@ -12,7 +13,7 @@ from olapipe.stored import committed_receipt
 from olaschema.digest import sealed
 from olaschema.errors import StoreError
 from olaschema.keys import normalise_key, tombstone
-from olaschema.lease import writing
+from olaschema.lease import changing
 from olaschema.manifest import FileReceipt, Generation, RowReceipt, SampleRow
 from olaschema.reader import FeatureReader
 from olaschema.seal import seal, unseal
@@ -33,16 +34,16 @@ class Forgotten:
     """Files under `_log/` that hold the key in some message."""
 
 
-def forget(store: FeatureStore, key: str) -> Forgotten:
+def forget(store: FeatureStore, key: str, *, say: Callable[[str], None] | None = None) -> Forgotten:
     """Remove one image from the plan and from every teacher's shards; a second call finishes an interrupted one.
 
     The plan keeps its row and a tombstone with the SHA-256 of its key, by which `extract` knows not to take it again.
-    Raises StoreError where the store has no such image, DamagedStoreError where a shard of it must be repaired first.
+    Raises StoreError where the store has no such image or a job writes features, DamagedStoreError where a shard of it
+    must be repaired first.
     """
     stone = tombstone(normalise_key(key))
-    with writing(store.place, store.teachers(), wait=False), store.place.lock("plan"):
+    with changing(store, say=say) as teachers:
         generation, part, row = _find(store, key, stone)
-        teachers = store.teachers()
         twins = _twins(store, teachers, row)
         unseal(store, teachers)
         # the plan comes first: whatever extracts this shard from now on leaves the image out

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from olapipe.mergeplan import Chosen, MergePlan, plan_merge
 from olapipe.progress import Reporter
-from olapipe.transfer import ROOT, begin, identity, require_intact, require_unchanged
+from olapipe.transfer import ROOT, begin, identity, require_finished, require_intact, require_unchanged
 from olaschema.digest import sealed
 from olaschema.errors import DamagedStoreError, StoreError
 from olaschema.layout import receipt_file, shard_lock
@@ -46,6 +46,7 @@ def merge(sources: Sequence[FeatureStore], out: str, reporter: Reporter) -> Merg
     teacher whose precision does, FingerprintError where features differ in meaning. A second call finishes an
     interrupted one.
     """
+    require_finished(sources)
     before = [identity(source) for source in sources]
     records = _records(sources)
     plan = plan_merge(sources)

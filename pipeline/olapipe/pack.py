@@ -51,6 +51,9 @@ from olaschema.tarshard import (
 
 _OURS = re.compile(rf"\d{{6}}\.(tar|json)|{re.escape(LISTING)}|{re.escape(CONVERSATIONS)}|{re.escape(ROOT)}")
 
+LOCK = "pack"
+"""Name of the lock of whoever writes a packed set."""
+
 
 @dataclass(frozen=True)
 class PackSettings:
@@ -91,7 +94,7 @@ def pack(settings: PackSettings, progress: Callable[[int, int], None] = lambda d
     require_outside_stores(settings.out)
     require_ours(place)
     plan = plan_pack(store, settings.conversations, settings.samples_per_tar)
-    with place.lock("pack"):
+    with place.lock(LOCK):
         place.sweep()
         packer = Packer(store, settings.teachers or tuple(store.teachers()), settings.images, place, plan)
         for number in range(len(plan.tars)):
@@ -193,7 +196,20 @@ class Packer:
         except DamagedStoreError:
             return None
         whole = index.inputs == inputs and index.tar == promise(self._place.read(tar_name(number)))
-        return index if whole else None
+        return index if whole and not self._any_is_back(number, index) else None
+
+    def _any_is_back(self, number: int, index: TarIndex) -> bool:
+        """Whether all images of a group that was left out because one could not be read can be read now."""
+        packed = {sample.number for sample in index.samples}
+        groups = enumerate(self.plan.tars[number], self.plan.firsts[number])
+        return any(all(map(self._readable, group.keys)) for place, group in groups if place not in packed)
+
+    def _readable(self, key: str) -> bool:
+        try:
+            read_rooted(self._images, key)
+        except ImageError:
+            return False
+        return True
 
     def _make(self, number: int) -> TarIndex:
         kept: list[tuple[int, Group, tuple[PackedImage, ...]]] = []
@@ -318,7 +334,13 @@ def _listing(teachers: tuple[str, ...], indices: list[TarIndex]) -> bytes:
 
 
 def require_ours(place: Place) -> None:
-    """Raise StoreError where something else than a packed set is."""
-    strays = [name for name in place.names("") if not _OURS.fullmatch(name)]
+    """Raise StoreError where something else than a packed set is; to be asked before its lock is taken.
+
+    Others name tars as we do: without a root document they are ours only where a lock says that we wrote there.
+    """
+    names = place.names("")
+    strays = [name for name in names if not _OURS.fullmatch(name)]
+    if not strays and not place.exists(ROOT) and not place.exists(f"_log/locks/{LOCK}"):
+        strays = names
     if strays:
         raise StoreError(f"{place.url} holds something else: {strays[0]}", "Choose a new or empty folder for --out.")

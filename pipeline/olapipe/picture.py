@@ -18,6 +18,7 @@ from olaschema.manifest import Fingerprint, RowReceipt, SampleRow
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
+_ANY_PIXELS = 1 << 31
 _HEIGHT = 336
 _WIDEST = 3 * _HEIGHT
 _LABEL = 22
@@ -98,8 +99,8 @@ def photograph(sample: SampleRow, images: Path, receipts: list[RowReceipt], *, u
 
     Raises StoreError if the file under `images` is not the one that was extracted, ImageError if it cannot be read.
     """
-    # already within the limit of the extraction, or failed there
-    data = read_image(images, sample, 1 << 31)
+    # within the limit of the extraction, or failed there; a mended file has another size, and its digest is checked
+    data = read_image(images, sample, _ANY_PIXELS, mended=True)
     digest = hashlib.sha256(data).hexdigest()
     known = {receipt.sha256 for receipt in receipts} - {None}
     if known and digest not in known:
@@ -107,7 +108,10 @@ def photograph(sample: SampleRow, images: Path, receipts: list[RowReceipt], *, u
             f"{visible(sample.key)} under {images} is not the image that was extracted (its SHA-256 differs)",
             "Give the folder that the features were extracted from with --images.",
         )
-    return decode_image(data, name=sample.key).oriented(exif=upright)
+    image = (
+        decode_image(data, name=sample.key, max_pixels=_ANY_PIXELS) if known else decode_image(data, name=sample.key)
+    )
+    return image.oriented(exif=upright)
 
 
 def panel(values: np.ndarray, fingerprint: Fingerprint, width: int, height: int) -> Image.Image:

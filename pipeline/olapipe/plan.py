@@ -150,7 +150,9 @@ def predict(
     usable = 1 - measured.failed / measured.images
     terabytes = images * usable * sum(measured.stored_bytes.values()) / 1e12
     shards = -(-images // (config.shard_size or DEFAULT_ROWS_PER_SHARD))
-    requests = shards * (measured.shard_files + len(config.teachers))
+    files = shards * (measured.shard_files + len(config.teachers))
+    # each shard's lock is taken and given back by every teacher, and it leaves a line in the log
+    requests = files + shards * (2 * len(config.teachers) + 1)
     uses = given.epochs * given.runs
     online = measured.node_seconds * sum(measured.stages[name] for name in _ONLINE) / sum(measured.stages.values())
     reading = measured.read_seconds / measured.workers
@@ -164,7 +166,7 @@ def predict(
         images_per_second=given.nodes / measured.node_seconds,
         hours=hours / given.nodes,
         terabytes=terabytes,
-        files=requests,
+        files=files,
         requests=requests,
         extraction_cost=None if price is None else hours * price,
         storage_cost=None if rent is None else terabytes * rent * given.months,

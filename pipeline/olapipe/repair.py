@@ -22,7 +22,7 @@ from olaschema.lease import writing
 from olaschema.manifest import Receipt
 from olaschema.place import absolute_url
 from olaschema.replacing import finish_replacements
-from olaschema.seal import seal, unseal
+from olaschema.seal import read_manifest, receipt_digest, seal, unseal
 from olaschema.store import FeatureStore
 
 
@@ -112,24 +112,43 @@ def repair(store: FeatureStore, problems: Sequence[Problem], source: Source, rep
     documents = sorted({problem.file for problem in problems if problem.mending == "document"})
     mended = [(name, shard) for shard, names in shards.items() for name in names]
     done = Repair(mended, documents)
-    with writing(store.place, teachers, wait=False):
+    with writing(store.place, teachers, wait=False, say=reporter.say):
         with store.place.lock("plan"):
+            promised = _promised(store)
             unseal(store, teachers)
             for name in {file.partition("/")[0] for file in documents}:
                 store.put_teacher(store.teacher(name))
         for teacher in teachers:
             finish_replacements(store.place, teacher)
             mine = [shard for shard, names in shards.items() if teacher in names]
-            _extract(store, teacher, mine, source, reporter, done)
+            _extract(store, teacher, mine, source, reporter, done, promised.get(teacher, ()))
         with store.place.lock("plan"):
             seal(store, store.teachers())
     return done
 
 
+def _promised(store: FeatureStore) -> Mapping[str, Sequence[str]]:
+    """Return the digests of receipts by teacher and shard, as far as the manifest has them."""
+    try:
+        manifest = read_manifest(store)
+    except DamagedStoreError:
+        return {}
+    return {} if manifest is None else manifest.receipts
+
+
 def _extract(
-    store: FeatureStore, teacher: str, shards: list[int], source: Source, reporter: Reporter, report: Repair
+    store: FeatureStore,
+    teacher: str,
+    shards: list[int],
+    source: Source,
+    reporter: Reporter,
+    report: Repair,
+    promised: Sequence[str],
 ) -> None:
-    """Extract shards of one teacher again, and add to the report what became of their images."""
+    """Extract shards of one teacher again, and add to the report what became of their images.
+
+    `promised` are the digests that its receipts had.
+    """
     planned = Planned.of(store).per_shard()
     unplanned = [shard for shard in shards if shard >= len(planned)]
     if unplanned:
@@ -163,7 +182,15 @@ def _extract(
         raise interrupted(signal.Signals[done.stopped])
     for shard, known in before.items():
         now = _readable(store, teacher, shard)
-        if known is None or now is None:
+        if now is None:
+            continue
+        if known is None:
+            if shard >= len(promised) or receipt_digest(store, teacher, shard) != promised[shard]:
+                report.gone.extend(
+                    f"{sample.key}: no {teacher} feature: {row.reason}; whether it had one, the lost receipt said"
+                    for sample, row in zip(store.shard_samples(shard), now.rows, strict=False)
+                    if row.status == "failed" and row.reason != "forgotten"
+                )
             continue
         for sample, old, new in zip(store.shard_samples(shard), known.rows, now.rows, strict=False):
             if old.status == "ok" and new.status == "failed":

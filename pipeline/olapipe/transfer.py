@@ -11,6 +11,7 @@ from olaschema.errors import DamagedStoreError, StoreError
 from olaschema.layout import receipt_file
 from olaschema.nesting import require_outside_stores
 from olaschema.place import Place, open_place
+from olaschema.replacing import REPLACING
 from olaschema.seal import documents, receipt_digest
 from olaschema.store import FeatureStore
 
@@ -40,13 +41,25 @@ def begin(out: str, job: str) -> Place:
     if place.vacant():
         place.append_log(_LOG, job)
         return place
-    if job.encode() not in place.read_log(_LOG).splitlines():
+    if place.read_log(_LOG).splitlines()[-1:] != [job.encode()]:
         raise StoreError(
             f"{out} exists, and it is not what an interrupted run of the same command left",
             "Choose a new or empty place; to begin again, delete this one.",
         )
     place.sweep()
     return place
+
+
+def require_finished(stores: Sequence[FeatureStore]) -> None:
+    """Raise StoreError where a shard is half replaced: features of images that are gone are under `_log` alone then."""
+    for store in stores:
+        for teacher in store.teachers():
+            for name in store.place.folders(f"{REPLACING}/{teacher}"):
+                if not store.place.exists(receipt_file(teacher, int(name))):
+                    raise StoreError(
+                        f"{store.url}: {teacher} shard {int(name)} was being replaced when its job ended",
+                        "Run that `olapipe extract` again, which finishes it, then the same command.",
+                    )
 
 
 def require_unchanged(stores: Sequence[FeatureStore], before: Sequence[str]) -> None:

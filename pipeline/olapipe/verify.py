@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -302,6 +303,8 @@ class _Verifier:
             if plan is not None and _unfinished_part(name, self.known):
                 self.found.notes.append(f"{name} belongs to a plan that was interrupted")
                 continue
+            if plan is None and (part := _PART.fullmatch(name)) and self.store.place.exists(f"samples/{part[1]}.json"):
+                continue  # its generation names it, or did before it was damaged, which is reported
             self.found.add(name, "nothing in the store names this file")
         if uncommitted:
             self.found.notes.append(f"{uncommitted} files of uncommitted shards: `extract` writes them again")
@@ -363,6 +366,9 @@ def _shard_of(name: str) -> tuple[str, int] | None:
     if len(parts) < 5 or parts[2] != "c" or not parts[3].isdecimal() or set(parts[4:]) != {"0"}:
         return None
     return (parts[0], int(parts[3])) if str(int(parts[3])) == parts[3] else None
+
+
+_PART = re.compile(r"samples/(\d{4})-.*\.parquet")
 
 
 def _unfinished_part(name: str, known: Collection[str]) -> bool:

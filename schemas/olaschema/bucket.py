@@ -122,6 +122,13 @@ class BucketPlace(Place):
             return []
         return sorted(_last(found["path"]) for found in self._listed(folder)["objects"])
 
+    def stamps(self, folder: str) -> dict[str, str]:
+        """Return the objects directly in `folder`, each with the version that the bucket gives it."""
+        if self._is_withdrawn(folder):
+            return {}
+        found = {_last(one["path"]): str(one["e_tag"] or "") for one in self._listed(folder)["objects"]}
+        return dict(sorted(found.items()))
+
     def folders(self, folder: str) -> list[str]:
         """Return the sorted names of the folders directly in `folder` (`""`: the root)."""
         return sorted(_last(path) for path in self._listed(folder)["common_prefixes"])

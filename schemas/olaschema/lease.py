@@ -21,6 +21,7 @@ from olaschema.errors import StoreError
 
 if TYPE_CHECKING:
     from olaschema.place import Place
+    from olaschema.store import FeatureStore
 
 TERM_S = 60.0
 _POLL_S = 0.5
@@ -42,27 +43,30 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name=f"lease {file}", daemon=True)
 
     def acquire(self, *, wait: bool, say: Callable[[str], None] | None = None) -> None:
-        """Take the lease as soon as it is free or has expired; raises StoreError unless `wait` if it is held."""
-        seen, since, told = None, time.monotonic(), False
+        """Take the lease as soon as it is free or has expired; raises StoreError unless `wait` if it is held.
+
+        A holder elsewhere holds it while it renews it: that is waited for, a term at most.
+        """
+        seen, since, looks, told = None, _now(), 0, False
         while True:
             present = self._place.find(self._file)
             if present != seen:
-                seen, since = present, time.monotonic()
+                seen, since, looks = present, _now(), looks + 1
             holder = _holder(present)
-            expired = holder is not None and time.monotonic() - since > float(holder.get("term", self._term))
+            expired = holder is not None and _now() - since > float(holder.get("term", self._term))
             if holder is None or expired or _dead(holder):
                 if self._swap(present):
                     self._thread.start()
                     return
                 continue
             who = f"{holder.get('host')} process {holder.get('pid')}"
-            if not wait:
+            if not wait and (looks > 1 or _is_here(holder)):
                 raise StoreError(
-                    f"{self._place.locate(self._file)}: {who} is writing there now",
-                    f"Wait until it has finished. If it was killed, try again in {self._term:.0f} seconds.",
+                    f"{self._place.locate(self._file)}: {who} is writing there now", "Wait until it has finished."
                 )
             if not told and say is not None:
-                say(f"waiting for {who}, which writes the same ({self._place.locate(self._file)}) …")
+                what = "which writes the same" if wait else "which may have died: it is watched for its term"
+                say(f"waiting for {who}, {what} ({self._place.locate(self._file)}) …")
                 told = True
             time.sleep(min(_POLL_S, self._term / 10))
 
@@ -76,14 +80,14 @@ class Lease:
     @property
     def lost(self) -> bool:
         """Whether somebody else may hold it by now."""
-        return self._taken or time.monotonic() - self._renewed > self._term
+        return self._taken or _now() - self._renewed > self._term
 
     def _swap(self, present: bytes | None) -> bool:
         self._renewals += 1
         content = json.dumps(
             {"owner": self._owner, **_myself(), "term": self._term, "renewals": self._renewals}, sort_keys=True
         ).encode()
-        asked = time.monotonic()
+        asked = _now()
         if not self._place.swap(self._file, present, content):
             return False
         self._content, self._renewed = content, asked
@@ -126,6 +130,20 @@ def writing(
         yield
 
 
+@contextmanager
+def changing(store: FeatureStore, *, say: Callable[[str], None] | None = None) -> Iterator[list[str]]:
+    """Hold the leases of all of a store's teachers, and its plan; yields the teachers.
+
+    Raises StoreError where features of one are being written: also of one that a job puts there meanwhile.
+    """
+    while True:
+        names = store.teachers()
+        with writing(store.place, names, wait=False, say=say), store.place.lock("plan"):
+            if store.teachers() == names:
+                yield names
+                return
+
+
 def _holder(content: bytes | None) -> dict[str, Any] | None:
     """Return who holds a lease; what cannot be read is held by nobody."""
     if content is None:
@@ -141,11 +159,19 @@ def _myself() -> dict[str, Any]:
     return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
+def _now() -> float:
+    """Return seconds of a clock that goes on while the machine sleeps, where there is one: leases expire meanwhile."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether the holder is a process of this machine, so that it can be seen whether it is alive."""
+    return holder.get("machine") == _machine() and isinstance(holder.get("pid"), int)
+
+
 def _dead(holder: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that is gone. Start times tell it from a later one."""
-    if holder.get("machine") != _machine() or not isinstance(holder.get("pid"), int):
-        return False
-    return _started(holder["pid"]) != holder.get("started")
+    return _is_here(holder) and _started(holder["pid"]) != holder.get("started")
 
 
 def _machine() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -21,6 +22,8 @@ from olaschema.errors import StoreError
 from olaschema.manifest import FileReceipt
 
 _SCRATCH = "_log/tmp"
+_SCRATCH_FILE = re.compile(r"(.+)-(\d+)-[0-9a-f]+")
+"""Host and process of a temporary file; others put files there too, as a desktop its .DS_Store."""
 _LOCKS = "_log/locks"
 _WITHDRAWN = "_log/withdrawn"
 
@@ -286,6 +289,8 @@ class LocalPlace(Place):
                 return sorted(entry.name for entry in entries if wanted(entry))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise _cannot_list(self.path(folder), error) from error
 
     def stamps(self, folder: str) -> dict[str, str]:
         """Return the files directly in `folder`, each with a text that changes when it is published again."""
@@ -297,8 +302,10 @@ class LocalPlace(Place):
                     if entry.is_file():
                         status = entry.stat()
                         found[entry.name] = f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
+        except OSError as error:
+            raise _cannot_list(self.path(folder), error) from error
         return found
 
     def walk(self) -> Iterator[str]:
@@ -426,8 +433,8 @@ class LocalPlace(Place):
     def sweep(self) -> None:
         """Remove temporary files left by processes of this host that are no longer alive."""
         for name in self.names(_SCRATCH):
-            host, pid, _ = name.rsplit("-", 2)
-            if host == socket.gethostname() and not _alive(int(pid)):
+            scratch = _SCRATCH_FILE.fullmatch(name)
+            if scratch is not None and scratch[1] == socket.gethostname() and not _alive(int(scratch[2])):
                 self.path(f"{_SCRATCH}/{name}").unlink(missing_ok=True)
 
     def _scratch_file(self) -> Path:
@@ -459,6 +466,12 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _cannot_list(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{path} cannot be listed: {error.strerror or error}", "Check the disk or the mount, and who may read it."
+    )
 
 
 def _cannot_write(path: Path, error: OSError) -> StoreError:

@@ -310,6 +310,12 @@ class FeatureStore:
         elif basis is not None:
             self._publish_unless_there(basis_file(name), basis.to_bytes())
         documents = array_documents(record, self.rows_per_shard, self.shard_count())
+        if not self.place.exists(f"{name}/zarr.json"):  # a start in another precision may have been killed here
+            for array in self.place.folders(name):
+                if array not in documents:
+                    self.place.remove(array_document(name, array))
+            if basis is None:
+                self.place.remove(basis_file(name))
         for array, document in documents.items():
             self._publish_unless_there(array_document(name, array), document)
         if not self.place.exists(f"{name}/zarr.json"):

@@ -98,13 +98,12 @@ def _check(header: bytes, offset: int) -> None:
 
 
 def _number(field: bytes, offset: int) -> int:
-    if field[0] & 0x80:  # base 256, for what octal digits cannot hold
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    if field[0] == 0x80:  # base 256, for what octal digits cannot hold; 0xff begins a negative number
+        return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
-    try:
-        return int(digits or b"0", 8)
-    except ValueError:
-        raise TarDamage(offset, "a header holds no number where one belongs") from None
+    if digits.strip(b"01234567"):
+        raise TarDamage(offset, "a header holds no number where one belongs")
+    return int(digits or b"0", 8)
 
 
 def _name(header: bytes) -> str:

@@ -251,6 +251,21 @@ def _for_zarr(url: str) -> object:
     return ObjectStore(from_url(url, client_options={"allow_http": True}), read_only=True)
 
 
+def test_stamps_tell_what_was_published_again(url: str) -> None:
+    place = open_place(url)
+    place.publish("receipts/depth/0.json", b"one")
+    place.publish("receipts/depth/1.json", b"two")
+    place.publish("receipts/depth/deeper/2.json", b"not directly there")
+    before = place.stamps("receipts/depth")
+    assert before.keys() == {"0.json", "1.json"}
+    assert all(before.values())
+    place.publish("receipts/depth/1.json", b"another")
+    after = place.stamps("receipts/depth")
+    assert after["0.json"] == before["0.json"]
+    assert after["1.json"] != before["1.json"]
+    assert place.stamps("receipts/gen") == {}
+
+
 class TestLease:
     """Who writes now."""
 
@@ -279,6 +294,22 @@ class TestLease:
             with pytest.raises(StoreError):
                 waiting.acquire(wait=False)
         assert "waiting for elsewhere process 1" in said[0]
+
+    def test_one_who_does_not_wait_watches_a_stranger_for_a_term(self, url: str) -> None:
+        place, file = open_place(url), "_log/leases/depth"
+        stranger = {"owner": "x", "host": "elsewhere", "machine": "another boot", "pid": 1, "started": "1", "term": 0.6}
+        place.publish(file, json.dumps(stranger).encode())
+        begun = time.monotonic()
+        said: list[str] = []
+        with lease.hold(place, file, wait=False, say=said.append, term=0.6):
+            assert time.monotonic() - begun >= 0.6
+        assert "elsewhere process 1, which may have died" in said[0]
+        place.publish(file, json.dumps(stranger | {"term": 60}).encode())
+        renewing = threading.Timer(0.5, place.publish, (file, json.dumps(stranger | {"renewals": 2}).encode()))
+        renewing.start()
+        with pytest.raises(StoreError, match="elsewhere process 1 is writing there now"):
+            lease.Lease(place, file, 60).acquire(wait=False)
+        renewing.join()
 
     def test_that_of_a_killed_process_is_taken_over_at_once(self, url: str) -> None:
         code = (

@@ -118,6 +118,16 @@ def test_repair_names_an_image_whose_feature_it_cannot_bring_back(store: Path, c
     assert "has changed since" not in output
 
 
+def test_repair_of_a_damaged_receipt_says_what_may_have_been_lost(store: Path, corpus: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(corpus, tmp_path / "c")
+    (folder / "4.png").unlink()
+    receipt = store / "receipts/depth/00001.json"
+    receipt.write_text(receipt.read_text().replace("ok", "OK", 1))
+    code, output = _verify(store, folder, "--repair")
+    assert code == 1, output
+    assert "not brought back: 4.png: no depth feature: missing; whether it had one, the lost receipt said" in output
+
+
 def test_live_agrees_with_the_store_and_reports_the_worst(store: Path, corpus: Path) -> None:
     code, output = _verify(store, corpus, "--live", 4, "--json")
     assert code == 0, output

@@ -161,6 +161,20 @@ def test_sparse_and_malformed_headers_end_the_walk(tmp_path: Path) -> None:
         assert words in caught.value.problem and caught.value.offset == 0
 
 
+@pytest.mark.parametrize(
+    "field", [b"-0000001000\0", b"\xff" * 10 + b"\xfe\0", b" 1_0        "], ids=("octal", "binary", "bar")
+)
+def test_negative_and_strange_sizes_end_the_walk(tmp_path: Path, field: bytes) -> None:
+    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = field
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "t.tar"
+    path.write_bytes(header + bytes(2048))
+    with pytest.raises(TarDamage, match="no number where one belongs"):
+        _walk(path)
+
+
 @pytest.mark.parametrize("size", [2**60 + 1, 2**63, 10**30, 10**5000], ids=("60 bits", "63 bits", "long", "too long"))
 @pytest.mark.parametrize("pax", [False, True])
 def test_impossible_sizes_end_the_walk(tmp_path: Path, size: int, pax: bool) -> None:

@@ -31,6 +31,11 @@ def tar_entries(root: Path, name: str) -> Iterator[Entry]:
                         yield _entry(container, member)
             except TarDamage as damage:
                 yield Entry(f"{container}/damaged-at-{damage.offset}", -1)
+            except OSError as error:
+                raise CorpusError(
+                    f"{name} cannot be read: {error.strerror or error}",
+                    "Check the disk or the mount, and run it again.",
+                ) from error
     except ImageError as error:
         raise CorpusError(
             f"{name} cannot be read: {error.problem}", "Make it readable, or take it out of the corpus."
