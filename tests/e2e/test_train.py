@@ -17,6 +17,7 @@ import pytest
 import torch
 from run_support import losses, prepared, run, weights
 from safetensors.torch import load_file, save_file
+from store_support import record
 from torch import Tensor
 from torch.nn import functional
 from trainer_support import (
@@ -36,6 +37,7 @@ from trainer_support import (
     write_json,
 )
 
+from olaschema.config import load_config
 from olaschema.errors import (
     ConfigError,
     CorpusError,
@@ -48,6 +50,7 @@ from olaschema.errors import (
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.checkpoint import CheckpointError, latest_checkpoint
+from olatrain.config import TrainConfig
 from olatrain.setup import Run
 from olatrain.step import run_batch
 from olatrain.stream import Batch, Fault
@@ -466,6 +469,79 @@ def test_samples_of_which_not_one_can_be_used_stop_the_run(student: Path, tmp_pa
         (corpus.images / key).unlink()  # one is left, or the run is refused before it starts
     with pytest.raises(TrainingError, match=r"not one of 8 samples in a row could be used"):
         run(settings(corpus, student, tmp_path / "out"))
+
+
+def test_samples_held_out_that_cannot_be_used_are_counted_and_named(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    held = write_json(tmp_path / "held.json", [conversation(key, "x") for key in corpus.keys[6:9]])
+    file = write_json(tmp_path / "train.json", [conversation(key, "x") for key in corpus.keys[:7]])
+    (corpus.images / corpus.keys[8]).unlink()
+    evaluation = {"conversations": str(held), "every": 1}
+    values = settings(corpus, student, tmp_path / "out", steps=2, evaluation=evaluation, conversations=str(file))
+    said = run(values)
+    assert "held out: 1 of 3 images are among those trained on" in said
+    assert "(1 of 3 samples skipped: skipped.jsonl)" in said
+    assert [(line["samples"], line["skipped"]) for line in metrics(tmp_path / "out", "evaluation")] == [(2, 1)] * 3
+    lost = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["held_out_at"], line["sample"], line["reason"]) for line in lost] == [
+        (step, "08.png", "missing") for step in (0, 1, 2)
+    ]
+    (tmp_path / "one").mkdir()
+    held = write_json(tmp_path / "one/held.json", [conversation(corpus.keys[8], "x")] * 2)
+    values = settings(corpus, student, tmp_path / "two", steps=2, conversations=str(file))
+    with pytest.raises(
+        (TrainingError, CorpusError), match=r"not one of the 2 samples held out|holds none of the images"
+    ):
+        run(values | {"evaluation": {"conversations": str(held), "every": 1}})
+
+
+def test_features_held_out_that_are_not_finite_are_named(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c", spoiled=["08.png"])
+    held = write_json(tmp_path / "held.json", [conversation(key, "x") for key in corpus.keys[6:9]])
+    file = write_json(tmp_path / "train.json", [conversation(key, "x") for key in corpus.keys[:6]])
+    values = settings(
+        corpus, student, tmp_path / "out", conversations=str(file), mean_map_rows=4,
+        evaluation={"conversations": str(held), "every": 1},
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match=r"held out are not finite at step 0: there is NaN or infinity .*08\.png"):
+        run(values)
+
+
+def test_what_is_done_again_after_a_crash_stands_once_in_the_logs(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    (corpus.images / "04.png").unlink()
+    values = settings(corpus, student, tmp_path / "out", steps=4, stop_after=2)
+    run(values)
+    out = tmp_path / "out"
+    before = (out / "skipped.jsonl").read_text()
+    # what a run leaves that was killed after its second step's checkpoint
+    (out / "skipped.jsonl").write_text(before + '{"position": 11, "sample": "x", "reason": "r", "detail": ""}\n{"posi')
+    run(values | {"stop_after": None})
+    positions = [json.loads(line)["position"] for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert len(positions) == len(set(positions))
+    # and one that was killed before its first
+    shutil.rmtree(out / "checkpoints")
+    run(values | {"stop_after": None})
+    assert len(metrics(out, "start")) == len(metrics(out, "first_batch")) == 1
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
+
+
+def test_going_on_with_features_in_another_form_is_refused(student: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "c")
+    run(settings(corpus, student, tmp_path / "out", stop_after=2))
+    told = records()
+    told["depth"] = record("int8", teacher="depth", grid=(2, 2), channels=5, view="squash")
+    make_store(tmp_path / "int8", corpus.images, corpus.keys, teachers=told)
+    with pytest.raises(StoreError, match=r"depth is stored as float16 in .*, as int8 in the store"):
+        run(settings(corpus, student, tmp_path / "out", store=str(tmp_path / "int8")))
+
+
+def test_a_probe_that_would_not_be_scored_and_parts_that_are_not_there_are_refused(
+    student: Path, chosen: Callable[..., dict[str, Any]]
+) -> None:
+    flags = chosen(stop_after=1, probe={"held_out": 0.3}, train=["predictors"], text=0.0, contrastive=0.0)
+    with pytest.raises(ConfigError, match="stop_after would end a probe before it is scored"):
+        load_config(TrainConfig, flags=flags)
 
 
 def test_a_held_out_set_without_features_is_refused(student: Path, tmp_path: Path) -> None:

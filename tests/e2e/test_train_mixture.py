@@ -150,6 +150,38 @@ def test_a_mixture_stopped_and_continued_on_other_workers_ends_with_the_same_bit
     assert all(torch.equal(one[name], value) for name, value in other.items())
 
 
+def test_two_sources_of_one_store_show_the_same_images(root: Path, student: Path, tmp_path: Path) -> None:
+    keys = [entry["image"] for entry in json.loads((root / "c/conversations.json").read_text())]
+    write_json(tmp_path / "more.json", [conversation(key, f"again {key}") for key in keys])
+    first = {"store": str(root / "c/store"), "conversations": str(root / "c/conversations.json")}
+    second = {"store": str(root / "c" / ".." / "c/store"), "conversations": str(tmp_path / "more.json")}
+    images = {"images": str(root / "c/images")}
+    config = load_config(
+        TrainConfig,
+        flags=mixed(
+            root, student, tmp_path / "out", sources=[first | images, second | images], target_control="shuffle"
+        ),
+    )
+    with open_ranks("cpu", nproc=1, negatives="world") as ranks:
+        run = set_up(config, ranks)
+    assert run.samples == 8
+    identities: dict[str, set[int]] = {}
+    reader = FeatureReader(FeatureStore.open(root / "c/store"), "depth")
+    for position in range(8):
+        sample = run.stream[position]
+        assert isinstance(sample, Sample)
+        identities.setdefault(sample.keys[0], set()).update(sample.rows)
+        stored = sample.features[0]["depth"]
+        own = keys.index(sample.keys[0])
+        if stored is not None and own < 3:
+            assert (stored.values != reader.read(own).values).any(), "shuffled to itself"
+    assert all(len(found) == 1 for found in identities.values())
+    assert len({min(found) for found in identities.values() if found != {-1}}) == 3
+    counted = run.counts["targets"]["depth"]
+    assert counted["valid"] == 6
+    assert counted["missing"] == {"not-in-store": 2}
+
+
 def test_features_of_two_meanings_are_not_mixed(root: Path, student: Path, tmp_path: Path) -> None:
     keys = make_images(tmp_path / "images", 2)
     make_store(tmp_path / "store", tmp_path / "images", keys, teachers=records(view="pad"))

@@ -15,19 +15,22 @@ from pipeline_support import digests, olapipe
 from place_support import BUCKET, s3, s3_server
 from rich.console import Console
 from run_support import weights
+from store_support import record
 from trainer_support import (
     Corpus,
     conversation,
     end_all,
     make_corpus,
+    make_store,
     metrics,
+    records,
     settings,
     start_ranks,
     write_json,
 )
 
 from olaschema.config import load_config
-from olaschema.errors import DamagedStoreError, FingerprintError, OlaError
+from olaschema.errors import DamagedStoreError, FingerprintError, OlaError, StoreError
 from olaschema.packed import PackedSet
 from olaschema.place import open_place
 from olaschema.store import FeatureStore
@@ -203,6 +206,17 @@ def test_samples_held_out_in_a_packed_set(corpus: Corpus, student: Path, tmp_pat
     run(settings(corpus, student, tmp_path / "c", steps=2, evaluation={"conversations": str(few)}))
     losses = [[line["teachers"] for line in metrics(tmp_path / name, "evaluation")] for name in "abc"]
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_samples_held_out_must_be_stored_as_those_trained_on(corpus: Corpus, student: Path, tmp_path: Path) -> None:
+    told = records()
+    told["depth"] = record("int8", teacher="depth", grid=(2, 2), channels=5, view="squash")
+    make_store(tmp_path / "int8", corpus.images, corpus.keys, teachers=told)
+    few = write_json(tmp_path / "few.json", json.loads(corpus.conversations.read_text())[:5])
+    aside = pack(Corpus(corpus.root, corpus.images, few, tmp_path / "int8", corpus.keys), tmp_path / "aside")
+    values = packed_settings(corpus, student, tmp_path / "a", steps=2, evaluation={"store": str(aside)})
+    with pytest.raises(StoreError, match=r"depth is stored as float16 in .*, as int8 in .*aside"):
+        run(values)
 
 
 @pytest.mark.parametrize(

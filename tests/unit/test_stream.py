@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from store_support import record
 from trainer_support import (
     Corpus,
     conversation,
@@ -39,7 +40,7 @@ from olatrain.source import require_features
 from olatrain.storedata import StoreData
 from olatrain.stream import Batch, Collator, Fault, Sample, SampleStream, Skipped, Source, make_loader
 from olatrain.tokens import TaskTokens
-from olatrain.views import require_views
+from olatrain.views import require_views, student_exif
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +393,38 @@ def test_shuffle_control_gives_each_image_anothers_features(corpus: Corpus, stud
     other = FeatureReader(FeatureStore.open(corpus.store), "gen").read(partners[0])
     np.testing.assert_array_equal(shuffled.features[0]["gen"].values, other.values)  # type: ignore[union-attr]
     assert shuffled.rows == [0]
+
+
+def test_what_is_fed_is_the_images_own_under_the_shuffle_control(corpus: Corpus, student: Path) -> None:
+    rows = listing(corpus).rows
+    partners = cyclic_partners(rows[rows >= 0], seed=0)
+    shuffled = stream(corpus, student, partners=partners, inputs=("depth",))[0]
+    assert isinstance(shuffled, Sample)
+    store = FeatureStore.open(corpus.store)
+    own, other = FeatureReader(store, "depth").read(0), FeatureReader(store, "gen").read(partners[0])
+    np.testing.assert_array_equal(shuffled.features[0]["depth"].values, own.values)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(shuffled.features[0]["gen"].values, other.values)  # type: ignore[union-attr]
+
+
+def test_a_conversation_that_the_template_refuses_is_skipped_with_the_reason(corpus: Corpus, student: Path) -> None:
+    processor = load_processor(student)
+    refusing = "{% if 'picture 1 ' in messages[-1]['content']|string %}{{ raise_exception('no such turn') }}{% endif %}"
+    template = refusing + processor.chat_template
+    prompts = PromptBuilder(processor.tokenizer, TaskTokens.load(student), max_length=512, template=template)
+    made = [stream(corpus, student, prompts=prompts)[position] for position in range(3)]
+    assert isinstance(made[0], Sample) and isinstance(made[2], Sample)
+    assert isinstance(made[1], Skipped)
+    assert (made[1].reason, made[1].name) == ("template", "01.png")
+    assert "the student's chat template refuses it: no such turn" in made[1].detail
+
+
+def test_without_a_teacher_images_are_turned_upright() -> None:
+    upright, stored = (record("float16", view="squash").fingerprint for _ in range(2))
+    raw = stored.preprocessing.model_copy(update={"exif": False})
+    stored = stored.model_copy(update={"preprocessing": raw})
+    assert student_exif([]) is True
+    assert student_exif([upright, stored]) is True
+    assert student_exif([stored]) is False
 
 
 def test_mean_map_is_the_mean_of_the_training_rows(corpus: Corpus) -> None:

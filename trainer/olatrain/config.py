@@ -278,6 +278,8 @@ class TrainConfig(Frozen):
             raise ValueError(f"a batch of {self.batch} cannot be split over {self.nproc} ranks")
         if self.stop_after is not None and self.steps is not None and self.stop_after > self.steps:
             raise ValueError(f"stop_after = {self.stop_after} lies beyond the {self.steps} steps of the run")
+        if self.stop_after is not None and self.probe is not None:
+            raise ValueError("stop_after would end a probe before it is scored: set steps")
         unknown = sorted(self.fingerprints.keys() - set(self.reads))
         if unknown:
             raise ValueError(f"fingerprints name {', '.join(unknown)}, which teachers and feed do not")

@@ -23,7 +23,9 @@ from olatrain.feed import Fed, joined
 from olatrain.feedstore import open_feeds
 from olatrain.learner import load_student
 from olatrain.prompts import PromptBuilder
+from olatrain.sidecar import Sidecar
 from olatrain.tokens import TaskTokens
+from olatrain.views import student_exif
 
 Method = Literal["generate", "likelihood"]
 _MOST_TOKENS = 16
@@ -49,6 +51,8 @@ class Examinee:
         self._feeds.to(device)
         self._device = device
         self._max_pixels = max_pixels
+        sidecar = Sidecar.load(student)
+        self._exif = student_exif(sidecar.fingerprints if sidecar is not None else ())
         filler = self._tokenizer.pad_token_id
         self._filler = filler if filler is not None else self._tokenizer.eos_token_id
 
@@ -116,7 +120,9 @@ class Examinee:
     ) -> dict[str, Tensor]:
         shown, rows = [], []
         for question in questions:
-            image = decode_image(question.image, name=question.name, max_pixels=self._max_pixels).oriented(exif=True)
+            image = decode_image(question.image, name=question.name, max_pixels=self._max_pixels).oriented(
+                exif=self._exif
+            )
             shown.append(self._vision.show(image))
             asked = {"image": "image", "conversations": [
                 {"from": "human", "value": f"{IMAGE_MARK}\n{question.prompt}{SUFFIX}"}, {"from": "gpt", "value": "?"},

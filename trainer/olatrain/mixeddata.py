@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from olaschema.basis import Basis
-from olaschema.errors import StoreError
 from olaschema.manifest import ChannelStatistics, RowReceipt, TeacherRecord
 from olaschema.precision import Stored
 from olatrain.conversations import Conversations
 from olatrain.join import Coverage, Listing, make_listing
-from olatrain.source import Data, Opened
+from olatrain.source import Data, Opened, require_same_form
 
 # Rows and places of part p are p times this further up; of what is nowhere, place -1 - p tells the part.
 _PARTS = 1 << 50
+_ONE_FORM = "Extract one of them again in the other's form; parts of one corpus, in one store or merged, share a basis."
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class MixedData:
     """See `olatrain.source.Data`. The samples of an epoch are those of each part, one part after the other, repeated.
 
     Repetitions of a sample are shuffled as if they came from stores of their own; in one batch they are still the same
-    image, and no negatives of each other.
+    image, and no negatives of each other. So are images of one store that is a part twice, with other conversations.
     """
 
     parts: tuple[Data, ...]
@@ -40,6 +41,11 @@ class MixedData:
         """Whether any part comes over a network."""
         return any(part.remote for part in self.parts)
 
+    def owners(self) -> list[int]:
+        """Return by part the first one that has the same store: rows of these are the same images."""
+        stores = [part.url if "://" in part.url else str(Path(part.url).resolve()) for part in self.parts]
+        return [stores.index(store) for store in stores]
+
     def teacher(self, name: str) -> TeacherRecord:
         """Return the first part's record; raises FingerprintError or StoreError where another part differs."""
         first = self.parts[0]
@@ -50,21 +56,7 @@ class MixedData:
             record.fingerprint.require_equal(
                 other.fingerprint, mine=f"in {first.url}", theirs=f"in {part.url}", remedy=remedy
             )
-            if other.precision != record.precision:
-                raise StoreError(
-                    f"{name} is stored as {record.precision} in {first.url}, as {other.precision} in {part.url}", remedy
-                )
-            if other.centred != record.centred:
-                raise StoreError(
-                    f"{name} is stored as {record.precision} in {first.url} and in {part.url}, "
-                    "but in only one of them with offsets; the other is of an earlier version",
-                    "Extract the older one again.",
-                )
-            if other.basis != record.basis:
-                raise StoreError(
-                    f"{name} is stored in one basis in {first.url}, in another in {part.url}",
-                    "Extract one of them again: parts of one corpus, in one store or merged, share a basis.",
-                )
+            require_same_form(record, other, mine=f"in {first.url}", theirs=f"in {part.url}", remedy=_ONE_FORM)
         return record
 
     def basis(self, name: str) -> Basis | None:
@@ -88,12 +80,14 @@ class MixedData:
         places: list[list[int]] = []
         shards: list[np.ndarray] = []
         taken = 0
+        owners = self.owners()
         for number, (part, repeats) in enumerate(zip(self.parts, self.repeats, strict=True)):
             listing = part.listing(part.conversations())
             part.require_images(listing)
             samples = range(len(listing))
             offset = number * _PARTS
-            part_rows = [[row + offset if row >= 0 else -1 for row in listing.rows_of(n)] for n in samples]
+            first = owners[number] * _PARTS
+            part_rows = [[row + first if row >= 0 else -1 for row in listing.rows_of(n)] for n in samples]
             part_places = [[p + offset if p >= 0 else -1 - number for p in listing.places_of(n)] for n in samples]
             most = int(listing.shards.max(initial=-1)) + 1
             for _ in range(repeats):
@@ -106,17 +100,17 @@ class MixedData:
     def coverage(self, listing: Listing, teacher: str) -> Coverage:
         """Count each part's, at every use."""
         planned = listing.image_rows >= 0
-        owner = listing.image_rows // _PARTS
+        part_of = listing.image_places // _PARTS
         missing: Counter[str] = Counter()
         if (~planned).any():
             missing["not-in-store"] = int((~planned).sum())
         ready: list[np.ndarray] = []
         valid = 0
         for number, part in enumerate(self.parts):
-            chosen = planned & (owner == number)
+            chosen = planned & (part_of == number)
             own = replace(
                 listing,
-                image_rows=listing.image_rows[chosen] - number * _PARTS,
+                image_rows=listing.image_rows[chosen] % _PARTS,
                 image_places=listing.image_places[chosen] - number * _PARTS,
             )
             found = part.coverage(own, teacher)
@@ -135,14 +129,15 @@ class MixedData:
 
     def open(self) -> OpenedMixture:
         """Open every part."""
-        return OpenedMixture([part.open() for part in self.parts])
+        return OpenedMixture([part.open() for part in self.parts], self.owners())
 
 
 class OpenedMixture:
     """See `olatrain.source.Opened`."""
 
-    def __init__(self, parts: list[Opened]) -> None:
+    def __init__(self, parts: list[Opened], owners: list[int]) -> None:
         self._parts = parts
+        self._owners = owners
 
     @property
     def requests(self) -> int:
@@ -176,4 +171,4 @@ class OpenedMixture:
         if place < 0:
             return self._parts[-1 - place], -1, 0
         number, own = divmod(place, _PARTS)
-        return self._parts[number], own, number * _PARTS
+        return self._parts[number], own, self._owners[number] * _PARTS

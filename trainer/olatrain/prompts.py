@@ -69,8 +69,15 @@ class PromptBuilder:
         `too-long` where the limit would cut the image or its task tokens.
         """
         messages = self._messages(conversation)
-        text = self._render(messages, generate=False)
-        spans = self._answers(conversation, messages, text)
+        try:
+            text = self._render(messages, generate=False)
+            spans = self._answers(conversation, messages, text)
+        except TemplateError as error:
+            raise SampleError(
+                "template",
+                f"conversation {conversation.index}: the student's chat template refuses it: {error}",
+                "Change its turns (a system turn, or two turns of one speaker in a row), or the template.",
+            ) from error
         ids, offsets = self._encode(text)
         labels = self._labels(ids, offsets, text, spans)
         if blocks is None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.optim import Optimizer
 
-from olaschema.manifest import canonical_json
+from olaschema.manifest import TeacherRecord, canonical_json
 from olatrain.checkpoint import (
     CheckpointError,
     Saver,
@@ -25,6 +25,7 @@ from olatrain.checkpoint import (
 )
 from olatrain.config import TrainConfig, changed_settings
 from olatrain.setup import Run
+from olatrain.source import require_same_form
 
 _ANOTHER = "Give the settings it was started with, or start a new run with another --out."
 _CHANGED = {
@@ -106,6 +107,11 @@ def _require_same_run(run: Run, state: dict[str, Any], folder: Path) -> None:
         fingerprint.require_equal(
             run.config.fingerprints[teacher], mine=f"in {folder}", theirs="in the store", remedy=_ANOTHER
         )
+    for name, record in state["teachers"].items():
+        require_same_form(
+            TeacherRecord.model_validate(record), run.teachers[name], mine=f"in {folder}", theirs="in the store",
+            remedy="Go on with a store of the same form, or start a new run with another --out.",
+        )  # fmt: skip
     for name, digest in run.identity.items():
         if state["identity"].get(name) != digest:
             raise CheckpointError(

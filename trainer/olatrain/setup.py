@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from olatrain.probebank import ProbeBank, build_probe, split_by_image
 from olatrain.prompts import PromptBuilder
 from olatrain.scaling import StoredBasis
 from olatrain.sidecar import Sidecar
-from olatrain.source import Data, require_features
+from olatrain.source import Data, require_features, require_same_form
 from olatrain.storedata import StoreData
 from olatrain.stream import Collator, SampleStream, Source
 from olatrain.tokens import TaskTokens
@@ -98,7 +98,8 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
     tokens = TaskTokens.load(config.student)
     processor = load_processor(config.student)
     found = {name: record.fingerprint for name, record in records.items()}
-    view, exif = student_view(processor), student_exif(found.values())
+    start = load_start(config) if config.probe is None else None
+    view, exif = student_view(processor), _exif(found, start)
     require_fed_views([found[name] for name in config.feed], view, exif=exif)
     notes = [
         f"view mismatch, allowed: {mismatch}"
@@ -126,13 +127,13 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
             aside = {name: unseen_data.coverage(heldout, name) for name in config.reads}
             require_features(aside, unseen_data.url)
             notes += [f"held out: {found.valid} samples have a target of {name}" for name, found in aside.items()]
+            notes += _shared_images(listing, heldout)
         if heldout is not None:
             counts["held_out"] = {"images": len(heldout), "digest": heldout.digest}
         notes += _describe(config, listing, heldout, coverages)
-    start = load_start(config) if config.probe is None else None
     if start is not None:
         notes += start.describe({name: teacher.layers for name, teacher in config.teachers.items()})
-    source = _source(config, data, tokens, processor, found)
+    source = _source(config, data, tokens, processor, exif)
     learner = _learner(config, data, found, tokens, ranks, start)
     notes.append(describe(learner.trainable(), config))
     if learner.tower is not None:
@@ -205,7 +206,21 @@ def _evaluation(config: TrainConfig, evaluation: Evaluation, data: Data) -> tupl
     where = str(evaluation.store)
     aside = PackedData(where, cache=config.cache if "://" in where else None)
     _pin(config, {name: aside.teacher(name) for name in config.reads}, aside.url)
+    for name in config.reads:
+        require_same_form(
+            data.teacher(name),
+            aside.teacher(name),
+            mine=f"in {data.url}",
+            theirs=f"in {aside.url}",
+            remedy="Hold out a set of the training store's form: pack it from a store of the same precision.",
+        )
     return aside, aside.conversations()
+
+
+def _exif(found: Mapping[str, Fingerprint], start: Sidecar | None) -> bool:
+    """Whether images are turned upright: as the teachers of this run did, or those of the stages before it."""
+    earlier = start.fingerprints if start is not None else []
+    return student_exif(found.values() or earlier)
 
 
 def _partners(config: TrainConfig, listing: Listing) -> dict[int, int] | None:
@@ -281,7 +296,7 @@ def _source(
     data: Data,
     tokens: TaskTokens,
     processor: Any,
-    fingerprints: dict[str, Fingerprint],
+    exif: bool,
 ) -> Source:
     template = processor.chat_template if isinstance(processor.chat_template, str) else None
     return Source(
@@ -289,8 +304,9 @@ def _source(
         teachers=config.reads,
         prompts=PromptBuilder(processor.tokenizer, tokens, max_length=config.max_length, template=template),
         vision=open_vision(processor, tokens),
-        exif=student_exif(fingerprints.values()),
+        exif=exif,
         max_pixels=config.max_pixels,
+        inputs=tuple(name for name in config.feed if name not in config.teachers),
     )
 
 
@@ -323,6 +339,13 @@ def _counts(config: TrainConfig, listing: Listing, coverages: dict[str, Coverage
         "targets": {name: counted[name] for name in config.teachers},
         **({"fed": fed} if fed else {}),
     }
+
+
+def _shared_images(listing: Listing, heldout: Listing) -> list[str]:
+    """Say how many images held out are trained on too, by their keys."""
+    trained, unseen = ({key for keys in part.conversations.keys for key in keys} for part in (listing, heldout))
+    shared = len(trained & unseen)
+    return [f"held out: {shared} of {len(unseen)} images are among those trained on"] if shared else []
 
 
 def _describe(

@@ -54,6 +54,11 @@ class Sidecar:
     record: SidecarRecord
     tensors: dict[str, Tensor]
 
+    @property
+    def fingerprints(self) -> list[Fingerprint]:
+        """What the features of the teachers mean that shaped the student."""
+        return [record.fingerprint for record in self.record.teachers]
+
     @classmethod
     def of(
         cls,

@@ -12,11 +12,28 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from olaschema.basis import Basis
-from olaschema.errors import CorpusError
+from olaschema.errors import CorpusError, StoreError
 from olaschema.manifest import ChannelStatistics, RowReceipt, TeacherRecord
 from olaschema.precision import Stored
 from olatrain.conversations import Conversations
 from olatrain.join import Coverage, Listing
+
+
+def require_same_form(record: TeacherRecord, other: TeacherRecord, *, mine: str, theirs: str, remedy: str) -> None:
+    """Raise StoreError where features of one meaning are stored in two forms: arrays of one do not decode the other."""
+    name = record.fingerprint.teacher
+    if other.precision != record.precision:
+        problem = f"{name} is stored as {record.precision} {mine}, as {other.precision} {theirs}"
+    elif other.centred != record.centred:
+        problem = (
+            f"{name} is stored as {record.precision} {mine} and {theirs}, but in only one of them with offsets; "
+            "the other is of an earlier version"
+        )
+    elif other.basis != record.basis:
+        problem = f"{name} is stored in one basis {mine}, in another {theirs}"
+    else:
+        return
+    raise StoreError(problem, remedy)
 
 
 class Opened(Protocol):

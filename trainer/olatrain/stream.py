@@ -48,6 +48,8 @@ class Source:
     max_pixels: int
     partners: Mapping[int, int] | None = None
     """By an image's row, the place whose features it is given instead of its own: the `shuffle` control."""
+    inputs: tuple[str, ...] = ()
+    """Teachers whose features are inputs: an image keeps its own, whatever the control."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,12 @@ class SampleStream(Dataset[Sample | Skipped | Fault]):
             target = place
             if self._source.partners is not None:
                 target = self._source.partners[row] if row >= 0 else -1
-            features.append({teacher: opened.feature(teacher, target) for teacher in self._source.teachers})
+            features.append(
+                {
+                    teacher: opened.feature(teacher, place if teacher in self._source.inputs else target)
+                    for teacher in self._source.teachers
+                }
+            )
             # keys that share a row are one image: none is a negative of another
             shared = [s.same_as for s in statuses.values() if s is not None and s.same_as is not None]
             identities.append(min(shared, default=row))

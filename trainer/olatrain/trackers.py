@@ -51,7 +51,7 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = str(config.out / "tensorboard")
-        self._writer: Any = SummaryWriter(folder, purge_step=start + 1 if start else None)
+        self._writer: Any = SummaryWriter(folder, purge_step=start + 1 if start else 0)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():

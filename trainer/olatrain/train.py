@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from olaschema.errors import OlaError
+from olaschema.errors import ConfigError, OlaError
 from olatrain.checkpoint import Saver
 from olatrain.config import TrainConfig
 from olatrain.groups import by_group
@@ -31,7 +31,7 @@ from olatrain.signals import Stopped, StopRequest
 from olatrain.step import run_batch
 from olatrain.stream import Batch, Fault, Sample, SampleStream, make_loader
 from olatrain.trackers import open_trackers
-from olatrain.watch import SKIPPED, Watch, below_mean_map, record_skips, summary
+from olatrain.watch import SKIPPED, Watch, below_mean_map, forget_skips, record_skips, summary
 
 _SHOWN_KEYS = 8
 # A whole batch that cannot be used is no accident, unless batches are this small.
@@ -55,17 +55,22 @@ def train(config: TrainConfig, console: Console) -> None:
         StopRequest() as stop,
     ):
         torch.manual_seed(config.seed + ranks.rank)
-        run = set_up(config, ranks)
+        with _explained(config, ranks):
+            run = set_up(config, ranks)
         if ranks.first and ranks.device.type == "cpu" and config.precision == "bf16":
             text = "precision = bf16 on a CPU: one that has no bfloat16 arithmetic is faster with --precision float32"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
         optimiser = make_optimiser(run)
-        progress = resume(run, optimiser)
+        with _explained(config, ranks):
+            progress = resume(run, optimiser)
         if progress.step == run.steps:
             if ranks.first:
                 text = f"{config.out}: all {run.steps} steps are done already"
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
             return
+        if ranks.first:
+            forget_skips(config.out, progress.step, progress.position)
+        ranks.barrier()  # before any rank adds to it
         with _explained(config, ranks):
             watch = _watch(run, progress, console) if ranks.first else None
             try:
@@ -121,6 +126,10 @@ def make_optimiser(run: Run) -> torch.optim.AdamW:
         }
         for group, parameters in by_group(run.learner.trainable()).items()
     ]
+    if not groups:
+        raise ConfigError(
+            f"nothing trains: this student has no parameters of {', '.join(config.train)}", "Name others in train."
+        )
     return torch.optim.AdamW(groups)
 
 
@@ -263,7 +272,7 @@ def _check(run: Run, totals: dict[str, float], norm: float, position: int) -> No
     wrong = [name for name in parts if not math.isfinite(totals[name])]
     if wrong or not math.isfinite(norm):
         what = ", ".join(wrong) or "the gradient"
-        spoiled = _spoiled(run, position)
+        spoiled = _spoiled(run.stream, _positions(run, position))
         if spoiled:
             raise TrainingError(
                 f"{what} not finite: there is NaN or infinity in the stored features of {', '.join(spoiled)}",
@@ -284,10 +293,12 @@ def _check(run: Run, totals: dict[str, float], norm: float, position: int) -> No
                     )
 
 
-def _spoiled(run: Run, position: int) -> list[str]:
-    """Images of the batch whose stored features are not finite, by key and teacher."""
-    found = []
-    for sample in (run.stream[p] for p in _positions(run, position)):
+def _spoiled(stream: SampleStream, positions: range) -> list[str]:
+    """Images at these positions whose stored features are not finite, by key and teacher; the first few."""
+    found: list[str] = []
+    for sample in (stream[p] for p in positions):
+        if len(found) >= _SHOWN_KEYS:
+            break
         for key, features in zip(sample.keys, sample.features, strict=True) if isinstance(sample, Sample) else ():
             for teacher, stored in features.items():
                 if stored is not None and not all(np.isfinite(array).all() for array in stored.arrays.values()):
@@ -365,15 +376,35 @@ def _evaluate(run: Run, step: int, watch: Watch | None) -> None:
     if run.heldout is None:
         return
     totals: dict[str, float] | None = None
-    batches = iter(_loader(run, run.heldout, start=0, end=len(run.heldout)))
-    for _ in range(-(-len(run.heldout) // run.config.batch)):
+    held = len(run.heldout)
+    batches = iter(_loader(run, run.heldout, start=0, end=held))
+    for _ in range(-(-held // run.config.batch)):
         batch = _next(batches)
+        record_skips(run.config.out, batch.skipped, held_out_at=step)
         found = run_batch(run.learner, batch, run.ranks, run.means, bf16=run.config.precision == "bf16")
         totals = found if totals is None else add_totals(totals, found)
-    if watch is not None and totals is not None:
+    if totals is None:
+        return
+    if not totals["samples"]:
+        raise TrainingError(
+            f"not one of the {held} samples held out could be used",
+            f"The reasons are in {run.config.out / SKIPPED}; check --images, then run the same command again.",
+        )
+    if not math.isfinite(sum(totals.values())):
+        spoiled = _spoiled(run.heldout, range(held))
+        raise TrainingError(
+            f"figures of the samples held out are not finite at step {step}"
+            + (f": there is NaN or infinity in the stored features of {', '.join(spoiled)}" if spoiled else ""),
+            "Extract their shards again (`olapipe verify --live` compares features with their teacher's)."
+            if spoiled
+            else "Lower the learning rate.",
+        )
+    if watch is not None:
         record = figures(totals, run.learner.bank, run.learner.losses)
-        watch.event("evaluation", step, record)
-        watch.say(f"held out at step {step}: {summary(record)}")
+        counts = {"samples": int(totals["samples"]), "skipped": int(totals["skipped"])}
+        watch.event("evaluation", step, {**counts, **record})
+        lost = f" ({counts['skipped']} of {held} samples skipped: {SKIPPED})" if counts["skipped"] else ""
+        watch.say(f"held out at step {step}: {summary(record)}{lost}")
 
 
 def _watch(run: Run, progress: Progress, console: Console) -> Watch:

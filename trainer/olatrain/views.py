@@ -58,5 +58,9 @@ def require_fed_views(fed: Iterable[Fingerprint], student: View, *, exif: bool) 
 
 
 def student_exif(fingerprints: Iterable[Fingerprint]) -> bool:
-    """Whether the student turns images upright by their EXIF data: as the teachers did, yes where they disagree."""
-    return any(fingerprint.preprocessing.exif for fingerprint in fingerprints)
+    """Whether the student turns images upright by their EXIF data: as the teachers did.
+
+    Yes where they disagree, and without any.
+    """
+    turned = [fingerprint.preprocessing.exif for fingerprint in fingerprints]
+    return any(turned) or not turned

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +92,38 @@ def summary(record: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def record_skips(out: Path, skipped: list[Skipped]) -> None:
-    """Append samples that trained nothing to skipped.jsonl; any rank may, a line is one write."""
+def record_skips(out: Path, skipped: list[Skipped], *, held_out_at: int | None = None) -> None:
+    """Append samples that trained nothing to skipped.jsonl; any rank may, a line is one write.
+
+    `held_out_at` is the step at which samples held out were scored without them.
+    """
     if not skipped:
         return
+    where = {} if held_out_at is None else {"held_out_at": held_out_at}
     lines = [
-        json.dumps({"position": s.position, "sample": s.name, "reason": s.reason, "detail": s.detail}) for s in skipped
+        json.dumps({**where, "position": s.position, "sample": s.name, "reason": s.reason, "detail": s.detail})
+        for s in skipped
     ]
     handle = os.open(out / SKIPPED, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(handle, "".join(line + "\n" for line in lines).encode())
     finally:
         os.close(handle)
+
+
+def forget_skips(out: Path, step: int, position: int) -> None:
+    """Drop from skipped.jsonl what will be done again from `step` on, whose first sample is at `position`."""
+
+    def done(line: str) -> bool:
+        try:
+            found = json.loads(line)
+            return bool(
+                found["position"] < position if "held_out_at" not in found else 0 < found["held_out_at"] <= step
+            )
+        except (ValueError, KeyError, TypeError):  # the line that the crash cut short
+            return False
+
+    _keep_lines(out / SKIPPED, done)
 
 
 def last_events(out: Path, until: int | None = None) -> dict[str, dict[str, Any]]:
@@ -148,10 +168,14 @@ def below_mean_map(out: Path, teachers: Mapping[str, Sequence[int]], *, first: i
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that are about to be done again after a crash."""
+    """Drop the lines of steps that are about to be done again after a crash: all of them at the very start."""
+    _keep_lines(path, lambda line: 0 < step >= _step_of(line))
+
+
+def _keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if keep(line)]
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(kept), encoding="utf-8")
     scratch.replace(path)
