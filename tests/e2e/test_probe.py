@@ -230,6 +230,10 @@ def test_each_image_is_used_once_and_in_one_part_whatever_the_order(corpus: Corp
             assert part.rows[place] == by_key[key]
             assert part.conversations[place].key == key
             assert part.conversations[place].turns[1].text == f"answer {int(key[:2])}"
+    copies = {row: row for row in whole.image_rows.tolist()}
+    last, before = sorted(row for row in copies if row >= 0)[-2:]
+    twins = split_by_image(whole, held_out=0.25, seed=0, same=copies | {last: before, before: before})
+    assert sum(map(len, twins)) == sum(map(len, split_by_image(whole, held_out=0.25, seed=0))) - 1
     other_seed = split_by_image(whole, held_out=0.25, seed=1)
     assert set(other_seed[1].conversations.keys) != set(held.conversations.keys)
     for share, count in ((0.01, 1), (0.99, IMAGES - 2)):

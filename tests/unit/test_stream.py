@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
+import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,8 @@ from olatrain.join import Listing, coverage, join, require_images
 from olatrain.meanmap import mean_maps
 from olatrain.order import PositionSampler, cyclic_partners, epoch_order, rank_span
 from olatrain.prompts import PromptBuilder
-from olatrain.source import require_features
+from olatrain.setup import _partners
+from olatrain.source import require_features, same_images
 from olatrain.storedata import StoreData
 from olatrain.stream import Batch, Collator, Fault, Sample, SampleStream, Skipped, Source, make_loader
 from olatrain.tokens import TaskTokens
@@ -393,6 +396,24 @@ def test_shuffle_control_gives_each_image_anothers_features(corpus: Corpus, stud
     other = FeatureReader(FeatureStore.open(corpus.store), "gen").read(partners[0])
     np.testing.assert_array_equal(shuffled.features[0]["gen"].values, other.values)  # type: ignore[union-attr]
     assert shuffled.rows == [0]
+
+
+def test_images_of_the_same_bytes_are_known_as_one(tmp_path: Path, student: Path) -> None:
+    keys = make_images(tmp_path / "images", 6)
+    shutil.copy(tmp_path / "images/01.png", tmp_path / "images/04.png")
+    make_store(tmp_path / "store", tmp_path / "images", keys, failed={"04.png": "depth"})
+    file = write_json(tmp_path / "c.json", [conversation(key, "x") for key in keys])
+    held = StoreData.at(str(tmp_path / "store"), ("depth", "gen"), file, tmp_path / "images")
+    whole = held.listing(held.conversations())
+    same = same_images(held.open(), whole, ("depth", "gen"))
+    assert same == {0: 0, 1: 1, 2: 2, 3: 3, 4: 1, 5: 5}
+    config = types.SimpleNamespace(target_control="shuffle", seed=0)
+    for seed in range(20):
+        config.seed = seed
+        partners = _partners(config, whole, same)  # type: ignore[arg-type]
+        assert partners is not None
+        assert partners.keys() == set(range(6))
+        assert all(same[row] != same[place] for row, place in partners.items()), "shuffled to the same picture"
 
 
 def test_what_is_fed_is_the_images_own_under_the_shuffle_control(corpus: Corpus, student: Path) -> None:

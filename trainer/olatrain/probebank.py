@@ -105,17 +105,24 @@ def build_probe(
     return Learner(student, bank, loss_config(config)).to(device).eval()
 
 
-def split_by_image(listing: Listing, *, held_out: float, seed: int) -> tuple[Listing, Listing]:
+def split_by_image(
+    listing: Listing, *, held_out: float, seed: int, same: Mapping[int, int] | None = None
+) -> tuple[Listing, Listing]:
     """Split into training and held-out samples: one of each image, and each image in one part only.
 
-    Which images are held out depends on their keys and `seed` alone. Raises CorpusError for fewer than three images:
-    the mean map of a single one to train on is that one's feature, and there would be nothing to learn.
+    `same` has by row the first one of the same bytes (`source.same_images`): several keys may be of one image. Which
+    images are held out depends on their keys and `seed` alone. Raises CorpusError for fewer than three images: the mean
+    map of a single one to train on is that one's feature, and there would be nothing to learn.
     """
     first: dict[str, int] = {}
+    seen: set[int] = set()
     for place, keys in enumerate(listing.conversations.keys):
         # a sample of several images could tie one that is held out to one that is not
-        if len(keys) == 1 and listing.rows[place] >= 0:
-            first.setdefault(keys[0], place)
+        if len(keys) == 1 and (row := int(listing.rows[place])) >= 0:
+            image = row if same is None else same[row]
+            if image not in seen:
+                seen.add(image)
+                first[keys[0]] = place
     if len(first) < _FEWEST_IMAGES:
         raise CorpusError(
             f"{listing.conversations.path}: {len(first)} of its images are in the store, "

@@ -36,7 +36,7 @@ from olatrain.probebank import ProbeBank, build_probe, split_by_image
 from olatrain.prompts import PromptBuilder
 from olatrain.scaling import StoredBasis
 from olatrain.sidecar import Sidecar
-from olatrain.source import Data, require_features, require_same_form
+from olatrain.source import Data, require_features, require_same_form, same_images
 from olatrain.storedata import StoreData
 from olatrain.stream import Collator, SampleStream, Source
 from olatrain.tokens import TaskTokens
@@ -112,8 +112,9 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
         unseen_data, unseen = _evaluation(config, config.evaluation, data)
         heldout = unseen_data.listing(unseen)
         unseen_data.require_images(heldout)
+    same = _same_images(config, data, listing, ranks)
     if config.probe is not None:
-        listing, heldout = split_by_image(listing, held_out=config.probe.held_out, seed=config.seed)
+        listing, heldout = split_by_image(listing, held_out=config.probe.held_out, seed=config.seed, same=same)
         if config.context == "all":
             notes.append("context = all: the probes read the answer's states too, not only what the image's hold")
     coverages: dict[str, Coverage] = {}
@@ -147,7 +148,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
         ranks=ranks,
         learner=learner,
         stream=SampleStream(
-            replace(source, partners=_partners(config, listing)),
+            replace(source, partners=_partners(config, listing, same)),
             listing,
             seed=config.seed,
             window=config.window,
@@ -223,19 +224,32 @@ def _exif(found: Mapping[str, Fingerprint], start: Sidecar | None) -> bool:
     return student_exif(found.values() or earlier)
 
 
-def _partners(config: TrainConfig, listing: Listing) -> dict[int, int] | None:
-    """For the `shuffle` control: by row, the place of another image."""
+def _same_images(config: TrainConfig, data: Data, listing: Listing, ranks: Ranks) -> dict[int, int]:
+    """By row the first one of the same bytes, where it matters; read once and handed to the other ranks."""
+    if config.probe is None and config.target_control != "shuffle":
+        return {}
+    rows = np.unique(listing.image_rows[listing.image_rows >= 0])
+    firsts = torch.zeros(len(rows), dtype=torch.int64)
+    if ranks.first:
+        found = same_images(data.open(), listing, config.reads)
+        firsts = torch.tensor([found[row] for row in rows.tolist()], dtype=torch.int64)
+    return dict(zip(rows.tolist(), ranks.sum(firsts.to(ranks.device)).tolist(), strict=True))
+
+
+def _partners(config: TrainConfig, listing: Listing, same: Mapping[int, int]) -> dict[int, int] | None:
+    """For the `shuffle` control: by row, the place of another image, `same` being one image in several rows."""
     if config.target_control != "shuffle":
         return None
     planned = listing.image_rows >= 0
     places = dict(zip(listing.image_rows[planned].tolist(), listing.image_places[planned].tolist(), strict=True))
-    found = cyclic_partners(listing.image_rows[planned], seed=config.seed)
+    place_of = {same[row]: place for row, place in places.items()}
+    found = cyclic_partners(np.asarray(list(place_of), dtype=np.int64), seed=config.seed)
     if len(found) == 1:
         raise ConfigError(
             "target_control = shuffle gives every image another's features, and there is one image in the store",
             "Train on more images.",
         )
-    return {row: places[other] for row, other in found.items()}
+    return {row: place_of[found[same[row]]] for row in places}
 
 
 def _learner(
