@@ -320,8 +320,10 @@ def fidelity_command(
     with _user_errors():
         from olapipe.compare_tiers import Request, compare_tiers
         from olapipe.fidelity import plot as draw
-        from olapipe.fidelity import show
+        from olapipe.fidelity import require_plot, show
 
+        if plot is not None:
+            require_plot(plot)
         request = Request(
             source, teacher, checkpoint, images, preset, samples, max_gradient_error, device, tuple(overrides or ())
         )

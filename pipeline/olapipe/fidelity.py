@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,15 +141,22 @@ def show(console: Console, title: str, tiers: Sequence[Figures], notes: Sequence
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
-def plot(path: Path, title: str, tiers: Sequence[Figures]) -> None:
-    """Draw bytes per image against gradient error (.png, .svg or .pdf); raises ConfigError without matplotlib."""
+def require_plot(path: Path) -> None:
+    """Raise ConfigError where `plot` could not draw: without matplotlib, or for another kind of file."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise ConfigError("--plot needs matplotlib", "Install ola-distill[plot], or leave --plot out.") from error
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--plot {path}: not a kind of picture that can be drawn", "Name a .png, .svg or .pdf file.")
+
+
+def plot(path: Path, title: str, tiers: Sequence[Figures]) -> None:
+    """Draw bytes per image against gradient error (.png, .svg or .pdf); raises as `require_plot` does."""
+    require_plot(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -7,6 +7,7 @@ other tools of the Hub (HF_TOKEN, HF_ENDPOINT); requests that fail for a while a
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,16 @@ _ADDRESS = re.compile(
     r"hf://(?P<kind>datasets/|models/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(?P<folder>/.*)?"
 )
 _PARTIAL, _MISSING, _BEYOND = 206, 404, 416
+_OFFLINE, _OURS = "HF_HUB_OFFLINE", "OLA_HUB_OFFLINE_BY_DEFAULT"
+
+
+def keep_libraries_off() -> None:
+    """Keep libraries from asking the Hub on their own; to be called before they are imported.
+
+    Stores at `hf://` are read all the same, here and in processes started from here. What the user has set stands.
+    """
+    if _OFFLINE not in os.environ:
+        os.environ[_OFFLINE] = os.environ[_OURS] = "1"
 
 
 class HubPlace(Place):
@@ -228,11 +239,13 @@ class HubPlace(Place):
 
     def _api(self) -> Any:
         try:
-            from huggingface_hub import HfApi
+            from huggingface_hub import HfApi, constants
         except ImportError as error:
             raise StoreError(
                 f"{self.url}: the Hub needs the package huggingface_hub", "Install it: pip install huggingface_hub"
             ) from error
+        if _OURS in os.environ:  # nobody else has forbidden it
+            constants.HF_HUB_OFFLINE = False
         return HfApi()
 
     @contextmanager

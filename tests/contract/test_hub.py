@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from hub_support import REPOSITORY, Hub, on_the_hub
 from pipeline_support import olapipe
 
 from olaschema.errors import StoreError
+from olaschema.hub import keep_libraries_off
 from olaschema.place import LocalPlace, Place, open_place
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
@@ -137,6 +139,23 @@ def test_nothing_is_written(hub: Hub) -> None:
 def test_what_is_not_there_is_named(hub: Hub, url: str, told: str) -> None:
     with pytest.raises(StoreError, match=told):
         open_place(url).read("zarr.json")
+
+
+def test_the_trainer_that_keeps_libraries_off_the_hub_reads_stores_there(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # by the user: it stands
+    keep_libraries_off()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(StoreError, match="HF_HUB_OFFLINE forbids"):
+        open_place(ADDRESS).read("zarr.json")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with monkeypatch.context() as patch:
+        patch.setenv("OLA_HUB_OFFLINE_BY_DEFAULT", "")  # for the context to take it back
+        keep_libraries_off()
+        assert os.environ["HF_HUB_OFFLINE"] == "1"
+        assert open_place(f"{ADDRESS}/sub/features.zarr").read("zarr.json").startswith(b"{")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 
 
 def test_offline_and_unreachable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

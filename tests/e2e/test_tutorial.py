@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 IMAGES = 10
 # what toy size changes; nothing else of a command is touched
-TOY = {"--nproc 8": "--set device=cpu", "step-00000500": "step-00000001"}
+TOY = {"--nproc 8": "--set device=cpu", "step-00000500": "step-00000001", "KEY": "00000/000000010.jpg"}
 
 
 def blocks(language: str) -> list[str]:

@@ -264,8 +264,8 @@ class TrainConfig(Frozen):
             if isinstance(given, dict) and "layers" not in given:
                 raise ValueError(
                     f"teachers.{name}.layers is missing: only {', '.join(PUBLISHED_LAYERS)} have published ones; name "
-                    f"decoder blocks, counted from 1 (--set teachers.{name}.layers=[18,20]); `olatrain probe` suggests "
-                    "some"
+                    f"decoder blocks, counted from 1 (--set 'teachers.{name}.layers=[18,20]'); `olatrain probe` "
+                    "suggests some"
                 )
             teachers[name] = given
         return {**data, "teachers": teachers}
@@ -305,7 +305,7 @@ class TrainConfig(Frozen):
             raise ValueError("conversations and images are missing, or a packed training set as store")
         if self.store is not None and self.conversations is not None and not self.reads:
             raise ValueError(
-                "a store is given, but teachers names none to learn from, such as --set teachers.depth.layers=[18,20]"
+                "a store is given, but teachers names none to learn from, such as --set 'teachers.depth.layers=[18,20]'"
             )
         if not self.text and not any(teacher.trains for teacher in self.teachers.values()):
             raise ValueError("text is 0 and no teacher has a weight: there is no loss")

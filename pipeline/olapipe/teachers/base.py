@@ -56,7 +56,9 @@ class Option:
 
 COMMON_OPTIONS: Mapping[str, Option] = {
     "channel_order": Option(("rgb", "bgr"), "rgb", "rgb", "order of the colour channels the teacher is fed"),
-    "exif": Option((True, False), True, False, "turn the image upright by its EXIF orientation first"),
+    "exif": Option(
+        (True, False), True, False, "turn the image upright by its EXIF orientation first (a TIFF always is)"
+    ),
 }
 
 
