@@ -28,6 +28,7 @@ class ExtractConfig(BaseModel):
     format: Literal["zarr", "webdataset"] = "zarr"
     """A feature store, or a packed training set at once: that one gets no further images or teachers later."""
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names, as `olapipe teachers` lists them."""
     checkpoints: dict[str, str] = Field(default_factory=dict)
     """Per teacher a local folder or a hub id; the published id where none is given."""
     options: dict[str, dict[str, Scalar]] = Field(default_factory=dict)
@@ -42,6 +43,7 @@ class ExtractConfig(BaseModel):
     shard_size: PositiveInt | None = None
     """Rows per shard; by default that of the store, 256 for a new one."""
     batch_size: PositiveInt = 8
+    """Images of a teacher's forward pass: another number gives other bits."""
     workers: PositiveInt | None = None
     """Worker processes; by default one per GPU, else one per CPU."""
     threads: PositiveInt = 1
@@ -53,6 +55,7 @@ class ExtractConfig(BaseModel):
     compile: bool = False
     """Run the teachers through torch.compile: faster after a slow start; gives other bits, which receipts record."""
     max_megapixels: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    """Larger images are recorded as failed."""
     address: str | None = None
     """A running Ray cluster: `auto`, `HOST:PORT` or, from outside, `ray://HOST:PORT`; by default Ray starts here."""
     gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -47,7 +47,10 @@ def load_config(
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(model, error), "See the command's --help and docs for the settings.") from error
+        raise ConfigError(
+            _explain(model, error),
+            "See the command's --help; docs/settings.md lists every setting of `olatrain run` and `olapipe extract`.",
+        ) from error
 
 
 def _scalar(text: str) -> Any:

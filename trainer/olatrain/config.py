@@ -66,6 +66,7 @@ class Lora(Frozen):
     """Low-rank adapters in the language model's linear layers, trained in place of its weights (through peft)."""
 
     rank: int = Field(default=16, gt=0)
+    """Of the adapters' two matrices."""
     alpha: int = Field(default=32, gt=0)
     """The adapters' product is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ()
@@ -102,8 +103,11 @@ class SourceSettings(Frozen):
     """One source of a mixture; its settings are those of the run of the same names."""
 
     store: StoreUrl | None = None
+    """Feature store, or packed training set."""
     conversations: Path | None = None
+    """Beside a feature store, or without any; not beside a packed set."""
     images: Path | None = None
+    """Beside conversations."""
     repeats: int = Field(default=1, gt=0)
     """How often its samples are seen in an epoch."""
 
@@ -147,6 +151,7 @@ class TrainConfig(Frozen):
     sources: tuple[SourceSettings, ...] = ()
     """In place of `store`, `conversations` and `images`: several of them, mixed."""
     out: Path
+    """Folder of the run: checkpoints, metrics.jsonl, and what else it writes."""
     teachers: dict[str, TeacherTraining] = Field(default_factory=dict)
     """Teachers whose features are losses; none in a stage of next tokens alone, whose predictors are left out."""
     feed: tuple[str, ...] = ()
@@ -159,6 +164,7 @@ class TrainConfig(Frozen):
     """Where latents, predictors and logit scales start: from the student's `ola.safetensors` as far as it has them
     (an imported or exported student), or from random values."""
     epochs: int | None = Field(default=None, gt=0)
+    """How often each sample is seen; or `steps`."""
     steps: int | None = Field(default=None, gt=0)
     """Either epochs (default: 1) or steps."""
     stop_after: int | None = Field(default=None, gt=0)
@@ -168,11 +174,13 @@ class TrainConfig(Frozen):
     micro_batch: int | None = Field(default=None, gt=0)
     """Samples of one forward pass on a rank; None: all of the rank's. Changes memory, not results."""
     lr: float = Field(default=1e-3, gt=0.0)
+    """Peak learning rate."""
     warmup: float = Field(default=0.03, ge=0.0, lt=1.0)
     """Share of the steps in which the learning rate rises linearly; a cosine to 0 follows."""
     lrs: dict[Group, float] = Field(default_factory=dict)
     """Peak learning rate of a group of parameters, where it is not `lr`."""
     weight_decay: float = Field(default=0.0, ge=0.0)
+    """That of AdamW."""
     weight_decays: dict[Group, float] = Field(default_factory=dict)
     """Weight decay of a group of parameters, where it is not `weight_decay`."""
     clip: float = Field(default=1.0, gt=0.0)
@@ -190,6 +198,7 @@ class TrainConfig(Frozen):
     embedding_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the weights of the embedding losses fall over the run, from the given ones to `embedding_end` of them."""
     embedding_end: float = Field(default=0.0, ge=0.0)
+    """Share of the embedding losses' weights at the end of a schedule that is not constant."""
     normalise: Literal["none", "channel"] = "none"
     """`channel`: targets minus the store's mean of each channel, over its deviation; saved with the predictors."""
     train: tuple[Group, ...] = Field(default=_TRAINED, min_length=1)
@@ -207,16 +216,20 @@ class TrainConfig(Frozen):
     order: Literal["mixed", "grouped"] = "mixed"
     """`grouped`: a batch is of text alone or of images alone, but for those at an epoch's ends and at most one more."""
     allow_view_mismatch: bool = False
+    """Train where teachers saw another part of the images than the student does, as the published recipe needs."""
     cache_dir: Path | None = None
     """Folder on a local disk that files of a store in a bucket are kept in, by all ranks and workers together."""
     cache_limit: ByteSize | None = None
     """Most bytes in it, such as `200GiB` (by default 64 GiB); it should hold the files of `window` shards."""
 
     max_length: int = Field(default=4096, gt=0)
+    """Tokens of a sample: the text of longer ones is cut."""
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, gt=0)
+    """Samples with larger images are skipped."""
     window: int = Field(default=8, gt=0)
     """Shards among which rows are shuffled."""
     seed: int = Field(default=0, ge=0)
+    """Of first weights and of the order of samples."""
 
     evaluation: Evaluation | None = None
     probe: Probe | None = None
@@ -235,6 +248,7 @@ class TrainConfig(Frozen):
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between checkpoints. One of 1 GiB or more is written while the training goes on, until the next is due."""
     keep_last: int = Field(default=2, gt=0)
+    """Checkpoints that stay."""
     log_every: int = Field(default=10, gt=0)
     """Steps between printed lines; metrics.jsonl gets every step."""
     look_every: int = Field(default=50, ge=0)
