@@ -20,7 +20,7 @@ DOCS = Path(__file__).parent
 HEAD = """# Settings
 
 Every setting of `olatrain run` and `olapipe extract`, to be given in a file (`--config FILE`, YAML or JSON) or as
-`--set NAME=VALUE`, `a.b` for what lies inside; many have flags of their own (`--help`). A flag wins over `--set`, which
+`--set NAME=VALUE`, `a.b` for what lies inside; many have flags of their own (`--help`). `--set` wins over a flag, which
 wins over the file; an unknown name is refused. `olatrain probe` takes those of `olatrain run`. This page is made from
 the code by `docs/make_settings.py`.
 """
