@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from olaschema.errors import ConfigError, OlaError
-from olaschema.hub import keep_libraries_off
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -366,6 +365,8 @@ def _layers(given: list[str]) -> dict[str, list[int]]:
 
 def _quiet() -> None:
     """Keep libraries from asking a hub or warning about what we do on purpose; must come before they are imported."""
+    from olaschema.hub import keep_libraries_off
+
     keep_libraries_off()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
