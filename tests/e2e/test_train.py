@@ -50,11 +50,11 @@ from olaschema.errors import (
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.checkpoint import CheckpointError, latest_checkpoint
+from olatrain.checks import TrainingError, require_sound
 from olatrain.config import TrainConfig
 from olatrain.setup import Run
 from olatrain.step import run_batch
 from olatrain.stream import Batch, Fault
-from olatrain.train import TrainingError, _check
 
 
 def require_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -399,10 +399,10 @@ def test_an_embedding_loss_of_exactly_zero_names_the_batch(chosen: Callable[...,
     batch = ready.collate([ready.stream[p] for p in range(4)])
     assert isinstance(batch, Batch)
     totals = run_batch(ready.learner, batch, ready.ranks, ready.means, bf16=False)
-    _check(ready, totals, 1.0, 0)
+    require_sound(ready, totals, 1.0, 0)
     with pytest.raises(TrainingError, match=rf"gen at layer 3 is exactly 0 in the batch of {ready.stream.name(0)}"):
-        _check(ready, totals | {"gen.3.smooth_l1": 0.0}, 1.0, 0)
-    _check(ready, totals | {"gen.3.smooth_l1": 0.0, "gen.valid": 0.0}, 1.0, 0)
+        require_sound(ready, totals | {"gen.3.smooth_l1": 0.0}, 1.0, 0)
+    require_sound(ready, totals | {"gen.3.smooth_l1": 0.0, "gen.valid": 0.0}, 1.0, 0)
 
 
 # --- what it tells, and what it needs

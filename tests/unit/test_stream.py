@@ -32,14 +32,14 @@ from olaschema.precision import array_formats, blank
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 from olatrain.compose import load_processor
+from olatrain.controls import partners, same_images
 from olatrain.conversations import Conversations
 from olatrain.families import open_vision
 from olatrain.join import Listing, coverage, join, require_images
 from olatrain.meanmap import mean_maps
 from olatrain.order import PositionSampler, cyclic_partners, epoch_order, rank_span
 from olatrain.prompts import PromptBuilder
-from olatrain.setup import _partners
-from olatrain.source import require_features, same_images
+from olatrain.source import require_features
 from olatrain.storedata import StoreData
 from olatrain.stream import Batch, Collator, Fault, Sample, SampleStream, Skipped, Source, make_loader
 from olatrain.tokens import TaskTokens
@@ -410,10 +410,10 @@ def test_images_of_the_same_bytes_are_known_as_one(tmp_path: Path, student: Path
     config = types.SimpleNamespace(target_control="shuffle", seed=0)
     for seed in range(20):
         config.seed = seed
-        partners = _partners(config, whole, same)  # type: ignore[arg-type]
-        assert partners is not None
-        assert partners.keys() == set(range(6))
-        assert all(same[row] != same[place] for row, place in partners.items()), "shuffled to the same picture"
+        given = partners(config, whole, same)  # type: ignore[arg-type]
+        assert given is not None
+        assert given.keys() == set(range(6))
+        assert all(same[row] != same[place] for row, place in given.items()), "shuffled to the same picture"
 
 
 def test_what_is_fed_is_the_images_own_under_the_shuffle_control(corpus: Corpus, student: Path) -> None:

@@ -110,7 +110,7 @@ def split_by_image(
 ) -> tuple[Listing, Listing]:
     """Split into training and held-out samples: one of each image, and each image in one part only.
 
-    `same` has by row the first one of the same bytes (`source.same_images`): several keys may be of one image. Which
+    `same` has by row the first one of the same bytes (`controls.same_images`): several keys may be of one image. Which
     images are held out depends on their keys and `seed` alone. Raises CorpusError for fewer than three images: the mean
     map of a single one to train on is that one's feature, and there would be nothing to learn.
     """

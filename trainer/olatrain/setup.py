@@ -21,6 +21,7 @@ from olaschema.packed import is_packed
 from olaschema.precision import formats_of
 from olatrain.compose import load_processor, student_view
 from olatrain.config import Evaluation, TrainConfig
+from olatrain.controls import known_images, partners
 from olatrain.conversations import Conversations
 from olatrain.families import open_vision
 from olatrain.groups import describe
@@ -28,7 +29,6 @@ from olatrain.join import Coverage, Listing
 from olatrain.learner import Learner, build_learner, load_start
 from olatrain.meanmap import mean_maps
 from olatrain.mixeddata import MixedData
-from olatrain.order import cyclic_partners
 from olatrain.packeddata import PackedData
 from olatrain.parallel import Ranks
 from olatrain.predictors import Standard
@@ -36,7 +36,7 @@ from olatrain.probebank import ProbeBank, build_probe, split_by_image
 from olatrain.prompts import PromptBuilder
 from olatrain.scaling import StoredBasis
 from olatrain.sidecar import Sidecar
-from olatrain.source import Data, require_features, require_same_form, same_images
+from olatrain.source import Data, require_features, require_same_form
 from olatrain.storedata import StoreData
 from olatrain.stream import Collator, SampleStream, Source
 from olatrain.tokens import TaskTokens
@@ -112,7 +112,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
         unseen_data, unseen = _evaluation(config, config.evaluation, data)
         heldout = unseen_data.listing(unseen)
         unseen_data.require_images(heldout)
-    same = _same_images(config, data, listing, ranks)
+    same = known_images(config, data, listing, ranks)
     if config.probe is not None:
         listing, heldout = split_by_image(listing, held_out=config.probe.held_out, seed=config.seed, same=same)
         if config.context == "all":
@@ -148,7 +148,7 @@ def set_up(config: TrainConfig, ranks: Ranks) -> Run:
         ranks=ranks,
         learner=learner,
         stream=SampleStream(
-            replace(source, partners=_partners(config, listing, same)),
+            replace(source, partners=partners(config, listing, same)),
             listing,
             seed=config.seed,
             window=config.window,
@@ -222,34 +222,6 @@ def _exif(found: Mapping[str, Fingerprint], start: Sidecar | None) -> bool:
     """Whether images are turned upright: as the teachers of this run did, or those of the stages before it."""
     earlier = start.fingerprints if start is not None else []
     return student_exif(found.values() or earlier)
-
-
-def _same_images(config: TrainConfig, data: Data, listing: Listing, ranks: Ranks) -> dict[int, int]:
-    """By row the first one of the same bytes, where it matters; read once and handed to the other ranks."""
-    if config.probe is None and config.target_control != "shuffle":
-        return {}
-    rows = np.unique(listing.image_rows[listing.image_rows >= 0])
-    firsts = torch.zeros(len(rows), dtype=torch.int64)
-    if ranks.first:
-        found = same_images(data.open(), listing, config.reads)
-        firsts = torch.tensor([found[row] for row in rows.tolist()], dtype=torch.int64)
-    return dict(zip(rows.tolist(), ranks.sum(firsts.to(ranks.device)).tolist(), strict=True))
-
-
-def _partners(config: TrainConfig, listing: Listing, same: Mapping[int, int]) -> dict[int, int] | None:
-    """For the `shuffle` control: by row, the place of another image, `same` being one image in several rows."""
-    if config.target_control != "shuffle":
-        return None
-    planned = listing.image_rows >= 0
-    places = dict(zip(listing.image_rows[planned].tolist(), listing.image_places[planned].tolist(), strict=True))
-    place_of = {same[row]: place for row, place in places.items()}
-    found = cyclic_partners(np.asarray(list(place_of), dtype=np.int64), seed=config.seed)
-    if len(found) == 1:
-        raise ConfigError(
-            "target_control = shuffle gives every image another's features, and there is one image in the store",
-            "Train on more images.",
-        )
-    return {row: place_of[found[same[row]]] for row in places}
 
 
 def _learner(

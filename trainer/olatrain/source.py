@@ -8,7 +8,7 @@ a `Listing` alone, so it does not depend on the kind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 from olaschema.basis import Basis
@@ -34,21 +34,6 @@ def require_same_form(record: TeacherRecord, other: TeacherRecord, *, mine: str,
     else:
         return
     raise StoreError(problem, remedy)
-
-
-def same_images(opened: Opened, listing: Listing, teachers: Sequence[str]) -> dict[int, int]:
-    """Return by row of a listing's images the first row whose image has the same bytes, its own where none is known.
-
-    The digests are those of receipts: an image that no teacher of these was tried on is taken for one of its own.
-    """
-    places = dict(zip(listing.image_rows.tolist(), listing.image_places.tolist(), strict=True))
-    firsts: dict[str, int] = {}
-    found = {}
-    for row in sorted(row for row in places if row >= 0):
-        statuses = (opened.status(name, places[row]) for name in teachers)
-        digest = next((status.sha256 for status in statuses if status is not None and status.sha256), None)
-        found[row] = row if digest is None else firsts.setdefault(digest, row)
-    return found
 
 
 class Opened(Protocol):

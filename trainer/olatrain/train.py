@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
-from olaschema.errors import ConfigError, OlaError
+from olaschema.errors import ConfigError
 from olatrain.checkpoint import Saver
+from olatrain.checks import TrainingError, names_at, require_scored, require_sound
 from olatrain.config import TrainConfig
 from olatrain.groups import by_group
 from olatrain.insight import Insight, due, merged
@@ -29,17 +29,12 @@ from olatrain.resume import Progress, resume, save, saver, write_config
 from olatrain.setup import Run, locked, set_up
 from olatrain.signals import Stopped, StopRequest
 from olatrain.step import run_batch
-from olatrain.stream import Batch, Fault, Sample, SampleStream, make_loader
+from olatrain.stream import Batch, Fault, SampleStream, make_loader
 from olatrain.trackers import open_trackers
 from olatrain.watch import SKIPPED, Watch, below_mean_map, forget_skips, record_skips, summary
 
-_SHOWN_KEYS = 8
 # A whole batch that cannot be used is no accident, unless batches are this small.
 _MOST_UNUSED = 8
-
-
-class TrainingError(OlaError):
-    """The training went wrong at one batch, whose samples are named."""
 
 
 def train(config: TrainConfig, console: Console) -> None:
@@ -170,10 +165,10 @@ def _loop(
         unused = 0 if totals["samples"] else unused + min(config.batch, run.end - position)
         if unused >= max(config.batch, _MOST_UNUSED):
             raise TrainingError(
-                f"not one of {unused} samples in a row could be used, up to {_names(run, position)}",
+                f"not one of {unused} samples in a row could be used, up to {names_at(run, position)}",
                 f"The reasons are in {config.out / SKIPPED}; check --images, then run the same command again.",
             )
-        _check(run, totals, norm, position)
+        require_sound(run, totals, norm, position)
         optimiser.step()
         step, position = step + 1, min(position + config.batch, run.end)
         if watch is not None:
@@ -265,57 +260,6 @@ def _next(batches: Any) -> Batch:
     return batch
 
 
-def _check(run: Run, totals: dict[str, float], norm: float, position: int) -> None:
-    """Stop before the weights change: a loss that is not finite, or exactly zero where there is something to learn."""
-    layers = [f"{name}.{layer}" for name, teacher in run.config.teachers.items() for layer in teacher.layers]
-    parts = ["loss", "text", *(f"{layer}.{part}" for layer in layers for part in ("smooth_l1", "contrastive"))]
-    wrong = [name for name in parts if not math.isfinite(totals[name])]
-    if wrong or not math.isfinite(norm):
-        what = ", ".join(wrong) or "the gradient"
-        spoiled = _spoiled(run.stream, _positions(run, position))
-        if spoiled:
-            raise TrainingError(
-                f"{what} not finite: there is NaN or infinity in the stored features of {', '.join(spoiled)}",
-                "Extract their shards again (`olapipe verify --live` compares features with their teacher's).",
-            )
-        raise TrainingError(
-            f"{what} not finite in the batch of {_names(run, position)}",
-            "Look at these samples, or lower the learning rate.",
-        )
-    for name, teacher in run.config.teachers.items():
-        if teacher.trains and totals[f"{name}.valid"]:
-            for layer in teacher.layers:
-                if totals[f"{name}.{layer}.smooth_l1"] == 0.0:
-                    raise TrainingError(
-                        f"the embedding loss of {name} at layer {layer} is exactly 0 in the batch of "
-                        f"{_names(run, position)}",
-                        "A prediction never equals its target: a mask or a target is not what it should be.",
-                    )
-
-
-def _spoiled(stream: SampleStream, positions: range) -> list[str]:
-    """Images at these positions whose stored features are not finite, by key and teacher; the first few."""
-    found: list[str] = []
-    for sample in (stream[p] for p in positions):
-        if len(found) >= _SHOWN_KEYS:
-            break
-        for key, features in zip(sample.keys, sample.features, strict=True) if isinstance(sample, Sample) else ():
-            for teacher, stored in features.items():
-                if stored is not None and not all(np.isfinite(array).all() for array in stored.arrays.values()):
-                    found.append(f"{key} ({teacher})")
-    return found
-
-
-def _positions(run: Run, position: int) -> range:
-    return range(position, min(position + run.config.batch, run.end))
-
-
-def _names(run: Run, position: int) -> str:
-    names = [run.stream.name(p) for p in _positions(run, position)]
-    more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
-    return ", ".join(names[:_SHOWN_KEYS]) + more
-
-
 def _record(
     run: Run, totals: dict[str, float], norm: float, seconds: float, waited: float, lr: float
 ) -> dict[str, Any]:
@@ -385,20 +329,7 @@ def _evaluate(run: Run, step: int, watch: Watch | None) -> None:
         totals = found if totals is None else add_totals(totals, found)
     if totals is None:
         return
-    if not totals["samples"]:
-        raise TrainingError(
-            f"not one of the {held} samples held out could be used",
-            f"The reasons are in {run.config.out / SKIPPED}; check --images, then run the same command again.",
-        )
-    if not math.isfinite(sum(totals.values())):
-        spoiled = _spoiled(run.heldout, range(held))
-        raise TrainingError(
-            f"figures of the samples held out are not finite at step {step}"
-            + (f": there is NaN or infinity in the stored features of {', '.join(spoiled)}" if spoiled else ""),
-            "Extract their shards again (`olapipe verify --live` compares features with their teacher's)."
-            if spoiled
-            else "Lower the learning rate.",
-        )
+    require_scored(run, totals, step)
     if watch is not None:
         record = figures(totals, run.learner.bank, run.learner.losses)
         counts = {"samples": int(totals["samples"]), "skipped": int(totals["skipped"])}
