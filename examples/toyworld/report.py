@@ -40,7 +40,7 @@ def write(folder: Path, out: Path, fixed: Path = HERE / "plan.json") -> None:
     results, again = load(folder), load(folder / "confirmation", seeds=numbers(plan["confirmation"]["seeds"]))
     images = out.parent / "images"
     parts = [_HEAD, summary(results, plan), confirmed(again, plan), verdict(results), _WHAT, _missing(results, plan)]
-    parts += [advice(results, plan), endpoint(results, plan)]
+    parts += [advice(results, again, plan), endpoint(results, plan)]
     if plot(results, plan, images / "results.png", also=[("random", "tokens")]):
         parts.append("![differences by seed](images/results.png)\n")
     if told := confirmation(again, plan):

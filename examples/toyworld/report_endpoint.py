@@ -294,8 +294,18 @@ def targets(results: Results, plan: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def advice(results: Results, plan: Mapping[str, Any]) -> str:
-    """What to try with other data, each with the figure it rests on."""
+def _asked_again(again: Results, plan: Mapping[str, Any]) -> str:
+    """Say what the second experiment, which was fixed beforehand, gave for that target."""
+    own = plan["confirmation"]
+    found = differences(again, own)
+    if met(again, own) is None:
+        return ""
+    told = "; ".join(f"{points(e)} over `{other}`" for other, e in found.items())
+    return f" Asked once more, with all fixed beforehand and another teacher: {told} (“A second experiment”)."
+
+
+def advice(results: Results, again: Results, plan: Mapping[str, Any]) -> str:
+    """What to try with other data, each with the figure it rests on; `again` is the second experiment."""
     where = endpoint_of(plan)
     budget = where[0]
 
@@ -318,6 +328,6 @@ def advice(results: Results, plan: Mapping[str, Any]) -> str:
     )
     if (e := results.difference("map", "embedding", *where)) is not None:
         lines.append(
-            f"- **Try the depth map as target** (`--teacher depth-map`): {points(e)} over the features here, {e.seeds} seeds, seen after the endpoint, and on maps of 6 × 6 cells."
+            f"- **Try the depth map as target** (`--teacher depth-map`): {points(e)} over the features here, {e.seeds} seeds, seen after the endpoint, and on maps of 6 × 6 cells.{_asked_again(again, plan)}"
         )
     return "\n".join([*lines, ""])

@@ -85,7 +85,7 @@ def test_the_verdict_follows_from_the_rows(tmp_path: Path) -> None:
 
 def test_the_second_experiment_has_its_own_rows_and_verdict(tmp_path: Path) -> None:
     first = tmp_path / "results"
-    write_rows(first, SHARES)
+    write_rows(first, {**SHARES, "map": 0.85})
     assert "second experiment" not in page(first, tmp_path)
     shares = {"tokens": 0.5, "map": 0.8, "map-shuffled": 0.5, "map-untrained-each": 0.55, "cells": 0.6}
     write_rows(first / "confirmation", {**shares, "embedding": 0.4}, first=10)
@@ -96,6 +96,8 @@ def test_the_second_experiment_has_its_own_rows_and_verdict(tmp_path: Path) -> N
     assert list(told) == ["tokens", "map-shuffled", "map-untrained-each", "cells"]
     assert all(10 < float(value) < 45 for value in told.values())
     assert 30 < float(line.split("described, not tested): +")[1].split()[0]) < 50
+    (bullet,) = [row for row in text.splitlines() if row.startswith("- **Try the depth map")]
+    assert len(re.findall(r"\+[0-9.]+ points \([^)]*\) over `", bullet.split("Asked once more")[1])) == 4
     part = text.split("## A second experiment")[1].split("\n## ")[0]
     assert "**Success** as it was fixed: all 4 intervals lie above 0." in part
     assert "42 of 42 runs are there" in part
