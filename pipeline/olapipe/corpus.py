@@ -14,7 +14,17 @@ from olaschema.errors import CorpusError, ImageError
 from olaschema.manifest import SampleRow
 from olaschema.rooted import PARQUET, TAR, read_rooted
 
-__all__ = ["PROBLEMS", "Entry", "Growth", "Listing", "compare", "list_corpus", "open_corpus", "read_image"]
+__all__ = [
+    "ANY_PIXELS",
+    "PROBLEMS",
+    "Entry",
+    "Growth",
+    "Listing",
+    "compare",
+    "list_corpus",
+    "open_corpus",
+    "read_image",
+]
 
 PROBLEMS: Mapping[str, str] = {
     "bad-name": "the file name is not UTF-8, or empty",
@@ -70,6 +80,10 @@ def open_corpus(corpus: Path, images: Path | None) -> Source:
     if not images.is_dir():
         raise CorpusError(f"--images {images}: no such folder", "Give the folder that the `image` paths start from.")
     return Conversations(corpus, images)
+
+
+ANY_PIXELS = 1 << 31
+"""No limit, for images that an extraction has let through: their digest is checked."""
 
 
 def read_image(root: Path, sample: SampleRow, max_pixels: int, *, mended: bool = False) -> bytes:

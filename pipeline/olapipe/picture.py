@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from olapipe.corpus import read_image
+from olapipe.corpus import ANY_PIXELS, read_image
 from olapipe.report import visible
 from olaschema.errors import StoreError
-from olaschema.images import decode_image
+from olaschema.images import DEFAULT_MAX_PIXELS, decode_image
 from olaschema.manifest import Fingerprint, RowReceipt, SampleRow
 from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
-_ANY_PIXELS = 1 << 31
 _HEIGHT = 336
 _WIDEST = 3 * _HEIGHT
 _LABEL = 22
@@ -100,7 +99,7 @@ def photograph(sample: SampleRow, images: Path, receipts: list[RowReceipt], *, u
     Raises StoreError if the file under `images` is not the one that was extracted, ImageError if it cannot be read.
     """
     # within the limit of the extraction, or failed there; a mended file has another size, and its digest is checked
-    data = read_image(images, sample, _ANY_PIXELS, mended=True)
+    data = read_image(images, sample, ANY_PIXELS, mended=True)
     digest = hashlib.sha256(data).hexdigest()
     known = {receipt.sha256 for receipt in receipts} - {None}
     if known and digest not in known:
@@ -108,10 +107,8 @@ def photograph(sample: SampleRow, images: Path, receipts: list[RowReceipt], *, u
             f"{visible(sample.key)} under {images} is not the image that was extracted (its SHA-256 differs)",
             "Give the folder that the features were extracted from with --images.",
         )
-    image = (
-        decode_image(data, name=sample.key, max_pixels=_ANY_PIXELS) if known else decode_image(data, name=sample.key)
-    )
-    return image.oriented(exif=upright)
+    limit = ANY_PIXELS if known else DEFAULT_MAX_PIXELS
+    return decode_image(data, name=sample.key, max_pixels=limit).oriented(exif=upright)
 
 
 def panel(values: np.ndarray, fingerprint: Fingerprint, width: int, height: int) -> Image.Image:

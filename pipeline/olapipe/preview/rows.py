@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from olapipe.corpus import read_image
+from olapipe.corpus import ANY_PIXELS, read_image
 from olapipe.report import visible
 from olaschema.errors import CorpusError, ImageError, StoreError
 from olaschema.images import DecodedImage, decode_image
@@ -20,7 +20,6 @@ from olaschema.reader import FeatureReader
 from olaschema.store import FeatureStore
 
 _LOOKED_AT = 10_000
-_ANY_PIXELS = 1 << 31
 
 
 def find_sample(store: FeatureStore, key: str) -> SampleRow:
@@ -75,7 +74,7 @@ def read_picture(root: Path, sample: SampleRow, receipts: list[RowReceipt], max_
         raise CorpusError(f"--images {root}: no such folder", "Give the folder that the keys are relative to.")
     try:
         # what was extracted was within the limit of then, and may have been mended since it was planned
-        max_pixels = _ANY_PIXELS if any(receipt.sha256 is not None for receipt in receipts) else max_pixels
+        max_pixels = ANY_PIXELS if any(receipt.sha256 is not None for receipt in receipts) else max_pixels
         data = read_image(root, sample, max_pixels, mended=True)
     except ImageError as error:
         raise ImageError(error.reason, f"{root}/{visible(sample.uri)}: {error.problem}", error.remedy) from error
